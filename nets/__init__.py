@@ -1,0 +1,188 @@
+"""Networks by name: every torchvision classifier, and each network of one's own in a file of this folder.
+
+A network of one's own is a file nets/my_net.py with a function my_net(num_classes, input_shape) that returns
+a torch.nn.Module from (N, 3, H, W) pictures to (N, num_classes) scores, last layer the head; backbone = 'my_net'.
+"""
+import importlib
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision import models
+
+from utils.errors import UserError, nearest
+
+DOCUMENTED_NAMES = {"mobilenetv2": "mobilenet_v2", "swin_transformer_tiny": "swin_t",
+                    "swin_transformer_small": "swin_s", "swin_transformer_base": "swin_b"}
+
+
+class Freezable:
+    """The two documented methods, given to whatever network get_model builds (its state_dict keys stay its own)."""
+    frozen = False
+
+    def freeze_backbone(self):
+        """Leave only the head trainable, and hold the backbone's BatchNorm statistics (and dropout) still."""
+        head = head_layers(self)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[0] in head)
+        self.frozen = True
+        self.train(self.training)
+
+    def Unfreeze_backbone(self):
+        """Make everything trainable again."""
+        self.requires_grad_(True)
+        self.frozen = False
+        self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode and self.frozen:
+            for module in self.modules():  # the flag alone decides which outputs an auxiliary network returns
+                if module is not self:
+                    module.training = False
+        return self
+
+
+def head_layers(model):
+    """Names of the layers that give class scores: the network's last Linear or Conv2d and its auxiliary heads'."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    if not layers:
+        raise UserError("the network has no Linear or Conv2d layer, so there is no head to tell from a backbone")
+    auxiliary = [[n for n in layers if n.startswith(part + ".")] for part in ("aux1", "aux2", "AuxLogits")]
+    return {layers[-1], *(names[-1] for names in auxiliary if names)}
+
+
+def own_networks():
+    """Names of the networks in this folder's own files."""
+    return [p.stem for p in Path(__file__).parent.glob("[!_]*.py")]
+
+
+def check_name(backbone):
+    """The torchvision (or own) name of `backbone`; UserError with the nearest names when there is none."""
+    name = DOCUMENTED_NAMES.get(backbone, backbone)
+    known = models.list_models(module=models) + own_networks()
+    if name not in known:
+        raise UserError(f"backbone = {backbone!r} is not a network{nearest(backbone, known + list(DOCUMENTED_NAMES))}; "
+                        f"the names are torchvision's classification models and the files of nets/")
+    return name
+
+
+def is_transformer(backbone):
+    return check_name(backbone).startswith(("vit_", "swin_", "maxvit_"))
+
+
+def build(name, num_classes, input_shape):
+    """An untrained network with torchvision's own builder."""
+    height, width = input_shape
+    if name in own_networks():
+        return getattr(importlib.import_module(f"nets.{name}"), name)(num_classes=num_classes, input_shape=input_shape)
+    options = {"num_classes": num_classes}
+    if name in ("googlenet", "inception_v3"):
+        # transform_input is what their published weights expect after ImageNet normalisation; harmless without them
+        options.update(aux_logits=True, transform_input=True, init_weights=True)
+    if name == "inception_v3" and min(height, width) < 299:
+        options["aux_logits"] = False  # its auxiliary classifier has no room below 299
+    if name.startswith("vit_"):
+        if height != width:
+            raise UserError(f"input_shape = {list(input_shape)}: {name} takes square pictures only")
+        options["image_size"] = height
+    if name == "maxvit_t" and (height % 224 or width % 224):
+        # the paper's windows are 1/32 of the picture; torchvision's function fixes them at 7 (pictures of 224)
+        return models.MaxVit(input_size=(height, width), stem_channels=64, block_channels=[64, 128, 256, 512],
+                             partition_size=math.gcd(height // 32, width // 32), block_layers=[2, 2, 5, 2],
+                             head_dim=32, stochastic_depth_prob=0.2, num_classes=num_classes)
+    if name == "maxvit_t":
+        options["input_size"] = (height, width)
+    return models.get_model(name, weights=None, **options)
+
+
+def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
+    """The network `backbone` with a new head of `num_classes` outputs for pictures of `input_shape` (height, width).
+
+    Takes float (N, 3, H, W) pictures, ImageNet-normalised. With `pretrained`, torchvision's default weights are
+    loaded into everything but the head. UserError: an unknown name, a size that the network cannot take.
+    """
+    name = check_name(backbone)
+    try:
+        model = build(name, num_classes, tuple(input_shape))
+    except (RuntimeError, ValueError, ZeroDivisionError, AssertionError) as error:
+        if isinstance(error, UserError) or name in own_networks():
+            raise
+        raise UserError(f"input_shape = {list(input_shape)} does not suit {backbone}: {str(error).splitlines()[0]}")
+    model.__class__ = type(type(model).__name__, (Freezable, type(model)), {})
+    if pretrained:
+        load_matching(model, pretrained_state(name), f"torchvision's weights of {name}")
+    return model
+
+
+def pretrained_state(name):
+    """torchvision's default state_dict of the network `name`, from torch.hub's cache or the network."""
+    if name in own_networks():
+        raise UserError(f"pretrained = True: {name} is a network of your own; set pretrained = False, or model_path")
+    weights = models.get_model_weights(name).DEFAULT
+    target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # no network, a cut download, a wrong hash: the remedy is the same
+        raise UserError(f"the pretrained weights of {name} could not be loaded ({error}): put {weights.url} "
+                        f"at {target}, or set pretrained = False") from error
+
+
+def load_matching(model, state, source):
+    """Load what matches by name and shape, and print how much did. Returns the names that did not.
+
+    Prefixes that wrappers leave are understood, ViT position embeddings are resized by torchvision's function.
+    UserError when nothing matches.
+    """
+    def own_name(key):
+        key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
+        return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)", r"\1\2", key)  # torchvision's older files
+    state = {own_name(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    wanted = model.state_dict()
+    position = "encoder.pos_embedding"
+    if position in wanted and position in state and state[position].shape != wanted[position].shape:
+        if state[position].dim() == 3 and state[position].shape[2] == wanted[position].shape[2]:
+            state = dict(models.vision_transformer.interpolate_embeddings(model.image_size, model.patch_size, state))
+    matching = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
+    head = head_layers(model)
+    missed = [k for k in wanted if k not in matching]
+    missed_backbone = [k for k in missed if k.rpartition(".")[0] not in head]
+    if not any(k in matching for k, _ in model.named_parameters()):
+        raise UserError(f"{source}: none of the {len(state)} tensors fits this network by name and shape; "
+                        f"set backbone to the network that the weights are of")
+    model.load_state_dict(matching, strict=False)
+    print(f"{source}: {len(matching)} of {len(wanted)} tensors loaded")
+    if len(missed) > len(missed_backbone):
+        print("  the head starts anew, which is normal for other classes: "
+              + ", ".join(k for k in missed if k not in missed_backbone))
+    if missed_backbone:
+        print(f"  WARNING: {len(missed_backbone)} tensors of the backbone were not in the file, which is not normal: "
+              + ", ".join(missed_backbone[:8]) + (" …" if len(missed_backbone) > 8 else ""))
+    return missed
+
+
+def profile(model, backbone, input_shape):
+    """(parameters, FLOPs of one picture, whether it has BatchNorm), found on the meta device, without computing.
+
+    A training step of two pictures is tried as well: UserError when input_shape is too small for the network.
+    FLOPs count a multiply-add as two, as torch.utils.flop_counter does.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    weights = {k: torch.empty_like(v, device="meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
+    pictures = torch.empty(2, 3, *input_shape, device="meta")
+    mode = model.training
+    try:
+        torch.func.functional_call(model.train(), weights, (pictures,))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            torch.func.functional_call(model.eval(), weights, (pictures,))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        if check_name(backbone) in own_networks():
+            raise
+        raise UserError(f"input_shape = {list(input_shape)} is too small (or of a shape that does not fit) for "
+                        f"{backbone}: {str(error).splitlines()[0]}") from error
+    finally:
+        model.train(mode)
+    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, has_norm

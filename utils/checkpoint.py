@@ -1,0 +1,272 @@
+"""A run's folder and everything in it that is written or read: atomically, and with weights_only=True."""
+import io
+import json
+import os
+import pickle
+import platform
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torchvision
+
+from utils import distributed
+from utils.dataloader import stop_workers
+from utils.errors import UserError, rank
+
+LAST, BEFORE = "last_checkpoint.pth", "last_checkpoint_previous.pth"
+
+
+def save_file(path, write):
+    """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with open(draft, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        try:
+            draft.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder is not writable: there is no draft either
+        raise UserError(f"{path} could not be written ({error.strerror or error}); the files saved before it are intact. "
+                        f"Free some space or choose another save_dir, then continue with resume = "
+                        f"{str(path.parent)!r}") from error
+
+
+def save_text(path, text):
+    save_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def save_image(path, image):
+    save_file(path, lambda file: image.save(file, "PNG"))
+
+
+def save_tensors(path, state):
+    """torch.save through memory: a full disk then raises OSError instead of aborting inside PyTorch's own writer."""
+    memory = io.BytesIO()
+    torch.save(state, memory)
+    save_file(path, lambda file: file.write(memory.getbuffer()))
+
+
+def load_tensors(path, name="model_path"):
+    """The dictionary of tensors in a file. UserError when it is missing, cut short, or anything but tensors."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{name}: {str(path)!r} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{name}: {str(path)!r} is a folder, not a file of weights") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{name}: {str(path)!r} is refused: it is no file of weights, or holds code, which is never "
+                        f"run. Save a plain model.state_dict() with torch.save") from None
+    except Exception as error:  # a broken archive can raise nearly anything
+        raise UserError(f"{name}: {str(path)!r} cannot be read, it may be cut short "
+                        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{name}: {str(path)!r} holds a {type(state).__name__}, not a state_dict")
+    return state
+
+
+def load_weights(path):
+    """A state_dict from a weights file, or from a checkpoint that holds one under 'model' or 'state_dict'."""
+    state = load_tensors(path)
+    for key in ("model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            return state[key]
+    return state
+
+
+def launch_id():
+    """The same for all processes of one launch, also after torchrun has restarted them."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"
+
+
+def read_config(run):
+    try:
+        return json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{str(run)!r} is not a run's folder: it does not exist or has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{Path(run, 'config.json')} cannot be read: {error}") from None
+
+
+def write_config(run, config):
+    save_text(Path(run, "config.json"), json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+
+
+def find_run(resume, save_dir):
+    """The folder of the run to continue, or None for a new one."""
+    if isinstance(resume, str):
+        read_config(resume)
+        return resume
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    for run in sorted(Path(save_dir).glob("*/config.json"), key=lambda p: p.parent.name, reverse=True):
+        try:
+            config = read_config(run.parent)
+        except UserError as error:
+            print(f"passed over: {error}")
+            continue
+        if not config["finished"] and (resume or (restarted and config["launch"] == launch_id())):
+            return str(run.parent)
+    if resume:
+        print(f"resume = True: there is no unfinished run in {save_dir!r}, starting a new one")
+    return None
+
+
+def new_run(save_dir):
+    """Make and return save_dir/<start time>, a folder that nobody else has."""
+    start = time.strftime("%Y_%m_%d_%H_%M_%S")
+    for attempt in range(1000):
+        run = Path(save_dir, start + (f"_{attempt}" if attempt else ""))
+        try:
+            run.mkdir(parents=True)
+            return str(run)
+        except FileExistsError:
+            if Path(save_dir).exists() and not Path(save_dir).is_dir():
+                raise UserError(f"save_dir = {save_dir!r} is a file, not a folder") from None
+        except OSError as error:
+            raise UserError(f"save_dir = {save_dir!r}: a folder cannot be made there ({error.strerror})") from None
+    raise UserError(f"save_dir = {save_dir!r} has a thousand runs of this second")
+
+
+def open_run(resume, save_dir, settings, class_names):
+    """(run folder, settings to keep, checkpoint or None). A new folder, or the one that `resume` says.
+
+    Continuing lists the settings that changed. UserError for another network or class list, or a finished run.
+    """
+    run = find_run(resume, save_dir)
+    state, kept = None, {}
+    if run:
+        config = read_config(run)
+        old = config["settings"]
+        for name, was, now in (("backbone", old["backbone"], settings["backbone"]),
+                               ("the class list", config["class_names"], class_names)):
+            if was != now:
+                raise UserError(f"{run} cannot be continued: {name} was {was!r} and is now {now!r}")
+        kept = {"fp16": old["fp16"]}  # changing the arithmetic in mid-run would be another experiment
+        changed = [f"{name}: {old[name]!r} → {value!r}" for name, value in settings.items()
+                   if name in old and old[name] != value and name not in ("resume", *kept)]
+        state = load_checkpoint(run)
+        if config["finished"] and (state is None or state["epoch"] >= settings["UnFreeze_Epoch"] or
+                                   old["UnFreeze_Epoch"] >= settings["UnFreeze_Epoch"]):
+            raise UserError(f"{run} has finished its {old['UnFreeze_Epoch']} epochs: raise UnFreeze_Epoch to train on")
+        place = f"epoch {state['epoch'] + 1}, step {state['step'] + 1}" if state else "its beginning"
+        print(f"continuing {run} at {place}" + "".join(f"\n  changed since: {c}" for c in changed))
+    else:
+        run = new_run(save_dir)
+    write_config(run, {"settings": {**settings, **kept}, "class_names": class_names, "launch": launch_id(),
+                       "finished": False, "versions": {
+                           "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+                           "torchvision": torchvision.__version__, "pillow": PIL.__version__}})
+    return run, kept, state
+
+
+def load_checkpoint(run):
+    """The newest readable checkpoint of a run; None when it never wrote one; UserError when none can be read."""
+    paths = [p for p in (Path(run, LAST), Path(run, BEFORE)) if p.exists()]
+    for path in paths:
+        try:
+            return load_tensors(path, "resume")
+        except UserError as error:
+            print(f"WARNING: {error}; trying the checkpoint before it")
+    if paths:
+        raise UserError(f"{run} has no readable checkpoint left: start anew with resume = False, "
+                        f"perhaps from model_path = {str(Path(run, 'last_epoch_weights.pth'))!r}")
+    return None
+
+
+class Checkpointer:
+    """Saves all that resuming needs, and brings the processes to agree when to save, stop or give up.
+
+    parts: {name: object with state_dict()/load_state_dict() or None}, the model first.
+    """
+
+    def __init__(self, run, parts, save_minutes=0):
+        self.run, self.parts, self.save_minutes = run, parts, save_minutes
+        self.epoch = self.step = 0
+        self.totals = None
+        self.signal, self.saved_at = 0, time.monotonic()
+        self.named = set()
+
+    def load(self, state):
+        for name, part in self.parts.items():
+            if part is not None and state.get(name) is not None:
+                try:
+                    part.load_state_dict(state[name])
+                except (RuntimeError, ValueError, KeyError) as error:
+                    raise UserError(f"{self.run} cannot be continued, its {name} is of another network or optimizer: "
+                                    f"{str(error).splitlines()[0]}") from error
+        self.epoch, self.step, self.totals = state["epoch"], state["step"], state["totals"]
+
+    def save(self, epoch, step, totals=None):
+        """Write last_checkpoint.pth on rank 0, keeping the one before it; the other processes wait."""
+        def write():
+            state = {name: part and part.state_dict() for name, part in self.parts.items()}
+            target = Path(self.run, LAST)
+            fresh = target.with_name("." + LAST + ".new")
+            save_tensors(fresh, {**state, "epoch": epoch, "step": step, "totals": totals})
+            if target.exists():
+                os.replace(target, target.with_name(BEFORE))
+            os.replace(fresh, target)
+        distributed.on_rank_0(write)
+        self.saved_at = time.monotonic()
+
+    def catch_signals(self):
+        """From now on SIGTERM, Ctrl-C and SIGHUP are noted and obeyed after the current step."""
+        def note(number, frame):
+            self.signal = number
+        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
+                signal.signal(number, note)
+
+    def name_unreadable(self, unreadable, gen):
+        """Print each unreadable picture once, with its annotation line. Collective."""
+        for index, reason in sum(distributed.gather_objects(unreadable), []):
+            if index not in self.named and rank() == 0:
+                print(f"\nunreadable picture: {gen.dataset.line(index)} ({reason})", flush=True)
+            self.named.add(index)
+
+    def agree(self, epoch, step, lr, totals, first_bad, look, failure, unreadable, named, source, allowed):
+        """Before each step: the processes stop together, on a signal or a fault, or save if it is time. Collective.
+
+        totals: function to the epoch's sums over all processes. first_bad: the first step with a loss that is not
+        finite, 0 for none, a tensor that is read if `look`, and before anything is saved. failure: why this process
+        cannot go on, or None. unreadable: pictures so far, of which `named` are new, of the loader `source`.
+        """
+        due = bool(self.save_minutes) and rank() == 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
+        everyone = distributed.gather([self.signal, due, failure is not None, look and first_bad.item(), len(named),
+                                       unreadable])
+        signals, dues, failures, bad, news, _ = everyone.max(0).values.int().tolist()
+        count = int(everyone[:, 5].sum())
+        if news:
+            self.name_unreadable(named, source)
+        if (signals or dues or failures) and not bad:
+            bad = int(distributed.gather([first_bad.item()]).max())
+        if bad:
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {bad}, at lr {lr:.3g}: lower Init_lr, or "
+                            f"set clip_grad_norm; the files saved before it are intact")
+        if count > allowed:
+            raise UserError(f"{count} pictures of epoch {epoch + 1} cannot be read, more than 1 % of them: "
+                            f"python -m utils.annotation DATASETS --check lists them")
+        if signals or dues or failures:
+            self.save(epoch, step, totals())
+        if failures:
+            reasons = [reason for reason in distributed.gather_objects(failure and str(failure)) if reason]
+            raise UserError(f"{reasons[0]}. The state up to epoch {epoch + 1}, step {step} is saved: "
+                            f"continue with resume = {self.run!r}") from failure
+        if signals:
+            if rank() == 0:
+                print(f"\n{signal.Signals(signals).name}: saved at epoch {epoch + 1}, step {step}; continue with "
+                      f"resume = {self.run!r} (or resume = True) in train.py", flush=True)
+            distributed.barrier()
+            stop_workers()
+            os._exit(128 + signals)  # no clean-up that could wait for a worker or another process

@@ -1,0 +1,73 @@
+"""The little that processes tell each other. Every function also works in one unconnected process."""
+import os
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import rank
+
+
+def connect(Cuda):
+    """Join the launcher's processes; returns the documented local_rank. Small facts travel over gloo, gradients of GPUs over nccl."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if Cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo")
+    return local_rank
+
+
+def connected():
+    return dist.is_available() and dist.is_initialized()
+
+
+def gather(values):
+    """Every process's list of numbers, as a float64 (world_size, len(values)) tensor on the CPU."""
+    mine = torch.as_tensor(values, dtype=torch.float64)
+    if not connected():
+        return mine[None]
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone)
+
+
+def gather_objects(item):
+    """Every process's `item`, in the order of ranks."""
+    if not connected():
+        return [item]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, item)
+    return everyone
+
+
+def from_rank_0(item):
+    """Rank 0's `item`, on every process."""
+    if not connected():
+        return item
+    box = [item]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_rank_0(work):
+    """work() on rank 0 alone; its result, or its error, on every process."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as caught:  # told to all, so that none waits for ever, then raised
+            error = caught
+    result, error = from_rank_0((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def sync_buffers(model):
+    """Rank 0's buffers (BatchNorm statistics) to every process, as DistributedDataParallel does before a step."""
+    if connected():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def barrier():
+    gather([0])

@@ -1,0 +1,121 @@
+"""The picture set that train.py draws when there is none: 12 shapes, 64×64, the same bytes for the same seed."""
+import math
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from utils.errors import rank
+
+DEFAULT_PATHS = ("model_data/cls_classes.txt", "model_data/cls_train.txt", "model_data/cls_test.txt")
+FOLDER = Path("model_data/shapes")
+SIZE, TRAIN, TEST = 64, 3000, 600
+
+
+def regular(points, inner=1.0):
+    """A regular polygon, or with `inner` < 1 a star, as (x, y) on the unit circle."""
+    count = points * (2 if inner < 1 else 1)
+    return [((inner if inner < 1 and i % 2 else 1) * math.cos(2 * math.pi * i / count),
+             (inner if inner < 1 and i % 2 else 1) * math.sin(2 * math.pi * i / count)) for i in range(count)]
+
+
+def curve(x, y, points=48):
+    return [(x(2 * math.pi * i / points), y(2 * math.pi * i / points)) for i in range(points)]
+
+
+CROSS = [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3),
+         (-1, -.3), (-.3, -.3)]
+ARROW = [(-1, -.28), (.1, -.28), (.1, -.8), (1, 0), (.1, .8), (.1, .28), (-1, .28)]
+SHAPES = {  # outlines in a square from -1 to 1; the ring's hole is drawn as well
+    "arrow": ARROW,
+    "circle": curve(math.cos, math.sin),
+    "crescent": curve(math.cos, math.sin)[6:43] + curve(lambda t: .25 + .8 * math.cos(t), lambda t: .8 * math.sin(t))[42:6:-1],
+    "cross": CROSS,
+    "ellipse": curve(math.cos, lambda t: .45 * math.sin(t)),
+    "heart": curve(lambda t: math.sin(t) ** 3,
+                   lambda t: -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16),
+    "hexagon_star": regular(6, .58),
+    "rectangle": [(-1, -.4), (1, -.4), (1, .4), (-1, .4)],
+    "ring": curve(math.cos, math.sin),
+    "square": regular(4),
+    "star": regular(5, .4),
+    "triangle": regular(3),
+}
+
+
+def colour(rng):
+    return tuple(rng.randrange(256) for _ in range(3))
+
+
+def draw_shape(name, rng):
+    """One picture: a shape of any colour, size, angle and place, on clutter, partly covered."""
+    scale = 3  # drawn larger and shrunk, for smooth edges
+    side = SIZE * scale
+    background = colour(rng)
+    image = Image.new("RGB", (side, side), background)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randrange(4, 10)):  # clutter: lines and specks that are smaller than any shape
+        x, y, length, angle = rng.random() * side, rng.random() * side, rng.uniform(5, 14) * scale, rng.random() * 7
+        end = (x + length * math.cos(angle), y + length * math.sin(angle))
+        draw.line([(x, y), end], fill=colour(rng), width=rng.randrange(1, 3) * scale)
+    fill = colour(rng)
+    while sum(abs(a - b) for a, b in zip(fill, background)) < 150:
+        fill = colour(rng)
+    radius, angle = rng.uniform(13, 26) * scale, rng.random() * 2 * math.pi
+    x, y = (rng.uniform(radius * .9, side - radius * .9) for _ in range(2))
+
+    def placed(points, factor=1.0):
+        c, s = math.cos(angle) * radius * factor, math.sin(angle) * radius * factor
+        return [(x + c * px - s * py, y + s * px + c * py) for px, py in points]
+    draw.polygon(placed(SHAPES[name]), fill=fill)
+    if name == "ring":
+        draw.polygon(placed(SHAPES[name], .5), fill=background)
+    for _ in range(rng.randrange(0, 3)):  # partial occlusion: bars across the shape
+        a, across = rng.random() * 7, rng.uniform(-.6, .6) * radius
+        cx, cy = x - across * math.sin(a), y + across * math.cos(a)
+        reach = (radius * math.cos(a), radius * math.sin(a))
+        draw.line([(cx - reach[0], cy - reach[1]), (cx + reach[0], cy + reach[1])], fill=colour(rng),
+                  width=int(rng.uniform(.08, .2) * radius))
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def draw_set(folder, seed=0):
+    """Draw the training and test pictures, the class file and both annotation files into `folder`."""
+    names = sorted(SHAPES)
+    Path(folder, "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    for split, number in (("train", TRAIN), ("test", TEST)):
+        lines = []
+        for i in range(number):
+            label = i % len(names)
+            target = Path(folder, split, names[label], f"{i:04d}.png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draw_shape(names[label], random.Random(f"{seed} {split} {i}")).save(target, compress_level=1)
+            lines.append(f"{label};{Path(FOLDER, split, names[label], target.name).as_posix()}\n")
+        Path(folder, f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def data_paths(classes_path, train_annotation_path, test_annotation_path):
+    """The three paths as given; or the sample's, drawn first if need be, when they are the untouched, absent defaults."""
+    given = (classes_path, train_annotation_path, test_annotation_path)
+    if given != DEFAULT_PATHS or any(os.path.exists(path) for path in given):
+        return given
+    if not FOLDER.exists():
+        if rank() == 0:
+            print(f"{train_annotation_path} is absent: drawing {TRAIN} + {TEST} sample pictures into {FOLDER}", flush=True)
+        FOLDER.parent.mkdir(exist_ok=True)
+        draft = tempfile.mkdtemp(prefix=".shapes", dir=FOLDER.parent)
+        try:
+            draw_set(draft)
+            os.chmod(draft, 0o755)
+            os.rename(draft, FOLDER)  # at once, so that an interrupted drawing leaves no half set
+        except OSError:
+            if not FOLDER.exists():
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # gone already, unless another process was first
+    elif rank() == 0:
+        print(f"{train_annotation_path} is absent: training on the sample pictures in {FOLDER}", flush=True)
+    return tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))

@@ -1,0 +1,42 @@
+"""The documented learning-rate curves: a function of the epoch, so that a resumed run needs no scheduler state."""
+import math
+from functools import partial
+
+
+def cosine(lr, min_lr, total, epoch):
+    """The documented 'cos': a squared warm-up, half a cosine, then min_lr held (YOLOX's yoloxwarmcos)."""
+    warmup = min(max(0.05 * total, 1), 3)
+    hold = min(max(0.05 * total, 1), 15)
+    start = max(0.1 * lr, 1e-6)
+    if epoch <= warmup:
+        return (lr - start) * (epoch / warmup) ** 2 + start
+    if epoch >= total - hold:
+        return min_lr
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * (epoch - warmup) / (total - warmup - hold)))
+
+
+def step(lr, min_lr, total, epoch):
+    """The documented 'step': ten equal stairs from lr to min_lr."""
+    rate = (min_lr / lr) ** (1 / 9)
+    return lr * rate ** (epoch // (total / 10))
+
+
+def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
+    """A function from the epoch (0 …) to the learning rate; lr_decay_type is 'cos' or 'step'."""
+    return partial({"cos": cosine, "step": step}[lr_decay_type], lr, min_lr, total_iters)
+
+
+def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
+    """(Init_lr_fit, Min_lr_fit): the settings' rates scaled by batch size and held within the documented limits."""
+    nbs = 256 if transformer else 64
+    adam = optimizer_type in ("adam", "adamw")
+    low, high = ((1e-5 if transformer else 1e-4), 1e-3) if adam else (5e-4, 1e-1)
+    scale = batch_size / nbs
+    return min(max(scale * Init_lr, low), high), min(max(scale * Min_lr, low * 1e-2), high * 1e-2)
+
+
+def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
+    """Set every parameter group to the epoch's rate, times the group's own lr_scale where it has one."""
+    lr = lr_scheduler_func(epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

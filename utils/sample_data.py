@@ -1,4 +1,4 @@
-"""The picture set that train.py draws when there is none: 12 shapes, 64×64, the same bytes for the same seed."""
+"""The picture set that train.py draws when there is none: 11 shapes, 64×64, the same bytes for the same seed."""
 import math
 import os
 import random
@@ -12,7 +12,7 @@ from utils.errors import rank
 
 DEFAULT_PATHS = ("model_data/cls_classes.txt", "model_data/cls_train.txt", "model_data/cls_test.txt")
 FOLDER = Path("model_data/shapes")
-SIZE, TRAIN, TEST = 64, 3000, 600
+SIZE, TRAIN, TEST = 64, 5500, 660
 
 
 def regular(points, inner=1.0):
@@ -34,11 +34,10 @@ SHAPES = {  # outlines in a square from -1 to 1; the ring's hole is drawn as wel
     "circle": curve(math.cos, math.sin),
     "crescent": curve(math.cos, math.sin)[6:43] + curve(lambda t: .25 + .8 * math.cos(t), lambda t: .8 * math.sin(t))[42:6:-1],
     "cross": CROSS,
-    "ellipse": curve(math.cos, lambda t: .45 * math.sin(t)),
+    "ellipse": curve(math.cos, lambda t: .4 * math.sin(t)),
     "heart": curve(lambda t: math.sin(t) ** 3,
                    lambda t: -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16),
-    "hexagon_star": regular(6, .58),
-    "rectangle": [(-1, -.4), (1, -.4), (1, .4), (-1, .4)],
+    "rectangle": [(-1, -.35), (1, -.35), (1, .35), (-1, .35)],
     "ring": curve(math.cos, math.sin),
     "square": regular(4),
     "star": regular(5, .4),
@@ -46,25 +45,27 @@ SHAPES = {  # outlines in a square from -1 to 1; the ring's hole is drawn as wel
 }
 
 
-def colour(rng):
-    return tuple(rng.randrange(256) for _ in range(3))
+def colour(rng, dark=0, bright=255):
+    """A random colour whose luminance (ITU-R BT.601) is from `dark` to `bright`."""
+    while True:
+        red, green, blue = (rng.randrange(256) for _ in range(3))
+        if dark <= 0.299 * red + 0.587 * green + 0.114 * blue <= bright:
+            return red, green, blue
 
 
 def draw_shape(name, rng):
     """One picture: a shape of any colour, size, angle and place, on clutter, partly covered."""
     scale = 3  # drawn larger and shrunk, for smooth edges
     side = SIZE * scale
-    background = colour(rng)
+    background = colour(rng, 0, 110)
     image = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randrange(4, 10)):  # clutter: lines and specks that are smaller than any shape
         x, y, length, angle = rng.random() * side, rng.random() * side, rng.uniform(5, 14) * scale, rng.random() * 7
         end = (x + length * math.cos(angle), y + length * math.sin(angle))
         draw.line([(x, y), end], fill=colour(rng), width=rng.randrange(1, 3) * scale)
-    fill = colour(rng)
-    while sum(abs(a - b) for a, b in zip(fill, background)) < 150:
-        fill = colour(rng)
-    radius, angle = rng.uniform(13, 26) * scale, rng.random() * 2 * math.pi
+    fill = colour(rng, 150, 255)
+    radius, angle = rng.uniform(15, 27) * scale, rng.random() * 2 * math.pi
     x, y = (rng.uniform(radius * .9, side - radius * .9) for _ in range(2))
 
     def placed(points, factor=1.0):

@@ -1,0 +1,20 @@
+"""Markers, and the slow proofs that run only when asked for: python -m pytest tests --slow"""
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the long proofs as well")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a long proof, run with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long proof: --slow runs it"))

@@ -1,0 +1,110 @@
+"""What the tests share: a copy of the project with edited constants, small picture sets, and ways to run both."""
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(backbone="'squeezenet1_1'", input_shape=[32, 32], UnFreeze_Epoch=2, Freeze_batch_size=8, num_workers=0,
+             Unfreeze_batch_size=8, Init_lr=1e-2, fp16=False, Cuda=False)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+def picture(label, rng, size=(32, 32), classes=3):
+    """A noisy picture whose colour says its class."""
+    pixels = rng.integers(0, 90, (size[1], size[0], 3))
+    pixels[..., label % 3] += 120 if label < 3 else 60
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def make_data(folder, train=48, test=20, classes=3, size=(32, 32), ending="png"):
+    """Pictures, class file and annotation lists under folder/model_data, at train.py's default paths."""
+    rng = np.random.default_rng(0)
+    data = Path(folder, "model_data")
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "cls_classes.txt").write_text("".join(f"class{i}\n" for i in range(classes)), encoding="utf-8")
+    for split, number in (("train", train), ("test", test)):
+        lines = []
+        for i in range(number):
+            path = data / f"{split}{i}.{ending}"
+            picture(i % classes, rng, size).save(path)
+            lines.append(f"{i % classes};model_data/{path.name}\n")
+        (data / f"cls_{split}.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def make_project(folder, **constants):
+    """A copy of train.py, nets/ and utils/ in `folder`, its constants edited as a user does."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("nets", "utils"):
+        shutil.copytree(ROOT / part, folder / part, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", folder)
+    edit(folder, **{**SMALL, **constants})
+    return folder
+
+
+def edit(folder, **constants):
+    path = Path(folder, "train.py")
+    text = path.read_text(encoding="utf-8")
+    for name, value in constants.items():
+        text, count = re.subn(rf"^{name} = [^\n]*?(?=  #|$)", lambda m: f"{name} = {value}", text, count=1, flags=re.M)
+        assert count == 1, f"train.py has no constant {name}"
+    path.write_text(text, encoding="utf-8")
+
+
+def environment():
+    drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+    return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+
+def start(folder, *words, launcher=(sys.executable,), **options):
+    """Begin `launcher train.py words…` in its own process group."""
+    return subprocess.Popen([*map(str, launcher), "train.py", *map(str, words)], cwd=folder, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
+
+
+def train(folder, *words, launcher=(sys.executable,), code=0, timeout=170):
+    """Run training to its end; returns (stdout, stderr) after checking the exit code."""
+    process = start(folder, *words, launcher=launcher)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"no end after {timeout} s: {process.communicate()}")
+    assert process.returncode == code, f"exit {process.returncode}, not {code}:\n{out}\n{err}"
+    return out, err
+
+
+def torchrun(port):
+    return [*TORCHRUN, f"--master_port={port}"]
+
+
+def runs(folder):
+    return sorted(p for p in Path(folder, "logs").iterdir() if p.is_dir())
+
+
+def run_of(folder):
+    only, = runs(folder)
+    return only
+
+
+def history(run):
+    with open(Path(run, "history.csv"), encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def weights(run, name="last_epoch_weights.pth"):
+    return torch.load(Path(run, name), weights_only=True)
+
+
+def same(a, b):
+    """Whether two state_dicts are bit-identical."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

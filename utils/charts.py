@@ -1,6 +1,7 @@
 """Pictures that the program draws, with Pillow alone."""
 import math
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40))
@@ -71,14 +72,18 @@ def line_chart(panels, width=640, height=420):
     return image
 
 
+def to_image(picture):
+    return Image.fromarray(picture.numpy())
+
+
 def contact_sheet(pictures, labels, columns=8, cell=112, caption=18):
-    """Pillow pictures in a grid, each with one or more caption lines (a string with newlines) under it."""
+    """uint8 (H, W, 3) tensors in a grid, each with one or more caption lines (a string with newlines) under it."""
     lines = max((label.count("\n") + 1 for label in labels), default=1)
     rows = max(1, math.ceil(len(pictures) / columns))
     high = cell + lines * caption + 4
     sheet = Image.new("RGB", (min(columns, max(1, len(pictures))) * (cell + 4), rows * high), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, label) in enumerate(zip(pictures, labels)):
+    for i, (picture, label) in enumerate(zip(map(to_image, pictures), labels)):
         x, y = i % columns * (cell + 4) + 2, i // columns * high + 2
         scale = cell / max(picture.size)
         size = [max(1, round(side * scale)) for side in picture.size]
@@ -92,5 +97,63 @@ def contact_sheet(pictures, labels, columns=8, cell=112, caption=18):
 def first_batch(gen, class_names):
     """The first training pictures as the network will see them, each with its class name."""
     items = [gen.dataset[item] for _, item in zip(range(min(gen.batch_size, 32)), gen.sampler)]
-    return contact_sheet([Image.fromarray(image.numpy()) for image, _, _ in items],
+    return contact_sheet([image for image, _, _ in items],
                          [class_names[class_id] for _, class_id, _ in items])
+
+
+def matrix(counts, names):
+    """A confusion matrix as a picture: rows true, columns predicted, shaded by the row's share; 2 to 1,000 classes."""
+    number = len(names)
+    cell = max(1, min(56, 1000 // number))
+    size = min(18, max(10, cell - 4))
+    named = cell >= 12  # room for a name beside each row; otherwise every so many rows are numbered
+    margin = round(min(220, max(font(size).getlength(n) for n in names) + 16)) if named else 60
+    image = Image.new("RGB", (margin + cell * number + 30, margin + cell * number + 50), "white")
+    draw = ImageDraw.Draw(image)
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
+    grid = Image.fromarray(shades).resize((cell * number, cell * number), Image.Resampling.NEAREST)
+    image.paste(grid, (margin, margin))
+    draw.rectangle([margin - 1, margin - 1, margin + cell * number, margin + cell * number], outline=BLACK)
+    for i in (range(number) if named else ticks(0, number - 1, 10)):
+        middle = margin + int(i) * cell + cell / 2
+        text = shorten(names[int(i)], margin - 10, size) if named else f"{int(i)}"
+        draw.text((margin - 6, middle), text, BLACK, font(size if named else 14), anchor="rm")
+        label = Image.new("L", (margin, size + 6 if named else 20))
+        ImageDraw.Draw(label).text((4, label.height / 2), text, 255, font(size if named else 14), anchor="lm")
+        label = label.rotate(90, expand=True)
+        image.paste(BLACK, (round(middle - label.width / 2), margin - label.height - 2), label)
+    if cell >= 24:
+        for row in range(number):
+            for column in range(number):
+                if counts[row, column]:
+                    ink = "white" if shares[row, column] > 0.5 else BLACK
+                    text = str(counts[row, column])
+                    fit = min(size, int(cell * 1.5 / len(text)))
+                    draw.text((margin + (column + .5) * cell, margin + (row + .5) * cell), text, ink, font(fit), anchor="mm")
+    draw.text((margin, image.height - 24), "rows: true class, columns: predicted class" if margin + cell * number > 300
+              else "rows true, columns predicted", BLACK, font(14), anchor="lm")
+    return image
+
+
+def bars(names, figures):
+    """Every class's figures (name → values from 0 to 1) as horizontal bars, in columns of up to 100 classes."""
+    rows = min(len(names), 100)
+    label = round(min(200, max(font(13).getlength(n) for n in names) + 12))
+    high, width = 11 * len(figures) + 8, label + 230
+    image = Image.new("RGB", (math.ceil(len(names) / rows) * width + 20, rows * high + 50), "white")
+    draw = ImageDraw.Draw(image)
+    x = 10
+    for colour, name in zip(COLOURS, figures):
+        draw.rectangle([x, 14, x + 16, 26], colour)
+        draw.text((x + 22, 20), name, BLACK, font(14), anchor="lm")
+        x += 40 + round(font(14).getlength(name))
+    for i, name in enumerate(names):
+        left, top = i // rows * width + label + 10, 40 + i % rows * high
+        draw.text((left - 6, top + high / 2 - 4), shorten(name, label - 8, 13), BLACK, font(13), anchor="rm")
+        for row, (colour, values) in enumerate(zip(COLOURS, figures.values())):
+            y = top + 11 * row
+            draw.rectangle([left, y, left + 160, y + 9], GREY)
+            draw.rectangle([left, y, left + round(160 * values[i]), y + 9], colour)
+            draw.text((left + 166, y + 5), f"{values[i]:.3f}", BLACK, font(10), anchor="lm")
+    return image

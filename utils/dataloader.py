@@ -5,6 +5,7 @@ Randomness is a function, not a stream: what happens to a picture depends on (se
 import atexit
 import io
 import multiprocessing
+import os
 import signal
 
 import numpy as np
@@ -52,14 +53,14 @@ def to_rgb(image):
 def read_crop(source, input_shape, choose_box):
     """Decode a picture and resize the box that `choose_box(height, width)` → (top, left, height, width) names.
 
-    source: a path or the file's bytes. Returns uint8 (H, W, 3). EXIF orientation is applied before the box is chosen.
+    source: a path, the file's bytes, or a Pillow image. Returns uint8 (H, W, 3). EXIF orientation is applied before the box is chosen.
     JPEGs are decoded no larger than the crop needs (libjpeg's 1/2, 1/4, 1/8), never smaller than input_shape.
     Raises whatever Pillow raises for a file that is no readable picture.
     """
-    if not isinstance(source, bytes):
+    if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
             source = file.read()
-    with Image.open(io.BytesIO(source)) as image:
+    with source.copy() if isinstance(source, Image.Image) else Image.open(io.BytesIO(source)) as image:
         jpeg = image.format in ("JPEG", "MPO")
         if not jpeg:
             image = to_rgb(ImageOps.exif_transpose(image))

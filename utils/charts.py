@@ -108,7 +108,7 @@ def matrix(counts, names):
     size = min(18, max(10, cell - 4))
     named = cell >= 12  # room for a name beside each row; otherwise every so many rows are numbered
     margin = round(min(220, max(font(size).getlength(n) for n in names) + 16)) if named else 60
-    image = Image.new("RGB", (margin + cell * number + 30, margin + cell * number + 50), "white")
+    image = Image.new("RGB", (max(margin + cell * number + 30, margin + 300), margin + cell * number + 50), "white")
     draw = ImageDraw.Draw(image)
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
@@ -131,8 +131,7 @@ def matrix(counts, names):
                     text = str(counts[row, column])
                     fit = min(size, int(cell * 1.5 / len(text)))
                     draw.text((margin + (column + .5) * cell, margin + (row + .5) * cell), text, ink, font(fit), anchor="mm")
-    draw.text((margin, image.height - 24), "rows: true class, columns: predicted class" if margin + cell * number > 300
-              else "rows true, columns predicted", BLACK, font(14), anchor="lm")
+    draw.text((margin, image.height - 24), "rows: true class, columns: predicted class", BLACK, font(14), anchor="lm")
     return image
 
 

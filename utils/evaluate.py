@@ -93,7 +93,7 @@ def sheet_of_mistakes(data_lines, names, probabilities, truth, number=32):
     wrong = wrong[np.argsort(-probabilities[wrong, called[wrong]], kind="stable")][:number]
     lines = DataGenerator([data_lines[i] for i in wrong], (112, 112), random=False)
     pictures = [lines[i][0] for i in range(len(wrong))]
-    labels = [f"{names[truth[i]]}\nnot {names[called[i]]} {probabilities[i, called[i]]:.0%}" for i in wrong]
+    labels = [f"{names[truth[i]]}\nnot {names[called[i]]}\n{probabilities[i, called[i]]:.0%}" for i in wrong]
     return contact_sheet(pictures, labels)
 
 

@@ -1,0 +1,169 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision import models
+
+from nets import get_model, head_layers, load_matching, profile
+from tests.helpers import ROOT
+from utils.checkpoint import load_weights
+from utils.errors import UserError
+
+ALL = models.list_models(module=models)
+SMALLEST = {"inception_v3": 299, "maxvit_t": 64, "vit_h_14": 56}
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Layers get their weights on the meta device, so that ViT-H costs nothing."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **{**options, "device": "meta"}))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_torchvision_network(name, no_memory):
+    size = SMALLEST.get(name, 64)
+    model, other = get_model(name, 7, [size, size]), get_model(name, 8, [size, size])
+    shapes = {k: v.shape for k, v in other.named_parameters()}
+    new_head = {k for k, v in model.named_parameters() if v.shape != shapes[k]}
+    model.freeze_backbone()
+    trainable = {k for k, v in model.named_parameters() if v.requires_grad}
+    assert {k.rpartition(".")[0] for k in new_head} == head_layers(model)
+    assert trainable >= new_head and {k.rpartition(".")[0] for k in trainable} == head_layers(model)
+    model.train()
+    assert model.training and not any(m.training for m in model.modules() if m is not model)
+    model.Unfreeze_backbone()
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+    parameters, flops, _ = profile(model, name, [size, size])
+    assert parameters == sum(p.numel() for p in model.parameters()) and flops > 0
+
+
+def test_there_are_eighty():
+    assert len(ALL) >= 80
+
+
+@pytest.mark.parametrize("ours, theirs", [("mobilenetv2", "mobilenet_v2"), ("swin_transformer_tiny", "swin_t"),
+                                          ("swin_transformer_small", "swin_s"), ("swin_transformer_base", "swin_b")])
+def test_documented_names(ours, theirs, no_memory):
+    expected = models.get_model(theirs, num_classes=3).state_dict()
+    assert {k: v.shape for k, v in get_model(ours, 3).state_dict().items()} == {k: v.shape for k, v in expected.items()}
+
+
+def test_frozen_statistics_stay_still():
+    model = get_model("resnet18", 3, [32, 32])
+    model.freeze_backbone()
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(torch.randn(4, 3, 32, 32))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.Unfreeze_backbone()
+    model(torch.randn(4, 3, 32, 32))
+    assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
+
+
+@pytest.mark.parametrize("name, size, outputs", [("googlenet", 64, 3), ("inception_v3", 299, 2)])
+def test_auxiliary_outputs(name, size, outputs):
+    model = get_model(name, 4, [size, size])
+    for freeze in (model.Unfreeze_backbone, model.freeze_backbone):
+        freeze()
+        model.train()
+        assert len(model(torch.randn(2, 3, size, size))) == outputs
+    model.eval()
+    assert model(torch.randn(1, 3, size, size)).shape == (1, 4)
+
+
+def test_unknown_name_and_sizes():
+    with pytest.raises(UserError, match="resnet18"):
+        get_model("resnet81", 2)
+    for name, shape in (("vit_b_16", [64, 32]), ("vit_b_16", [60, 60]), ("maxvit_t", [100, 100])):
+        with pytest.raises(UserError, match="input_shape"):
+            get_model(name, 2, shape)
+    with pytest.raises(UserError, match="too small"):
+        profile(get_model("densenet121", 2, [16, 16]), "densenet121", [16, 16])
+
+
+def test_profile_counts_flops():
+    _, flops, norm = profile(get_model("resnet18", 1000, [224, 224]), "resnet18", [224, 224])
+    assert flops == pytest.approx(2 * 1.814e9, rel=0.01) and norm
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's cache in a new folder."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def cached(hub, name, model):
+    torch.save(model.state_dict(), hub / models.get_model_weights(name).DEFAULT.url.rpartition("/")[2])
+
+
+def test_pretrained(hub, capsys):
+    published = models.resnet18()
+    cached(hub, "resnet18", published)
+    model = get_model("resnet18", 5, [64, 64], pretrained=True)
+    for name, value in model.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(value, published.state_dict()[name]), name
+    assert "120 of 122" in capsys.readouterr().out
+
+
+def test_pretrained_vit_at_another_size(hub):
+    published = models.vit_b_32()
+    nn.init.normal_(published.encoder.pos_embedding)
+    cached(hub, "vit_b_32", published)
+    model = get_model("vit_b_32", 5, [64, 64], pretrained=True)
+    expected = models.vision_transformer.interpolate_embeddings(64, 32, published.state_dict())
+    assert torch.equal(model.encoder.pos_embedding, expected["encoder.pos_embedding"])
+    assert torch.equal(model.conv_proj.weight, published.conv_proj.weight)
+
+
+def test_pretrained_without_network(hub, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError, match=r"(?s)resnet18-f37072fd.pth.*pretrained = False"):
+        get_model("resnet18", 2, [32, 32], pretrained=True)
+    with pytest.raises(UserError, match="my own|of your own|not a network"):
+        get_model("my own", 2, [32, 32], pretrained=True)
+
+
+def test_model_path(tmp_path, capsys):
+    source, target = get_model("resnet18", 9, [32, 32]), get_model("resnet18", 4, [32, 32])
+    torch.save({"state_dict": {"module._orig_mod." + k: v for k, v in source.state_dict().items()}}, tmp_path / "w.pth")
+    missed = load_matching(target, load_weights(tmp_path / "w.pth"), "w.pth")
+    assert missed == ["fc.weight", "fc.bias"] and torch.equal(target.conv1.weight, source.conv1.weight)
+    out = capsys.readouterr().out
+    assert "120 of 122" in out and "normal" in out and "WARNING" not in out
+    half = {k: v for k, v in source.state_dict().items() if not k.startswith("layer4")}
+    load_matching(target, half, "half")
+    assert "WARNING" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of"):
+        load_matching(target, get_model("alexnet", 4, [64, 64]).state_dict(), "w.pth")
+
+
+def test_old_densenet_names():
+    source = models.densenet121(num_classes=3).state_dict()
+    old = {k.replace("norm1", "norm.1").replace("norm2", "norm.2").replace("conv1", "conv.1").replace("conv2", "conv.2")
+           if "denselayer" in k else k: v for k, v in source.items()}
+    assert load_matching(get_model("densenet121", 3, [32, 32]), old, "old") == []
+
+
+def test_one_of_my_own(tmp_path):
+    target = ROOT / "nets" / "tiny_test_network.py"
+    target.write_text("from torch import nn\n\n\ndef tiny_test_network(num_classes, input_shape):\n"
+                      "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+                      "nn.Linear(4, num_classes))\n")
+    try:
+        model = get_model("tiny_test_network", 6, [20, 30])
+        model.freeze_backbone()
+        assert [k for k, p in model.named_parameters() if p.requires_grad] == ["3.weight", "3.bias"]
+        assert profile(model, "tiny_test_network", [20, 30])[0] == 4 * 27 + 4 + 30
+    finally:
+        target.unlink()
+
+
+def test_weights_load_into_torchvision(tmp_path):
+    torch.save(get_model("resnet18", 5, [32, 32]).state_dict(), tmp_path / "w.pth")
+    torchvision.models.resnet18(num_classes=5).load_state_dict(torch.load(tmp_path / "w.pth"))

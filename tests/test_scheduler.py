@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+
+from nets import get_model, head_layers
+from utils.recipe import get_optimizer
+from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 20, 100, 200, 400])
+def test_cosine(total):
+    lr, low = 0.01, 0.0001
+    warm, hold, start = min(max(0.05 * total, 1), 3), min(max(0.05 * total, 1), 15), max(0.1 * lr, 1e-6)
+    curve = get_lr_scheduler("cos", lr, low, total)
+    for epoch in range(total):
+        if epoch <= warm:
+            expected = start + (lr - start) * (epoch / warm) ** 2
+        elif epoch >= total - hold:
+            expected = low
+        else:
+            expected = low + (lr - low) / 2 * (1 + math.cos((epoch - warm) / (total - warm - hold) * math.pi))
+        assert curve(epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_step():
+    curve = get_lr_scheduler("step", 0.1, 0.001, 50)
+    assert [curve(e) for e in range(50)] == pytest.approx([0.1 * (0.01 ** (1 / 9)) ** (e // 5) for e in range(50)])
+    assert curve(49) == pytest.approx(0.001)
+
+
+def test_limits():
+    assert fit_lr(64, 0.01, 0.0001, "sgd", False) == pytest.approx((0.01, 0.0001))
+    assert fit_lr(32, 0.01, 0.0001, "sgd", False) == pytest.approx((0.005, 0.00005))
+    assert fit_lr(6400, 0.01, 0.0001, "sgd", False) == pytest.approx((0.1, 0.001))
+    assert fit_lr(1, 0.01, 0.0001, "sgd", False) == pytest.approx((5e-4, 5e-6))
+    assert fit_lr(64, 1e-3, 1e-5, "adam", False) == pytest.approx((1e-3, 1e-5))
+    assert fit_lr(1, 1e-3, 1e-5, "adam", False) == pytest.approx((1e-4, 1e-6))
+    assert fit_lr(1, 1e-3, 1e-5, "adamw", True) == pytest.approx((1e-5, 1e-7))
+    assert fit_lr(256, 1e-3, 1e-5, "adam", True) == pytest.approx((1e-3, 1e-5))
+
+
+def test_groups_keep_their_ratio_and_decay():
+    model = get_model("resnet18", 3, [32, 32])
+    optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4, backbone_lr_scale=0.1)
+    set_optimizer_lr(optimizer, lambda epoch: 0.5, 0)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert decays[id(p)] == (5e-4 if p.ndim > 1 else 0), name
+        assert rates[id(p)] == pytest.approx(0.5 if name.startswith("fc.") else 0.05), name
+    assert optimizer.param_groups[-1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_optimizer_decays_and_matches_the_plain_one(kind, channels_last):
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)).to(memory_format=layout)
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = get_optimizer(model, {"2"}, kind, 0.9, 0.1)
+    plain = [torch.nn.Parameter(p.clone()) for p in start]
+    other = {"sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+             "adam": lambda ps: torch.optim.Adam(ps, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1),
+             "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1)}[kind](
+        [{"params": plain[::2]}, {"params": plain[1::2], "weight_decay": 0.0}])
+    set_optimizer_lr(optimizer, lambda epoch: 0.1, 0)
+    for step in range(3):
+        for p, q in zip(model.parameters(), plain):
+            q.grad = torch.randn(p.shape)
+            p.grad = torch.empty_like(p).copy_(q.grad)
+        optimizer.step()
+        other.step()
+    for p, q in zip(model.parameters(), plain):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6, check_stride=False)

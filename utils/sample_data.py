@@ -59,12 +59,12 @@ def draw_shape(name, rng):
     background = colour(rng, 0, 110)
     image = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.randrange(4, 10)):  # clutter: lines and specks that are smaller than any shape
+    for _ in range(rng.randrange(3, 8)):  # clutter: lines and specks that are smaller than any shape
         x, y, length, angle = rng.random() * side, rng.random() * side, rng.uniform(5, 14) * scale, rng.random() * 7
         end = (x + length * math.cos(angle), y + length * math.sin(angle))
         draw.line([(x, y), end], fill=colour(rng), width=rng.randrange(1, 3) * scale)
     fill = colour(rng, 150, 255)
-    radius, angle = rng.uniform(15, 27) * scale, rng.random() * 2 * math.pi
+    radius, angle = rng.uniform(17, 28) * scale, rng.random() * 2 * math.pi
     x, y = (rng.uniform(radius * .9, side - radius * .9) for _ in range(2))
 
     def placed(points, factor=1.0):
@@ -73,12 +73,12 @@ def draw_shape(name, rng):
     draw.polygon(placed(SHAPES[name]), fill=fill)
     if name == "ring":
         draw.polygon(placed(SHAPES[name], .5), fill=background)
-    for _ in range(rng.randrange(0, 3)):  # partial occlusion: bars across the shape
+    for _ in range(rng.randrange(0, 2)):  # partial occlusion: bars across the shape
         a, across = rng.random() * 7, rng.uniform(-.6, .6) * radius
         cx, cy = x - across * math.sin(a), y + across * math.cos(a)
         reach = (radius * math.cos(a), radius * math.sin(a))
         draw.line([(cx - reach[0], cy - reach[1]), (cx + reach[0], cy + reach[1])], fill=colour(rng),
-                  width=int(rng.uniform(.08, .2) * radius))
+                  width=int(rng.uniform(.1, .22) * radius))
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

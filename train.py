@@ -46,7 +46,7 @@ val_crop = 1.0  # share of the picture's sides in validation's centre crop (224 
 random_erasing = 0.0  # probability of blanking a random rectangle
 
 # The network
-backbone = "mobilenetv2"  # any torchvision classifier, or a file of nets/
+backbone = "shufflenet_v2_x1_0"  # any torchvision classifier, or a file of nets/
 pretrained = False  # start from torchvision's weights (downloaded once)
 model_path = ""  # or from a weights file; '' for none
 
@@ -54,13 +54,13 @@ model_path = ""  # or from a weights file; '' for none
 Init_Epoch = 0  # epoch to start at
 Freeze_Epoch = 5  # last epoch of the frozen phase
 Freeze_batch_size = 32  # pictures a step over all processes, frozen
-UnFreeze_Epoch = 20  # last epoch
-Unfreeze_batch_size = 32  # pictures a step over all processes, unfrozen
+UnFreeze_Epoch = 10  # last epoch
+Unfreeze_batch_size = 64  # pictures a step over all processes, unfrozen
 Freeze_Train = False  # begin with the frozen phase (useful from pretrained weights)
 accumulate = 1  # batches whose gradients make one optimizer step
 
 # The optimizer: rates are for 64 pictures a step (256 for transformers) and scaled to the batch size
-Init_lr = 1e-2  # highest learning rate
+Init_lr = 5e-2  # highest learning rate
 Min_lr = Init_lr * 0.01  # lowest learning rate
 optimizer_type = "sgd"  # 'sgd', 'adam' or 'adamw'
 momentum = 0.9  # of sgd; adam's and adamw's beta1

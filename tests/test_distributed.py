@@ -1,0 +1,107 @@
+"""Real groups of processes on this machine, over gloo."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import (TORCHRUN, edit, history, make_data, make_project, run_of, runs, same, start, torchrun, train,
+                           weights)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process, whose network has neither BatchNorm nor dropout."""
+    folder = make_project(tmp_path_factory.mktemp("alone"), backbone="'convnext_tiny_plain'", UnFreeze_Epoch=3)
+    plain_network(folder)
+    make_data(folder, train=50, test=21)
+    train(folder)
+    return folder, history(run_of(folder)), weights(run_of(folder))
+
+
+def plain_network(folder):
+    (folder / "nets" / "convnext_tiny_plain.py").write_text(
+        "from torch import nn\n\n\ndef convnext_tiny_plain(num_classes, input_shape):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.GroupNorm(4, 16), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n")
+
+
+LAUNCHERS = {"torchrun": torchrun(29611),
+             "launch": [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29612"]}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_agree_with_one(alone, launcher):
+    folder, rows, end = alone
+    edit(folder, save_dir=f"'{launcher}'")
+    out, _ = train(folder, launcher=LAUNCHERS[launcher])
+    edit(folder, save_dir="'logs'")
+    run, = (folder / launcher).iterdir()
+    agree(history(run), rows)
+    assert weights(run).keys() == end.keys()
+    for name, value in weights(run).items():
+        torch.testing.assert_close(value, end[name], rtol=1e-3, atol=1e-4)
+    assert out.count("epoch 2/3: train loss") == 1 and out.count("best top-1") == 1
+
+
+def agree(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+        assert a["top1"] == b["top1"] and a["scored"] == b["scored"] == 21
+
+
+def test_two_nodes(alone):
+    folder, rows, _ = alone
+    edit(folder, save_dir="'nodes'")
+    def agent(node):
+        return [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
+                "--master_addr=127.0.0.1", "--master_port=29613"]
+    other = start(folder, launcher=agent(1))
+    out, _ = train(folder, launcher=agent(0))
+    out_1, err_1 = other.communicate(timeout=60)
+    edit(folder, save_dir="'logs'")
+    assert other.returncode == 0, err_1
+    run, = (folder / "nodes").iterdir()
+    agree(history(run), rows)
+    assert "epoch" not in out_1
+
+
+def test_validation_is_the_same_for_the_same_weights(alone):
+    """With a learning rate of nearly nothing both launches validate the same weights."""
+    folder, _, _ = alone
+    for name, launcher in (("one", (sys.executable,)), ("two", torchrun(29614))):
+        train(folder, "--Init_lr", 1e-3, "--backbone_lr_scale", 0.0, "--Freeze_Train", True, "--Freeze_Epoch", 1, "--model_path",
+              run_of(folder) / "last_epoch_weights.pth", "--UnFreeze_Epoch", 1, "--momentum", 0.0, "--clip_grad_norm", 1e-30,
+              "--weight_decay", 0.0, "--save_dir", f"{name}_val", launcher=launcher)
+    one, two = (history(next((folder / f"{name}_val").iterdir()))[0] for name in ("one", "two"))
+    assert one["scored"] == two["scored"] == 21 and one["top1"] == two["top1"] and one["top5"] == two["top5"]
+    assert one["val_loss"] == pytest.approx(two["val_loss"], rel=2e-6)  # six digits are written
+
+
+def test_batch_norm_network_and_freeze_under_torchrun(tmp_path):
+    folder = make_project(tmp_path, backbone="'shufflenet_v2_x0_5'", Freeze_Train=True, Freeze_Epoch=1, num_workers=1,
+                          ema_decay=0.9, accumulate=2)
+    make_data(folder, train=36, test=11)
+    out, _ = train(folder, launcher=torchrun(29615))
+    assert [row["scored"] for row in history(run_of(folder))] == [11, 11]
+    assert len(runs(folder)) == 1 and out.count("continuing") == 0
+
+
+def test_the_error_appears_once(tmp_path):
+    folder = make_project(tmp_path, Unfreeze_batch_size=9)
+    make_data(folder)
+    _, err = train(folder, launcher=torchrun(29616), code=1)
+    assert err.count("error: ") == 1 and "set it to 8 or 10" in err
+
+
+def test_settings_that_need_a_launcher_or_a_gpu(tmp_path):
+    folder = make_project(tmp_path, distributed=True)
+    make_data(folder)
+    _, err = train(folder, code=1)
+    assert "torchrun --nproc_per_node" in err and "Traceback" not in err
+    if not torch.cuda.is_available():
+        for constants, word in (({"Cuda": True}, "set Cuda = False"), ({"sync_bn": True}, "set sync_bn = False")):
+            edit(folder, **{"distributed": False, "Cuda": False, "sync_bn": False, **constants})
+            _, err = train(folder, code=1)
+            assert word in err and "Traceback" not in err

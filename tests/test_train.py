@@ -1,0 +1,153 @@
+"""Whole runs of an edited train.py, as a user makes them."""
+import json
+import re
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from tests.helpers import edit, history, make_data, make_project, run_of, runs, same, train, weights
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """One run that learns: (folder, what it printed)."""
+    folder = make_project(tmp_path_factory.mktemp("first"), backbone="'resnet18'", UnFreeze_Epoch=5, save_period=2, Init_lr=0.05,
+                          num_workers=2, weight_decay=1e-3)
+    make_data(folder, train=96, test=30, size=(40, 32))
+    return folder, train(folder)[0]
+
+
+def test_it_learns_and_says_so(first):
+    folder, out = first
+    rows, run = history(run_of(folder)), run_of(folder)
+    best = max(row["top1"] for row in rows)
+    assert best > 0.9 and rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[-1]["scored"] == 30
+    assert out.strip().splitlines()[-1].startswith(f"best top-1 {best:.2%}") and str(run.name) in out.splitlines()[-1]
+    assert "GFLOPs" in out and "M parameters" in out and "resnet18" in out
+    assert len(re.findall(r"^epoch \d+/5: train loss .* val loss .* top-1 .* top-5 ", out, flags=re.M)) == 5
+
+
+def test_the_run_folder(first):
+    folder, _ = first
+    run = run_of(folder)
+    names = {p.name for p in run.iterdir()}
+    assert names >= {"config.json", "history.csv", "epoch_loss.png", "first_batch.png", "best_epoch_weights.pth",
+                     "last_epoch_weights.pth", "last_checkpoint.pth"}
+    assert not [n for n in names if "draft" in n or n.endswith(".new")]
+    rows = history(run)
+    kept = sorted(n for n in names if n.startswith("ep0"))
+    assert kept == ["ep%03d-loss%.3f-val_loss%.3f.pth" % (e, rows[e - 1]["train_loss"], rows[e - 1]["val_loss"]) for e in (2, 4, 5)]
+    for name in ("epoch_loss.png", "first_batch.png"):
+        assert Image.open(run / name).width > 300
+    config = json.loads((run / "config.json").read_text())
+    assert config["class_names"] == ["class0", "class1", "class2"] and config["settings"]["backbone"] == "resnet18"
+    assert config["finished"] and config["versions"]["torch"] == torch.__version__
+
+
+def test_weights_are_torchvisions(first):
+    run = run_of(first[0])
+    for name in ("best_epoch_weights.pth", "last_epoch_weights.pth"):
+        torchvision.models.resnet18(num_classes=3).load_state_dict(weights(run, name))
+    best = max(history(run), key=lambda row: row["top1"])
+    assert (best["epoch"] == 5) == same(weights(run), weights(run, "best_epoch_weights.pth"))
+
+
+def test_model_path_and_freeze(first, tmp_path):
+    source = run_of(first[0]) / "best_epoch_weights.pth"
+    folder = make_project(tmp_path, backbone="'resnet18'", model_path=repr(str(source)), Freeze_Train=True, Freeze_Epoch=1,
+                          Freeze_batch_size=4, UnFreeze_Epoch=1)
+    make_data(folder, train=24, test=6, size=(40, 32))
+    out, _ = train(folder)
+    assert "122 of 122" in out
+    before, after = weights(source.parent, source.name), weights(run_of(folder))
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"fc.weight", "fc.bias"}
+    edit(folder, UnFreeze_Epoch=2, save_dir="'other'", Init_Epoch=0)
+    train(folder)
+    after = weights(next((folder / "other").iterdir()))
+    assert len({k for k in before if not torch.equal(before[k], after[k])}) > 100
+    assert len(history(next((folder / "other").iterdir()))) == 2
+
+
+def test_settings_take_effect(tmp_path):
+    """Each change alone must change the run's weights, or fail to be one."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=1, Init_lr=0.02)
+    make_data(folder, train=24, test=6)
+    train(folder)
+    plain = weights(run_of(folder))
+    assert len(plain) == len(torchvision.models.squeezenet1_1(num_classes=3).state_dict())
+    seen = [plain]
+    for number, (name, value) in enumerate({"momentum": 0.5, "weight_decay": 0.3, "Init_lr": 0.08, "optimizer_type": "'adam'",
+                                            "Unfreeze_batch_size": 4, "seed": 99, "input_shape": [40, 24]}.items()):
+        train(folder, f"--{name}", value, "--save_dir", f"logs{number}")
+        run, = (folder / f"logs{number}").iterdir()
+        assert json.loads((run / "config.json").read_text())["settings"][name] == (value if name != "optimizer_type" else "adam")
+        seen.append(weights(run))
+        assert not any(same(seen[-1], other) for other in seen[:-1]), name
+
+
+def test_same_seed_same_run_and_other_workers(tmp_path):
+    folder = make_project(tmp_path, augmentation="'crop'", lr_decay_type="'step'", optimizer_type="'adamw'", UnFreeze_Epoch=3,
+                          Init_Epoch=1, Init_lr=1e-3)
+    make_data(folder, train=24, test=6)
+    train(folder)
+    edit(folder, num_workers=2)
+    train(folder)
+    a, b = runs(folder)
+    assert a != b and same(weights(a), weights(b))
+    rows = history(a)
+    assert [row["epoch"] for row in rows] == [2, 3]
+    rate = 1e-4 * (1e-6 / 1e-4) ** 0  # 8 pictures a step: scaled to 1.25e-4, step decay from epoch 1 on
+    expected = [1.25e-4 * (1e-2 ** (1 / 9)) ** (epoch // 0.3) for epoch in (1, 2)]
+    assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-4) and rate
+
+
+def test_bfloat16_on_cpu(tmp_path):
+    folder = make_project(tmp_path, fp16=True, UnFreeze_Epoch=1)
+    make_data(folder, train=24, test=6)
+    train(folder)
+    edit(folder, fp16=False)
+    train(folder)
+    a, b = runs(folder)
+    assert not same(weights(a), weights(b)) and weights(a)["classifier.1.weight"].dtype == torch.float32
+
+
+def test_small_data_set(tmp_path):
+    folder = make_project(tmp_path, Unfreeze_batch_size=32, UnFreeze_Epoch=1)
+    make_data(folder, train=40, test=10)
+    train(folder)
+    assert history(run_of(folder))[0]["scored"] == 10
+    edit(folder, Unfreeze_batch_size=41)
+    _, err = train(folder, code=1)
+    assert "数据集过小,无法继续进行训练,请扩充数据集。" in err and "40" in err and "Traceback" not in err
+
+
+def test_auxiliary_network_trains(tmp_path):
+    folder = make_project(tmp_path, backbone="'googlenet'", UnFreeze_Epoch=2, Freeze_Train=True, Freeze_Epoch=1)
+    make_data(folder, train=16, test=6)
+    train(folder)
+    assert len(history(run_of(folder))) == 2
+
+
+def test_tensorboard_is_optional(first):
+    pytest.importorskip("tensorboard", reason="without it, the first run has shown that nothing else is lost")
+    assert list(run_of(first[0]).glob("events.out.tfevents*"))
+
+
+def test_sample_data(tmp_path):
+    """Without any list, the shapes are drawn and trained on; with a list named, their absence is an error."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=1, num_workers=2, Unfreeze_batch_size=100, backbone="'shufflenet_v2_x0_5'")
+    out, _ = train(folder)
+    assert out.count("drawing 5000 + 600 sample pictures") == 1
+    assert len(list((folder / "model_data/shapes/train").rglob("*.png"))) == 5000
+    assert history(run_of(folder))[0]["scored"] == 600
+    edit(folder, train_annotation_path="'mine.txt'")
+    _, err = train(folder, code=1)
+    assert "mine.txt" in err or "model_data" in err
+    assert "python -m utils.annotation" in err and "Traceback" not in err
+
+
+def test_progress_is_sparse_in_a_log(first):
+    assert "\r" not in first[1] and len(first[1].splitlines()) < 20

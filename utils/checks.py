@@ -78,6 +78,8 @@ def command_line(settings, arguments=None):
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
+        if name in ("local-rank", "local_rank"):  # torch.distributed.launch says it here, and in LOCAL_RANK too
+            continue
         if not word.startswith("--") or name not in constants:
             raise UserError(f"{word!r} is no setting of {os.path.basename(settings['__file__'])}"
                             f"{nearest(name, constants)}; --help lists them")

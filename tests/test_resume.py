@@ -2,6 +2,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -82,3 +84,146 @@ def test_25_random_kills(reference, tmp_path):
         kills += kill_until_done(folder, reference[1], 6, rng)
         same_end(folder, reference[0])
     print(f"{kills} kills survived")
+
+
+def wait_for(process, text, timeout=90):
+    """Read the process's output up to a line with `text`."""
+    seen, end = "", time.monotonic() + timeout
+    while text not in seen:
+        line = process.stdout.readline()
+        assert line and time.monotonic() < end, f"{text!r} never came:\n{seen}\n{process.stderr.read() if not line else ''}"
+        seen += line
+    return seen
+
+
+@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_signals_to_the_group(tmp_path, number, world):
+    """Saved and ended within torchrun's 30 s; the resumed run ends as one that was left alone."""
+    folder = make_project(tmp_path, num_workers=2, UnFreeze_Epoch=40, Unfreeze_batch_size=8)
+    make_data(folder, train=64, test=16)
+    launcher = (sys.executable,) if world == 1 else torchrun(29621 + number)
+    process = start(folder, launcher=launcher)
+    seen = wait_for(process, "epoch 2/40:")
+    begin = time.monotonic()
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert process.returncode == 128 + number if world == 1 else process.returncode != 0
+    assert (seen + out).count("continue with resume = ") == 1 and "Traceback" not in (err if world == 1 else "")
+    state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
+    assert 2 <= state["epoch"] < 40
+    edit(folder, resume=True, UnFreeze_Epoch=state["epoch"] + 2, num_workers=1)
+    out, _ = train(folder, launcher=launcher)
+    assert "continuing" in out and "UnFreeze_Epoch: 40 →" in out
+    assert [row["epoch"] for row in history(run_of(folder))] == list(range(1, state["epoch"] + 3))
+
+
+def test_another_number_of_processes(tmp_path):
+    """Stopped in one process, continued in two: the right pictures, the same figures within float tolerance."""
+    ends = []
+    for split in (False, True):
+        folder = make_project(tmp_path / str(split), UnFreeze_Epoch=2, save_minutes=1 / 6000, Init_lr=1e-3, Unfreeze_batch_size=4)
+        make_data(folder, train=240, test=16)
+        edit(folder, backbone="'plain'")
+        (folder / "nets" / "plain.py").write_text(
+            "from torch import nn\n\n\ndef plain(num_classes, input_shape):\n    return nn.Sequential(nn.Conv2d(3, 8, 3), "
+            "nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, num_classes))\n")
+        if split:
+            process = start(folder)
+            while not list(folder.glob("logs/*/last_checkpoint.pth")):
+                time.sleep(0.01)
+            kill_group(process, signal.SIGTERM)
+            process.communicate(timeout=60)
+            state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
+            assert state["epoch"] < 2 and process.returncode == 143
+            edit(folder, resume=True)
+            train(folder, launcher=torchrun(29625))
+        else:
+            train(folder)
+        ends.append((history(run_of(folder)), weights(run_of(folder))))
+    for a, b in zip(ends[0][0], ends[1][0], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3) and a["scored"] == b["scored"]
+    for name, value in ends[0][1].items():
+        torch.testing.assert_close(value, ends[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+def children(pid):
+    return [int(line) for line in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True,
+                                                 text=True).stdout.split()]
+
+
+def torchrun_kills(folder, reference_folder, port, kills, rng, seconds):
+    """SIGKILL one worker of a torchrun group again and again; the group must restart and end as the reference."""
+    process = start(folder, launcher=[*torchrun(port), "--max-restarts=100"])
+    done = 0
+    while not list(folder.glob("logs/*/last_checkpoint.pth")) and process.poll() is None:
+        time.sleep(0.05)
+    while done < kills and process.poll() is None:
+        time.sleep(rng.uniform(0.01, 0.2) * seconds)
+        workers = children(process.pid)
+        if workers and process.poll() is None:
+            try:
+                os.kill(rng.choice(workers), signal.SIGKILL)
+                done += 1
+            except ProcessLookupError:
+                pass
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    same_end(folder, reference_folder)
+    return done
+
+
+@pytest.fixture(scope="module")
+def torchrun_reference(tmp_path_factory):
+    folder = make_project(tmp_path_factory.mktemp("torchrun"), **ALL_ON)
+    make_data(folder, train=320, test=60)
+    begin = time.monotonic()
+    train(folder, launcher=torchrun(29626))
+    return folder, time.monotonic() - begin
+
+
+def test_torchrun_restarts(torchrun_reference, tmp_path):
+    folder = make_project(tmp_path, **ALL_ON)
+    make_data(folder, train=320, test=60)
+    assert torchrun_kills(folder, torchrun_reference[0], 29627, 1, random.Random(0), torchrun_reference[1])
+
+
+@pytest.mark.slow
+def test_torchrun_random_kills(torchrun_reference, tmp_path):
+    rng, kills, attempt = random.Random(time.time()), 0, 0
+    while kills < 25:
+        attempt += 1
+        folder = make_project(tmp_path / str(attempt), **ALL_ON)
+        make_data(folder, train=320, test=60)
+        kills += torchrun_kills(folder, torchrun_reference[0], 29627 + attempt, 5, rng, torchrun_reference[1])
+    print(f"{kills} kills survived under torchrun")
+
+
+def test_the_rules_of_resuming(tmp_path):
+    """Broken checkpoints, finished runs, other networks: one run after another in one folder."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=2, resume=True)
+    make_data(folder, train=24, test=6)
+    out, _ = train(folder)
+    assert "there is no unfinished run in 'logs', starting a new one" in out
+    run = run_of(folder)
+    relative = f"logs/{run.name}"
+    _, err = train(folder, "--resume", relative, code=1)
+    assert "finished" in err and "UnFreeze_Epoch" in err
+    out, _ = train(folder, "--resume", relative, "--UnFreeze_Epoch", 3, "--momentum", 0.8)
+    assert "momentum: 0.9 → 0.8" in out and len(history(run)) == 3
+    broken = (run / "last_checkpoint.pth").read_bytes()
+    (run / "last_checkpoint.pth").write_bytes(broken[:len(broken) // 2])
+    out, _ = train(folder, "--resume", relative, "--UnFreeze_Epoch", 4)
+    assert "last_checkpoint.pth" in out and "trying the checkpoint before it" in out and "epoch 3, step 1" in out
+    assert [row["epoch"] for row in history(run)] == [1, 2, 3, 4]
+    for name in ("last_checkpoint.pth", "last_checkpoint_previous.pth"):
+        (run / name).write_bytes(b"broken")
+    _, err = train(folder, "--resume", relative, "--UnFreeze_Epoch", 5, code=1)
+    assert "no readable checkpoint" in err and "Traceback" not in err
+    _, err = train(folder, "--resume", relative, "--backbone", "squeezenet1_0", code=1)
+    assert "backbone was 'squeezenet1_1'" in err
+    (folder / "model_data" / "cls_classes.txt").write_text("a\nb\nc\n")
+    _, err = train(folder, "--resume", relative, code=1)
+    assert "class list" in err
+    _, err = train(folder, "--resume", "logs/nowhere", code=1)
+    assert "not a run's folder" in err

@@ -34,11 +34,11 @@ def fetch(batches, number=1):
 
 
 def loader(gen):
-    """iter(gen); a worker's death is then found by the next fetch, not by a signal handler amid an optimizer step."""
+    """The batches of `gen`; a worker's death is found by the next fetch, not by a signal handler amid a step."""
     batches = iter(gen)
     if gen.num_workers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return batches
+    yield from batches
 
 
 def loss_of(outputs, targets, criterion):
@@ -156,7 +156,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     gen.sampler.set_epoch(epoch, step)
     model_train.train()
     progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, step)
-    batches = loader(gen) if step < epoch_step else None
+    batches = loader(gen)
     first_step = step
     while step < epoch_step:
         number = min(recipe.accumulate, epoch_step - step)

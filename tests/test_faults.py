@@ -1,0 +1,108 @@
+"""Disks, pictures, losses, workers and memory that fail while training."""
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.helpers import edit, environment, history, make_data, make_project, run_of, runs, start, train, weights
+from tests.test_resume import children, wait_for
+from utils.fit import memory_advice
+from utils.errors import UserError
+
+
+def test_disk_full(tmp_path):
+    """With a limit on file sizes, saving fails after the first epoch; what was there stays loadable."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=2)
+    make_data(folder, train=24, test=6)
+    train(folder)
+    run = run_of(folder)
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.suffix == ".pth"}
+    edit(folder, UnFreeze_Epoch=4, resume=repr(f"logs/{run.name}"))
+    limit = 1_000_000  # squeezenet's weights are larger, the other files are not
+    process = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err and err.count("error: ") == 1, err
+    assert "could not be written" in err and "intact" in err
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.suffix == ".pth"} == before
+    assert not [p for p in run.iterdir() if "draft" in p.name]
+    train(folder)
+    assert [row["epoch"] for row in history(run)] == [1, 2, 3, 4]
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    folder = make_project(tmp_path)
+    make_data(folder, train=24, test=6)
+    (folder / "logs").write_text("a file")
+    _, err = train(folder, code=1)
+    assert "save_dir" in err and "Traceback" not in err
+
+
+def test_unreadable_pictures(tmp_path):
+    folder = make_project(tmp_path, UnFreeze_Epoch=2, num_workers=1, augmentation="'none'")
+    make_data(folder, train=320, test=20)
+    broken = folder / "model_data"
+    (broken / "train3.png").write_bytes(b"")
+    (broken / "train9.png").write_bytes((broken / "train9.png").read_bytes()[:300])
+    (broken / "test5.png").write_text("no picture")
+    out, _ = train(folder)
+    for name, class_id in (("train3", 0), ("train9", 0), ("test5", 2)):
+        assert out.count(f"unreadable picture: {class_id};model_data/{name}.png") == 1
+    rows = history(run_of(folder))
+    assert [row["scored"] for row in rows] == [19, 19] and [row["unreadable"] for row in rows] == [3, 3]
+    assert "3 unreadable, 19 scored" in out
+    for i in (20, 21):
+        (broken / f"train{i}.png").write_bytes(b"")
+    _, err = train(folder, code=1)
+    assert "more than 1 %" in err and "Traceback" not in err
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    folder = make_project(tmp_path, UnFreeze_Epoch=3)
+    make_data(folder, train=24, test=6)
+    train(folder, "--UnFreeze_Epoch", 1)
+    run = run_of(folder)
+    poisoned = weights(run)
+    poisoned["classifier.1.bias"][0] = float("nan")
+    torch.save(poisoned, folder / "nan.pth")
+    _, err = train(folder, "--model_path", "nan.pth", code=1)
+    assert "not finite in epoch 1, step 1, at lr " in err and "Traceback" not in err
+    second = [r for r in runs(folder) if r != run][0]
+    assert not list(second.glob("*.pth"))
+
+
+def test_a_worker_dies(tmp_path):
+    folder = make_project(tmp_path, UnFreeze_Epoch=1000, num_workers=1)
+    make_data(folder, train=64, test=16)
+    process = start(folder)
+    wait_for(process, "epoch 2/1000")
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "data-loader worker died" in err and "num_workers" in err and "Traceback" not in err
+    state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
+    assert f"epoch {state['epoch'] + 1}, step {state['step']}" in err
+
+
+def test_out_of_memory_names_the_setting():
+    with pytest.raises(UserError, match="lower Freeze_batch_size"):
+        with memory_advice("Freeze_batch_size"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(UserError, match="lower Unfreeze_batch_size"):
+        with memory_advice("Unfreeze_batch_size"):
+            torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="other"):
+        with memory_advice("x"):
+            raise RuntimeError("other")
+
+
+def test_a_programming_error_keeps_its_traceback(tmp_path):
+    folder = make_project(tmp_path)
+    make_data(folder, train=24, test=6)
+    text = (folder / "train.py").read_text()
+    (folder / "train.py").write_text(text.replace("    # The run\n", "    undefined_name\n"))
+    _, err = train(folder, code=1)
+    assert "Traceback" in err and "NameError" in err

@@ -109,7 +109,7 @@ def evaluate(run_folder, weights=None, annotation=None, out=None, batch_size=Non
     confusion = np.bincount(truth * len(names) + called, minlength=len(names) ** 2).reshape(len(names), -1)
     print(report(names, confusion))
     figures = {"top1": sums[1] / count, "top5": sums[2] / count, "loss": sums[0] / count, "scored": count}
-    print("top-1 {top1:.4%}, top-5 {top5:.4%}, loss {loss:.6f}, {scored} pictures scored".format(**figures)
+    print("top-1 {top1:.4%}, top-5 {top5:.4%}, loss {loss:.8g}, {scored} pictures scored".format(**figures)
           + (f", {len(lines) - count} unreadable" if count < len(lines) else "") + f", {count / seconds:.0f} images/s")
     out.mkdir(parents=True, exist_ok=True)
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]

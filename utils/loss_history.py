@@ -32,7 +32,7 @@ class LossHistory:
         self.rows.append(figures)
         for name in ("lr", "train_loss", "val_loss", "train_top1", "top1", "top5"):
             self.writer.add_scalar(name, figures[name], figures["epoch"])
-        text = [",".join(self.rows[0])] + [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values())
+        text = [",".join(self.rows[0])] + [",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in row.values())
                                            for row in self.rows]
         save_text(Path(self.log_dir, "history.csv"), "\n".join(text) + "\n")
         self.loss_plot()

@@ -1,0 +1,199 @@
+"""From folders of pictures to predictions, each command as a user runs it."""
+import csv
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics
+
+from tests.helpers import environment, history, make_project, picture, run_of, train
+from utils.annotation import main as annotate
+from utils.charts import bars, line_chart, matrix
+from utils.evaluate import per_class
+
+
+def command(folder, module, *words, code=0, text=None):
+    result = subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=folder, env=environment(), text=True,
+                            capture_output=True, input=text, timeout=120)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout, result.stderr
+
+
+def picture_folders(root, counts, splits=("train", "test")):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for label, (name, count) in enumerate(counts.items()):
+            for i in range(count if split in ("train", "") else max(1, count // 2)):
+                path = Path(root, split, name, "nested é" if i % 2 else "", f"picture {i}{split}.{'JPG' if i % 3 else 'png'}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(label, rng, (48, 40)).save(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trained run on folders of one's own: (project folder, run folder, what annotation printed)."""
+    folder = make_project(tmp_path_factory.mktemp("own"), backbone="'resnet18'", UnFreeze_Epoch=3, Init_lr=0.02, num_workers=2)
+    picture_folders(folder / "photos", {"blåbär": 24, "apple tree": 24, "Zebra": 24, "a": 4})
+    out, _ = command(folder, "utils.annotation", "photos")
+    train(folder)
+    return folder, run_of(folder).relative_to(folder), out
+
+
+def test_annotation(trained):
+    folder, _, out = trained
+    assert (folder / "model_data/cls_classes.txt").read_text(encoding="utf-8").split("\n") == ["Zebra", "a", "apple tree", "blåbär", ""]
+    lines = (folder / "model_data/cls_train.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 76 and sum(line.startswith("1;photos/train/a/") for line in lines) == 4
+    assert "few training pictures" in out and "76 training" in out and "train_annotation_path" in out
+
+
+def test_annotation_rules(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture_folders("data", {"b": 4, "c": 4}, splits=("train",))
+    picture_folders("data", {"c": 4}, splits=("valid",))
+    annotate(["data"])
+    assert Path("model_data/cls_test.txt").read_text().count("1;data/valid/c/") == 2
+    picture_folders("data", {"a": 2}, splits=("valid",))
+    with pytest.raises(Exception, match="classes that training does not have: a"):
+        annotate(["data"])
+    picture_folders("data", {"a": 2}, splits=("train",))
+    with pytest.raises(Exception, match="--force"):
+        annotate(["data"])
+    annotate(["data", "--force"])
+    assert Path("model_data/cls_classes.txt").read_text() == "a\nb\nc\n"
+    for wrong in ("nowhere", "data/train/b/nested é"):
+        with pytest.raises(Exception, match="not a folder|no class folders|both need some"):
+            annotate([wrong, "--force"])
+
+
+def test_annotation_split_and_check(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture_folders("data", {"x": 20, "y": 10}, splits=("",))
+    Path("data/x/broken.png").write_bytes(b"")
+    Path("data/y/notes.txt").write_text("no picture")
+    annotate(["data", "--test-share", "0.3", "--check"])
+    first = Path("model_data/cls_test.txt").read_text()
+    out = capsys.readouterr().out
+    assert "broken.png" in out and ".txt" in out
+    assert first.count("0;") in (5, 6) and first.count("1;") == 3  # 30 % of 21 files, perhaps with the broken one
+    assert "broken" not in first + Path("model_data/cls_train.txt").read_text()
+    annotate(["data", "--test-share", "0.3", "--check"])
+    assert Path("model_data/cls_test.txt").read_text() == first
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_evaluate(trained):
+    folder, run, _ = trained
+    out, _ = command(folder, "utils.evaluate", run)
+    best = max(history(folder / run), key=lambda row: row["top1"])
+    rows = read(folder / run / "predictions.csv")[1:]
+    names = (folder / "model_data/cls_classes.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    truth, called = [row[1] for row in rows], [row[2] for row in rows]
+    assert len(rows) == best["scored"] == 38
+    assert metrics.accuracy_score(truth, called) == pytest.approx(best["top1"], abs=1e-6)
+    assert f"top-1 {best['top1']:.4%}" in out
+    loss = float(out.split("loss ")[1].split(",")[0])
+    assert loss == pytest.approx(best["val_loss"], rel=1e-7)
+    counts = np.array([[int(cell) for cell in row[1:]] for row in read(folder / run / "confusion_matrix.csv")[1:]])
+    assert (counts == metrics.confusion_matrix(truth, called, labels=names)).all()
+    expected = metrics.precision_recall_fscore_support(truth, called, labels=names, zero_division=0)
+    for ours, theirs in zip(per_class(counts), expected):
+        np.testing.assert_allclose(ours, theirs)
+    for name in ("confusion_matrix.png", "per_class.png", "mistakes.png"):
+        Image.open(folder / run / name).verify()
+    out, _ = command(folder, "utils.evaluate", run, "--weights", folder / run / "last_epoch_weights.pth", "--annotation",
+                     "model_data/cls_train.txt", "--out", "elsewhere")
+    assert "76 pictures scored" in out and (folder / "elsewhere/predictions.csv").exists()
+    _, err = command(folder, "utils.evaluate", "logs/none", code=1)
+    assert "not a run's folder" in err and "Traceback" not in err
+
+
+def test_predict(trained):
+    folder, run, _ = trained
+    good = sorted((folder / "photos/test/Zebra").rglob("*.*"))[0]
+    (folder / "broken.jpg").write_bytes(b"x")
+    out, err = command(folder, "utils.predict", run, good, "broken.jpg", "photos/test/a", "--json", "--save", code=1)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert "broken.jpg" in err and "error" in rows[1] and len(rows) == 4 and "Traceback" not in err
+    assert len(rows[0]["top5"]) == 4 and sum(item["probability"] for item in rows[0]["top5"]) == pytest.approx(1, abs=1e-4)
+    assert len(list((folder / run / "predictions").glob("*.png"))) == 3
+    out, _ = command(folder, "utils.predict", run, "-", text=f"{good}\n{good}\n")
+    assert out.count(f"{good}: ") == 2
+    expected = {row[0]: (row[2], float(row[3])) for row in read(folder / run / "predictions.csv")[1:]}
+    name, probability = expected[good.relative_to(folder).as_posix()]
+    assert rows[0]["top5"][0] == {"class": name, "probability": pytest.approx(probability, abs=1e-4)}
+
+
+def test_classifier_from_python_and_threads(trained, monkeypatch):
+    from utils.predict import Classifier
+    folder, run, _ = trained
+    monkeypatch.chdir(folder)
+    classify = Classifier(run)
+    paths = sorted(Path("photos/test/Zebra").rglob("*.*"))[:6]
+    expected = [classify(path) for path in paths]
+    assert classify(Image.open(paths[0])) [0][0] == expected[0][0][0] and classify(paths[0].read_bytes()) == expected[0]
+    results = [None] * 6
+    def work(i):
+        results[i] = [classify(paths[i]) for _ in range(5)][-1]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [r[0][0] for r in results] == [e[0][0] for e in expected]
+    assert [r[0][1] for r in results] == pytest.approx([e[0][1] for e in expected], abs=1e-6)
+
+
+def test_export(trained, tmp_path):
+    folder, run, _ = trained
+    out, _ = command(folder, "utils.export", run)
+    from utils.predict import Run
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    expected = Run(folder / run).probabilities(images)
+    np.save(tmp_path / "images.npy", images.numpy())
+    np.save(tmp_path / "expected.npy", expected.numpy())
+    (tmp_path / "clean.py").write_text(
+        "import sys, numpy, torch\nprogram = torch.export.load(sys.argv[1]).module()\n"
+        "images, expected = (torch.from_numpy(numpy.load(n)) for n in ('images.npy', 'expected.npy'))\n"
+        "for n in (5, 1, 3):\n    torch.testing.assert_close(program(images[:n]), expected[:n], rtol=1e-4, atol=1e-5)\n"
+        "assert 'torchvision' not in sys.modules\n")
+    result = subprocess.run([sys.executable, "clean.py", folder / run / "model.pt2"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(folder / run / "model.onnx")
+    for n in (5, 1):
+        ours, = session.run(None, {"images": images[:n].numpy()})
+        np.testing.assert_allclose(ours, expected[:n].numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_first_batch(trained):
+    folder, run, _ = trained
+    assert Image.open(folder / run / "first_batch.png").width > 400
+
+
+@pytest.mark.parametrize("number", [2, 30, 100, 1000])
+def test_charts_of_many_sizes(number):
+    names = [f"class {i}" for i in range(number)]
+    counts = np.eye(number, dtype=int) * 3
+    assert min(matrix(counts, names).size) > 150 and min(bars(names, {"F1": np.ones(number)}).size) > 50
+    curve = [(i + 1, 1 / (i + 1)) for i in range(number)]
+    assert line_chart([("loss", {"training": curve, "validation": []}, None)]).size == (640, 420)
+    assert line_chart([("loss", {"training": curve[:1]}, (0, 1))]).size == (640, 420)
+
+
+@pytest.mark.parametrize("module", ["annotation", "evaluate", "predict", "export"])
+def test_help(module, capsys):
+    main = __import__(f"utils.{module}", fromlist=["main"]).main
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and "python -m utils." in capsys.readouterr().out

@@ -1,0 +1,102 @@
+import copy
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
+
+from tests.helpers import environment, history, make_data, make_project, run_of, same, train, weights
+from utils.checks import balanced_weights
+from utils.fit import backward, optimizer_step
+from utils.recipe import Recipe, get_recipe
+
+DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0,
+                channels_last=True)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
+
+
+def batches(sizes):
+    torch.manual_seed(1)
+    return [(torch.randint(0, 256, (n, 3, 12, 12), dtype=torch.uint8), torch.randint(0, 3, (n,)), []) for n in sizes]
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch():
+    parts = batches([4, 4, 4])
+    large = [(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), [])]
+    gradients = []
+    for given in (parts, large):
+        model, sums = network(), torch.zeros(3, dtype=torch.float64)
+        backward(model, given, "cpu", False, False, None, Recipe(), sums)
+        gradients.append(([p.grad for p in model.parameters()], sums))
+    for a, b in zip(*[g[0] for g in gradients]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients[0][1], gradients[1][1])
+
+
+def test_clip_grad_norm():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = copy.deepcopy(model)
+    F.cross_entropy(100 * model(torch.randn(4, 3, 12, 12)), torch.tensor([0, 1, 2, 0])).backward()
+    optimizer_step(optimizer, None, 0.5)
+    moved = sum((a - b).detach().pow(2).sum() for a, b in zip(model.parameters(), before.parameters())).sqrt()
+    assert moved == pytest.approx(0.5, rel=1e-3)
+
+
+def test_mixing():
+    images, targets = torch.rand(8, 3, 12, 12), torch.arange(8) % 3
+    assert get_recipe(DEFAULTS, network(), 3).mix is None
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        mix = get_recipe({**DEFAULTS, name: 1.0}, network(), 3).mix
+        torch.manual_seed(0)
+        mixed, shares = mix(images, targets)
+        assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8)) and not torch.equal(mixed, images)
+
+
+def test_label_smoothing_and_class_weights():
+    scores, targets = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    lines = [f"{t};x\n" for t in targets.tolist()]
+    found = balanced_weights(lines, 3)
+    assert found.tolist() == pytest.approx(compute_class_weight("balanced", classes=targets.unique().numpy(), y=targets.numpy()).tolist())
+    recipe = get_recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), 3, found)
+    torch.testing.assert_close(recipe.criterion(scores, targets), F.cross_entropy(scores, targets, found, label_smoothing=0.1))
+
+
+def test_ema_is_what_is_validated_and_saved(tmp_path):
+    folder = make_project(tmp_path, ema_decay=0.5, UnFreeze_Epoch=1, backbone="'shufflenet_v2_x0_5'")
+    make_data(folder, train=24, test=6)
+    train(folder)
+    state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
+    ema = {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
+    assert same(weights(run_of(folder)), ema) and not same(ema, state["model"]) and state["ema"]["n_averaged"] == 3
+    raw = run_of(folder) / "raw.pth"
+    torch.save(state["model"], raw)
+    losses = [float(subprocess.run([sys.executable, "-m", "utils.evaluate", run_of(folder), "--weights", w, "--out", "e"], cwd=folder,
+                                   env=environment(), capture_output=True, text=True).stdout.split("loss ")[1].split(",")[0])
+              for w in (raw, run_of(folder) / "last_epoch_weights.pth")]
+    assert losses[1] == pytest.approx(history(run_of(folder))[0]["val_loss"], rel=1e-7) and losses[0] != losses[1]
+
+
+def test_early_stop(tmp_path):
+    folder = make_project(tmp_path, early_stop=2, UnFreeze_Epoch=30, Init_lr=0.01, backbone="'resnet18'")
+    make_data(folder, train=96, test=12)
+    out, _ = train(folder)
+    rows = history(run_of(folder))
+    best = max(rows, key=lambda row: row["top1"])
+    assert len(rows) == best["epoch"] + 2 < 30
+    _, err = train(folder, "--resume", f"logs/{run_of(folder).name}", code=1)
+    assert "finished" in err
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_seed(seed):
+    from utils.dataloader import mixed_seed
+    assert mixed_seed(seed, 1, 2) == mixed_seed(seed, 1, 2) != mixed_seed(seed, 2, 1)

@@ -10,6 +10,7 @@ import signal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -71,8 +72,9 @@ def read_crop(source, input_shape, choose_box):
         if jpeg and not turned and shrink < 2 and image.mode in ("RGB", "L"):
             # torchvision's decoder and its uint8 kernel on (H, W, 3) memory beat Pillow's where nothing is reduced
             pixels = decode_jpeg(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB)
-            crop = pixels[:, top:top + box_height, left:left + box_width]
-            return v2.functional.resize(crop, list(input_shape), antialias=True).permute(1, 2, 0)
+            crop = pixels.permute(1, 2, 0)[top:top + box_height, left:left + box_width].contiguous()
+            crop = F.interpolate(crop.permute(2, 0, 1)[None], tuple(input_shape), mode="bilinear", antialias=True)
+            return crop[0].permute(1, 2, 0)
         if jpeg:
             image.draft(image.mode, (image.width // max(shrink, 1), image.height // max(shrink, 1)))
             image = to_rgb(ImageOps.exif_transpose(image))
@@ -118,11 +120,9 @@ class DataGenerator(Dataset):
         self.input_shape, self.random, self.augmentation = tuple(input_shape), random, augmentation
         self.crop_scale, self.val_crop, self.seed = crop_scale, val_crop, seed
         steps = [POLICIES[augmentation]()] if augmentation in POLICIES else []
-        if augmentation != "none":
-            steps.append(v2.RandomHorizontalFlip())
         if random_erasing:
             steps.append(v2.RandomErasing(random_erasing, value=[255 * m for m in MEAN]))
-        self.augment = v2.Compose(steps) if random and steps else None
+        self.augment = (v2.Compose(steps) if len(steps) > 1 else steps[0]) if random and steps else None
 
     def __len__(self):
         return len(self.ends)
@@ -138,8 +138,7 @@ class DataGenerator(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        substitutes = np.random.default_rng((self.seed, epoch, index))
-        unreadable = []
+        unreadable, substitutes = [], None
         while len(unreadable) < 100:
             if self.random:  # only the CPU's generator: torch.manual_seed would walk through every device
                 torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
@@ -150,8 +149,11 @@ class DataGenerator(Dataset):
                 unreadable.append((index, f"{type(error).__name__}: {error}".replace("\n", " ")))
                 if not self.random:
                     return None, int(class_id), unreadable
+                substitutes = substitutes or np.random.default_rng((self.seed, epoch, index))
                 index = int(substitutes.integers(len(self)))
                 continue
+            if self.random and self.augmentation != "none" and torch.rand(()) < 0.5:
+                image = image.flip(1)  # v2's flip wants (3, H, W) and takes three times as long
             if self.augment:
                 image = self.augment(image.permute(2, 0, 1)).permute(1, 2, 0)
             return image.contiguous(), int(class_id), unreadable

@@ -203,7 +203,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     figures = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss / trained, "val_loss": val_loss / scored,
                "train_top1": train_right / trained, "top1": top1 / scored, "top5": top5 / scored,
                "scored": int(scored), "unreadable": int(train[3] + left_out),
-               "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 1)}
+               "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3)}
     distributed.on_rank_0(lambda: record(figures, loss_history, judged, save_period, save_dir, UnFreeze_Epoch))
     checkpoint.save(epoch + 1, 0)
     return figures

@@ -5,7 +5,6 @@ Parts: pictures, train, launch, evaluate, memory, cuda; all of them by default. 
 import argparse
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
 from nets import get_model, head_layers
-from tests.helpers import environment, make_data, make_project, run_of, torchrun
+from tests.helpers import environment, make_data, make_project, torchrun
 from utils.dataloader import MEAN, STD, DataGenerator, EpochSampler, detection_collate, ignore_signals, normalize
 from utils.fit import autocast, fit_one_epoch
 from utils.loss_history import LossHistory

@@ -2,7 +2,6 @@
 import os
 import pickle
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 import train as trainer
 from nets import get_model
-from tests.helpers import edit, make_data, make_project, train
+from tests.helpers import make_data, make_project, train
 from utils import checks
 from utils.checkpoint import load_weights
 from utils.dataloader import DataGenerator

@@ -1,6 +1,5 @@
 import pickle
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from tests.helpers import ROOT
 from utils.dataloader import (AUGMENTATIONS, MEAN, STD, DataGenerator, EpochSampler, centre_box, detection_collate,
                               ignore_signals, normalize, random_box, read_crop)
 from utils.sample_data import SHAPES, draw_set

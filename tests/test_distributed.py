@@ -1,11 +1,10 @@
 """Real groups of processes on this machine, over gloo."""
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.helpers import (TORCHRUN, edit, history, make_data, make_project, run_of, runs, same, start, torchrun, train,
+from tests.helpers import (edit, history, make_data, make_project, run_of, runs, start, torchrun, train,
                            weights)
 
 

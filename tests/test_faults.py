@@ -2,14 +2,11 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
-from tests.helpers import edit, environment, history, make_data, make_project, run_of, runs, start, train, weights
+from tests.helpers import edit, history, make_data, make_project, run_of, runs, start, train, weights
 from tests.test_resume import children, wait_for
 from utils.fit import memory_advice
 from utils.errors import UserError

@@ -1,7 +1,6 @@
 import copy
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch

@@ -7,6 +7,7 @@
 """
 import os
 
+import utils  # noqa: F401 before torch, for its OpenMP setting
 import numpy as np
 import torch
 from torch.backends import cudnn
@@ -168,7 +169,7 @@ if __name__ == "__main__":
                 if distributed:
                     model_train = model_train.cuda(local_rank)
                     model_train = torch.nn.parallel.DistributedDataParallel(
-                        model_train, device_ids=[local_rank],
+                        model_train, device_ids=[local_rank], gradient_as_bucket_view=True,
                         find_unused_parameters=getattr(model, "has_unused_parameters", False))
                 else:
                     model_train = torch.nn.DataParallel(model_train)
@@ -176,7 +177,8 @@ if __name__ == "__main__":
                     model_train = model_train.cuda()
             elif distributed:
                 model_train = torch.nn.parallel.DistributedDataParallel(
-                    model_train, find_unused_parameters=getattr(model, "has_unused_parameters", False))
+                    model_train, gradient_as_bucket_view=True,
+                    find_unused_parameters=getattr(model, "has_unused_parameters", False))
 
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)

@@ -56,7 +56,7 @@ def head_layers(model):
 
 def own_networks():
     """Names of the networks in this folder's own files."""
-    return [p.stem for p in Path(__file__).parent.glob("[!_]*.py")]
+    return [file.stem for folder in __path__ for file in Path(folder).glob("[!_]*.py")]
 
 
 def check_name(backbone):

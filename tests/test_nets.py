@@ -4,8 +4,8 @@ import torchvision
 from torch import nn
 from torchvision import models
 
+import nets
 from nets import get_model, head_layers, load_matching, profile
-from tests.helpers import ROOT
 from utils.checkpoint import load_weights
 from utils.errors import UserError
 
@@ -150,18 +150,15 @@ def test_old_densenet_names():
     assert load_matching(get_model("densenet121", 3, [32, 32]), old, "old") == []
 
 
-def test_one_of_my_own(tmp_path):
-    target = ROOT / "nets" / "tiny_test_network.py"
-    target.write_text("from torch import nn\n\n\ndef tiny_test_network(num_classes, input_shape):\n"
-                      "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
-                      "nn.Linear(4, num_classes))\n")
-    try:
-        model = get_model("tiny_test_network", 6, [20, 30])
-        model.freeze_backbone()
-        assert [k for k, p in model.named_parameters() if p.requires_grad] == ["3.weight", "3.bias"]
-        assert profile(model, "tiny_test_network", [20, 30])[0] == 4 * 27 + 4 + 30
-    finally:
-        target.unlink()
+def test_one_of_my_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(nets, "__path__", [*nets.__path__, str(tmp_path)])
+    (tmp_path / "tiny_network.py").write_text(
+        "from torch import nn\n\n\ndef tiny_network(num_classes, input_shape):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n")
+    model = get_model("tiny_network", 6, [20, 30])
+    model.freeze_backbone()
+    assert [k for k, p in model.named_parameters() if p.requires_grad] == ["3.weight", "3.bias"]
+    assert profile(model, "tiny_network", [20, 30])[0] == 4 * 27 + 4 + 30
 
 
 def test_weights_load_into_torchvision(tmp_path):

@@ -208,4 +208,4 @@ if __name__ == "__main__":
         best = loss_history.best()
         print(f"best top-1 {best['top1']:.2%} (epoch {best['epoch']}) in {save_dir}")
     if distributed:
-        torch.distributed.destroy_process_group()
+        processes.leave()

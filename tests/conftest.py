@@ -5,6 +5,13 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two processes where pytest-xdist is installed, as most tests' small runs use one core; -n 0 for one."""
+    if getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long proofs as well")
 

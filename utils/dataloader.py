@@ -3,10 +3,12 @@
 Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, index) alone.
 """
 import atexit
+import ctypes
 import io
 import multiprocessing
 import os
 import signal
+import sys
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from utils.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 POLICIES = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment, "auto": v2.AutoAugment, "aug_mix": v2.AugMix}
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 AUGMENTATIONS = ("none", "flip", "crop", *POLICIES)
 
 
@@ -209,6 +212,12 @@ atexit.register(stop_workers)
 
 
 def ignore_signals(worker_id):
-    """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving."""
+    """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving.
+
+    On Linux a worker dies with its process, at once: an orphan would hold the sockets that it inherited, and a group that
+    torchrun restarts would connect to them and wait for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from utils.dataloader import stop_workers
-from utils.errors import rank
+from utils.errors import rank, world_size
 
 
 def connect(Cuda):
@@ -14,7 +14,13 @@ def connect(Cuda):
     local_rank = int(os.environ["LOCAL_RANK"])
     if Cuda:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo")
+    store = None
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        # on one machine torchrun keeps its store over a restart, and with it the addresses of dead processes
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo", store=store, rank=rank() if store else -1,
+                            world_size=world_size() if store else -1)
     return local_rank
 
 

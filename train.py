@@ -142,7 +142,12 @@ if __name__ == "__main__":
     train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed)
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop)
     del train_lines, val_lines
-    show_config(run=save_dir, backbone=f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)")
+    show_config(run=save_dir, backbone=f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
+                input_shape=input_shape, pictures=f"{num_train} training, {num_val} test, {num_classes} classes",
+                epochs=f"{Init_Epoch} to {UnFreeze_Epoch}" + f", frozen to {Freeze_Epoch}" * Freeze_Train,
+                batch_size=f"{Unfreeze_batch_size} over {world_size()} processes, {accumulate} to a step",
+                optimizer=f"{optimizer_type}, Init_lr {Init_lr:g}, {lr_decay_type}",
+                device=("CUDA" if Cuda else "CPU") + (", mixed precision" if fp16 else ", float32"))
 
     checkpoint.catch_signals()
     UnFreeze_flag = None  # no phase is set up yet

@@ -8,7 +8,8 @@ torch.set_num_threads(1)
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Two processes where pytest-xdist is installed, as most tests' small runs use one core; -n 0 for one."""
-    if getattr(config.option, "numprocesses", 0) is None:
+    a_worker = hasattr(config, "workerinput")  # has None here as well, and would start two more, and those two more
+    if getattr(config.option, "numprocesses", 0) is None and not a_worker:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
 
 

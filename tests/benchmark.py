@@ -99,8 +99,7 @@ def bench_pictures(folder):
     def torchvisions():
         for path in small:
             decode_jpeg(read_file(path), ImageReadMode.RGB)
-    pillow(), torchvisions()
-    faster = pillow if min(seconds(pillow) for _ in range(5)) < min(seconds(torchvisions) for _ in range(5)) else torchvisions
+    faster = pillow if pairs(pillow, torchvisions)[0] > 1 else torchvisions
     ratio, ours, theirs = pairs(lambda: detection_collate([data[1, i] for i in range(len(small))]), faster, 15)
     report("share of the decoding limit, 500×375", f"{ratio:.2f}", "≥ 0.65", f"{faster.__name__}: {len(small) / theirs:.0f} pictures/s")
 

@@ -1,13 +1,16 @@
 import pickle
+import random
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 
+from utils import dataloader
 from utils.dataloader import (AUGMENTATIONS, MEAN, STD, DataGenerator, EpochSampler, centre_box, detection_collate,
                               ignore_signals, normalize, random_box, read_crop)
 from utils.sample_data import SHAPES, draw_set
@@ -35,10 +38,13 @@ def plain(path, box, shape):
 
 
 @pytest.mark.parametrize("size, allowed", [((500, 375), 2), ((3264, 2448), 4), ((1200, 1600), 4)])
-def test_crops_match_the_plain_pipeline(tmp_path, size, allowed):
+@pytest.mark.parametrize("decoder", ["torchvision's where it pays", "Pillow's alone"])
+def test_crops_match_the_plain_pipeline(tmp_path, monkeypatch, size, allowed, decoder):
+    if decoder == "Pillow's alone":
+        monkeypatch.setattr(dataloader, "decode_jpeg", None)
     photo(*size).save(tmp_path / "photo.jpg", quality=90)
-    torch.manual_seed(0)
-    for box in [random_box(0.08, size[1], size[0]) for _ in range(8)] + [centre_box((224, 224), 0.875, size[1], size[0])]:
+    rng = random.Random(0)
+    for box in [random_box(rng, 0.08, size[1], size[0]) for _ in range(8)] + [centre_box((224, 224), 0.875, size[1], size[0])]:
         ours = read_crop(tmp_path / "photo.jpg", (224, 224), lambda h, w: box)
         assert ours.shape == (224, 224, 3) and ours.dtype == torch.uint8
         theirs = plain(tmp_path / "photo.jpg", box, (224, 224))
@@ -48,6 +54,7 @@ def test_crops_match_the_plain_pipeline(tmp_path, size, allowed):
 
 def test_reduced_decoding_keeps_the_resolution(tmp_path, monkeypatch):
     photo(1600, 1200).save(tmp_path / "photo.jpg")
+    monkeypatch.setattr(dataloader, "decode_jpeg", None)  # the file has too few bytes to be reduced
     seen = []
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *args, box=None, **options: (
@@ -91,7 +98,10 @@ GRADIENT = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
 
 @pytest.mark.parametrize("kind", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr", "16-bit png", "L jpeg",
                                   "CMYK jpeg", "gif", "webp", "bmp", "P transparent", "tiny"])
-def test_every_kind_of_picture(tmp_path, kind):
+@pytest.mark.parametrize("decoder", ["torchvision's where it pays", "Pillow's alone"])
+def test_every_kind_of_picture(tmp_path, monkeypatch, kind, decoder):
+    if decoder == "Pillow's alone":
+        monkeypatch.setattr(dataloader, "decode_jpeg", None)
     grey = Image.fromarray(GRADIENT)
     rgb = grey.convert("RGB")
     files = {"L": ("a.png", grey), "1": ("a.png", grey.convert("1")), "P": ("a.png", rgb.quantize(256)),
@@ -112,6 +122,17 @@ def test_every_kind_of_picture(tmp_path, kind):
         assert crop[:, 32:].mean() > crop[:, :32].mean() + 80
     else:
         assert (crop.mean(2)[:, 2:] - torch.from_numpy(GRADIENT.astype(np.float32))[:, 2:]).abs().max() < 8
+
+
+def test_random_boxes_are_torchvisions():
+    rng = random.Random(0)
+    for height, width in ((375, 500), (100, 900), (900, 100)):
+        ours = np.array([random_box(rng, 0.08, height, width) for _ in range(4000)])
+        theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, height, width), [0.08, 1.0], [3 / 4, 4 / 3])
+                           for _ in range(4000)])
+        assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all() and ours.min() >= 0
+        for part in range(4):
+            assert ks_2samp(ours[:, part], theirs[:, part]).statistic < 0.05
 
 
 def test_transparency_is_white():

@@ -5,30 +5,32 @@ Randomness is a function, not a stream: what happens to a picture depends on (se
 import atexit
 import ctypes
 import io
+import math
 import multiprocessing
 import os
+import random
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 
 from utils.errors import UserError
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
+    decode_jpeg = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 POLICIES = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment, "auto": v2.AutoAugment, "aug_mix": v2.AugMix}
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 AUGMENTATIONS = ("none", "flip", "crop", *POLICIES)
-
-
-def mixed_seed(*numbers):
-    """One well-mixed 64-bit seed from several whole numbers, such as (seed, epoch, index)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def normalize(images, device, channels_last=True):
@@ -57,34 +59,38 @@ def to_rgb(image):
 def read_crop(source, input_shape, choose_box):
     """Decode a picture and resize the box that `choose_box(height, width)` → (top, left, height, width) names.
 
-    source: a path, the file's bytes, or a Pillow image. Returns uint8 (H, W, 3). EXIF orientation is applied before the box is chosen.
-    JPEGs are decoded no larger than the crop needs (libjpeg's 1/2, 1/4, 1/8), never smaller than input_shape.
-    Raises whatever Pillow raises for a file that is no readable picture.
+    source: a path, the file's bytes, or a Pillow image. Returns uint8 (H, W, 3). EXIF orientation is applied before
+    the box is chosen. Large JPEGs are decoded no larger than the crop needs (libjpeg's 1/2, 1/4, 1/8), never smaller
+    than input_shape. Raises whatever Pillow raises for a file that is no readable picture.
     """
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
             source = file.read()
+    if decode_jpeg and isinstance(source, bytes) and len(source) < 4 * input_shape[0] * input_shape[1]:
+        try:  # a file of so few bytes has too few pixels to be reduced, and torchvision's decoder is faster than Pillow's
+            pixels = decode_jpeg(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB,
+                                 apply_exif_orientation=True)
+            top, left, height, width = choose_box(*pixels.shape[1:])
+            crop = pixels.permute(1, 2, 0)[None, top:top + height, left:left + width].contiguous().permute(0, 3, 1, 2)
+            # in channels_last memory, which the decoder wrote, it takes half the time
+            return F.interpolate(crop, input_shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        except RuntimeError:
+            pass  # another format, or a broken file, which Pillow names
     with source.copy() if isinstance(source, Image.Image) else Image.open(io.BytesIO(source)) as image:
-        jpeg = image.format in ("JPEG", "MPO")
-        if not jpeg:
+        if image.format in ("JPEG", "MPO"):
+            turned = image.getexif().get(0x0112, 1) >= 5  # by a quarter: the sides change places
+            sides = image.size[::-1] if turned else image.size
+            box = choose_box(*sides[::-1])
+            shrink = max(1, min(box[2] // input_shape[0], box[3] // input_shape[1]))
+            image.draft(image.mode, (image.width // shrink, image.height // shrink))
             image = to_rgb(ImageOps.exif_transpose(image))
-        turned = jpeg and image.getexif().get(0x0112, 1) != 1
-        width, height = image.size[::-1] if turned and image.getexif()[0x0112] >= 5 else image.size
-        top, left, box_height, box_width = choose_box(height, width)
-        shrink = min(box_height // input_shape[0], box_width // input_shape[1])
-        if jpeg and not turned and shrink < 2 and image.mode in ("RGB", "L"):
-            # torchvision's decoder and its uint8 kernel on (H, W, 3) memory beat Pillow's where nothing is reduced
-            pixels = decode_jpeg(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB)
-            crop = pixels.permute(1, 2, 0)[top:top + box_height, left:left + box_width].contiguous()
-            crop = F.interpolate(crop.permute(2, 0, 1)[None], tuple(input_shape), mode="bilinear", antialias=True)
-            return crop[0].permute(1, 2, 0)
-        if jpeg:
-            image.draft(image.mode, (image.width // max(shrink, 1), image.height // max(shrink, 1)))
+        else:
             image = to_rgb(ImageOps.exif_transpose(image))
-        scale_x, scale_y = image.width / width, image.height / height
-        box = (left * scale_x, top * scale_y, (left + box_width) * scale_x, (top + box_height) * scale_y)
-        image = image.resize(input_shape[::-1], Image.Resampling.BILINEAR, box=box)
-        return torch.from_numpy(np.array(image))
+            sides, box = image.size, choose_box(image.height, image.width)
+        top, left, height, width = box
+        x, y = image.width / sides[0], image.height / sides[1]  # below 1 where the decoder reduced
+        return torch.from_numpy(np.array(image.resize(input_shape[::-1], Image.Resampling.BILINEAR, box=(
+            left * x, top * y, (left + width) * x, (top + height) * y))))
 
 
 def centre_box(input_shape, share, height, width):
@@ -94,9 +100,17 @@ def centre_box(input_shape, share, height, width):
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def random_box(smallest, height, width):
-    """torchvision's random resized crop: `smallest` to all of the area, proportions 3:4 to 4:3."""
-    return RandomResizedCrop.get_params(torch.empty(1, height, width, device="meta"), [smallest, 1.0], [3 / 4, 4 / 3])
+def random_box(rng, smallest, height, width):
+    """Random resized crop as in torchvision (and "Going Deeper with Convolutions"): `smallest` to all of the area,
+    proportions 3:4 to 4:3; in plain numbers, because torchvision's draws of tensors take a twentieth of an item's time."""
+    for _ in range(10):
+        area = height * width * rng.uniform(smallest, 1)
+        proportion = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        box_height, box_width = round(math.sqrt(area / proportion)), round(math.sqrt(area * proportion))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            return rng.randint(0, height - box_height), rng.randint(0, width - box_width), box_height, box_width
+    box_height, box_width = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def split_line(line):
@@ -134,30 +148,27 @@ class DataGenerator(Dataset):
         start = int(self.ends[index - 1]) + 1 if index else 0
         return bytes(self.packed[start:int(self.ends[index])].numpy()).decode("utf-8", "surrogateescape")
 
-    def choose_box(self, height, width):
-        if self.random and self.augmentation not in ("none", "flip"):
-            return random_box(self.crop_scale, height, width)
-        return centre_box(self.input_shape, self.val_crop, height, width)
-
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        unreadable, substitutes = [], None
+        rng = random.Random(f"{self.seed} {epoch} {index}")  # a text seeds well mixed, and faster than NumPy's generators
+        choose_box = partial(centre_box, self.input_shape, self.val_crop)
+        if self.random and self.augmentation not in ("none", "flip"):
+            choose_box = partial(random_box, rng, self.crop_scale)
+        unreadable = []
         while len(unreadable) < 100:
-            if self.random:  # only the CPU's generator: torch.manual_seed would walk through every device
-                torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
             class_id, path = split_line(self.line(index))
             try:
-                image = read_crop(path, self.input_shape, self.choose_box)
+                image = read_crop(path, self.input_shape, choose_box)
             except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
                 unreadable.append((index, f"{type(error).__name__}: {error}".replace("\n", " ")))
                 if not self.random:
                     return None, int(class_id), unreadable
-                substitutes = substitutes or np.random.default_rng((self.seed, epoch, index))
-                index = int(substitutes.integers(len(self)))
+                index = rng.randrange(len(self))
                 continue
-            if self.random and self.augmentation != "none" and torch.rand(()) < 0.5:
+            if self.random and self.augmentation != "none" and rng.random() < 0.5:
                 image = image.flip(1)  # v2's flip wants (3, H, W) and takes three times as long
             if self.augment:
+                torch.default_generator.manual_seed(rng.getrandbits(63))  # torch.manual_seed would walk through every device
                 image = self.augment(image.permute(2, 0, 1)).permute(1, 2, 0)
             return image.contiguous(), int(class_id), unreadable
         raise UserError(f"100 pictures in a row cannot be read, the last one: {self.line(index)} ({unreadable[-1][1]})")

@@ -1,6 +1,7 @@
 """fit_one_epoch: one epoch of training and validation, as documented, and the parts that evaluation shares."""
 import contextlib
 import os
+import random
 import signal
 import time
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from utils import distributed
 from utils.checkpoint import Checkpointer, save_tensors
 from utils.console import ProgressLine
-from utils.dataloader import mixed_seed, normalize
+from utils.dataloader import normalize
 from utils.errors import UserError, rank, world_size
 from utils.recipe import Recipe
 
@@ -164,9 +165,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
         named = [bad for part in parts or () for bad in part[2]]
         unreadable += len(named)
         agree(failure, named, look=not Cuda or step % 20 < number)  # a look makes a GPU wait, so not at every step
-        torch.default_generator.manual_seed(mixed_seed(recipe.seed, epoch, step, rank()))
-        if Cuda:
-            torch.cuda.manual_seed(mixed_seed(recipe.seed, epoch, step, rank()))
+        torch.manual_seed(random.Random(f"{recipe.seed} {epoch} {step} {rank()}").getrandbits(63))  # CPU and GPUs
         with memory_advice(recipe.batch_size_name):
             before = sums[0].clone()
             backward(model_train, parts, device, Cuda, fp16, scaler, recipe, sums)

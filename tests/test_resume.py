@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from tests.helpers import (edit, history, make_data, make_project, run_of, same, start, torchrun, train, weights)
+from tests.helpers import (edit, history, make_data, make_project, run_of, runs, same, start, torchrun, train, weights)
 
 ALL_ON = dict(backbone="'shufflenet_v2_x0_5'", UnFreeze_Epoch=4, Freeze_Train=True, Freeze_Epoch=2, Freeze_batch_size=16,
               save_minutes=1 / 3000, num_workers=1, ema_decay=0.9, mixup_alpha=0.2, cutmix_alpha=1.0,
@@ -229,3 +229,25 @@ def test_the_rules_of_resuming(tmp_path):
     assert "class list" in err
     _, err = train(folder, "--resume", "logs/nowhere", code=1)
     assert "not a run's folder" in err
+
+
+def test_a_run_in_training_is_left_alone(tmp_path):
+    """Two jobs with resume = True in one save_dir must not write into one run."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=1000, resume=True)
+    make_data(folder, train=24, test=6)
+    living = start(folder)
+    try:
+        until = time.monotonic() + 60
+        while not list(folder.glob("logs/*/last_checkpoint.pth")) and time.monotonic() < until:
+            time.sleep(0.1)
+        busy = run_of(folder)
+        _, err = train(folder, "--resume", f"logs/{busy.name}", code=1)
+        assert "before the process that trains it has ended" in err
+        out, _ = train(folder, "--UnFreeze_Epoch", 1)
+        assert "is being trained by another process" in out and "starting a new one" in out and len(runs(folder)) == 2
+    finally:
+        os.killpg(living.pid, signal.SIGKILL)
+        living.communicate()
+    done = len(history(busy))
+    out, _ = train(folder, "--UnFreeze_Epoch", done + 2, "--resume", f"logs/{busy.name}")
+    assert f"continuing logs/{busy.name}" in out and len(history(busy)) == done + 2

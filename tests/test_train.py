@@ -71,21 +71,55 @@ def test_model_path_and_freeze(first, tmp_path):
     assert len(history(next((folder / "other").iterdir()))) == 2
 
 
+CHANGES = {"momentum": 0.5, "weight_decay": 0.3, "Init_lr": 0.08, "optimizer_type": "adam", "Unfreeze_batch_size": 4, "seed": 99,
+           "input_shape": [40, 24], "augmentation": "trivial"}
+
+
 def test_settings_take_effect(tmp_path):
-    """Each change alone must change the run's weights, or fail to be one."""
-    folder = make_project(tmp_path, UnFreeze_Epoch=1, Init_lr=0.02)
-    make_data(folder, train=24, test=6)
-    train(folder)
-    plain = weights(run_of(folder))
-    assert len(plain) == len(torchvision.models.squeezenet1_1(num_classes=3).state_dict())
-    seen = [plain]
-    for number, (name, value) in enumerate({"momentum": 0.5, "weight_decay": 0.3, "Init_lr": 0.08, "optimizer_type": "'adam'",
-                                            "Unfreeze_batch_size": 4, "seed": 99, "input_shape": [40, 24]}.items()):
-        train(folder, f"--{name}", value, "--save_dir", f"logs{number}")
-        run, = (folder / f"logs{number}").iterdir()
-        assert json.loads((run / "config.json").read_text())["settings"][name] == (value if name != "optimizer_type" else "adam")
+    """Each constant edited alone must change the run's weights, or it does nothing."""
+    constants = dict(UnFreeze_Epoch=1, Init_lr=0.02)
+    make_data(make_project(tmp_path, **constants), train=24, test=6)
+    train(tmp_path)
+    seen = [weights(run_of(tmp_path))]
+    assert seen[0].keys() == torchvision.models.squeezenet1_1(num_classes=3).state_dict().keys()
+    for name, value in CHANGES.items():
+        make_project(tmp_path, **{**constants, "save_dir": repr(f"changed {name}"), name: repr(value)})
+        train(tmp_path)
+        run, = (tmp_path / f"changed {name}").iterdir()
+        assert json.loads((run / "config.json").read_text())["settings"][name] == value
         seen.append(weights(run))
         assert not any(same(seen[-1], other) for other in seen[:-1]), name
+
+
+def test_paths_and_rates(tmp_path):
+    folder = make_project(tmp_path, classes_path="'lists/names.txt'", train_annotation_path="'lists/a.txt'", Min_lr=2e-4,
+                          test_annotation_path="'lists/b.txt'", save_dir="'runs here'", save_period=1, UnFreeze_Epoch=3, Init_lr=4e-2)
+    make_data(folder, train=24, test=6)
+    (folder / "lists").mkdir()
+    for old, new in (("cls_classes", "names"), ("cls_train", "a"), ("cls_test", "b")):
+        (folder / f"model_data/{old}.txt").rename(folder / f"lists/{new}.txt")
+    train(folder)
+    run, = (folder / "runs here").iterdir()
+    assert len(list(run.glob("ep00?-loss*-val_loss*.pth"))) == 3
+    # 8 pictures a step are an eighth of 64: 5e-3 and 2.5e-5, warmed up in the first epoch, held in the last
+    assert [row["lr"] for row in history(run)] == pytest.approx([5e-4, 5e-3, 2.5e-5], rel=1e-6)
+
+
+def test_pretrained_weights_of_the_cache(tmp_path, monkeypatch):
+    """As torch.hub leaves them; frozen, they come out of the run as they went in, but for the head."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    cached = tmp_path / "cache/hub/checkpoints" / torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.manual_seed(5)
+    theirs = torchvision.models.resnet18().state_dict()
+    torch.save(theirs, cached)
+    folder = make_project(tmp_path / "project", backbone="'resnet18'", pretrained=True, Freeze_Train=True, Freeze_Epoch=1,
+                          UnFreeze_Epoch=1, optimizer_type="'adamw'", Init_lr=1e-3)
+    make_data(folder, train=24, test=6)
+    out, _ = train(folder)
+    assert "120 of 122 tensors" in out and "the head starts anew" in out
+    ours = weights(run_of(folder))
+    assert {k for k in ours if not torch.equal(ours[k], theirs[k])} == {"fc.weight", "fc.bias"}
 
 
 def test_same_seed_same_run_and_other_workers(tmp_path):
@@ -99,9 +133,9 @@ def test_same_seed_same_run_and_other_workers(tmp_path):
     assert a != b and same(weights(a), weights(b))
     rows = history(a)
     assert [row["epoch"] for row in rows] == [2, 3]
-    rate = 1e-4 * (1e-6 / 1e-4) ** 0  # 8 pictures a step: scaled to 1.25e-4, step decay from epoch 1 on
+    # 8 pictures a step: 1e-3 is scaled to 1.25e-4, and decays in steps of a tenth of the epochs
     expected = [1.25e-4 * (1e-2 ** (1 / 9)) ** (epoch // 0.3) for epoch in (1, 2)]
-    assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-4) and rate
+    assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-4)
 
 
 def test_bfloat16_on_cpu(tmp_path):

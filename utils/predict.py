@@ -5,6 +5,7 @@ From Python: from utils.predict import Classifier; classify = Classifier("logs/â
 import argparse
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from functools import partial
@@ -93,6 +94,8 @@ def main(arguments=None):
     parser.add_argument("--save", action="store_true", help="draw the label on a copy in RUN/predictions")
     options = parser.parse_args(arguments)
     one_sentence_errors()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
     classify, failed = Classifier(options.run, options.weights), 0
     for number, path in enumerate(listed(options.pictures)):
         try:

@@ -14,6 +14,12 @@ import torchvision
 from utils.checkpoint import load_checkpoint, save_text
 from utils.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+held = []  # the lock's file stays open, as closing it would give the lock back
+
 
 def launch_id():
     """The same for all processes of one launch, also after torchrun has restarted them."""
@@ -34,10 +40,26 @@ def write_config(run, config):
     save_text(Path(run, "config.json"), json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
+def hold(run):
+    """Take the run for this process's life; False while another one trains it. POSIX locks end with their process."""
+    try:
+        held.append(open(Path(run, ".lock"), "a"))
+        if fcntl:
+            fcntl.lockf(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{run} is being trained by another process")
+        return False
+    except OSError:
+        pass  # a file system without locks, or one that cannot be written, which saving will say
+    return True
+
+
 def find_run(resume, save_dir):
     """The folder of the run to continue, or None for a new one."""
     if isinstance(resume, str):
         read_config(resume)
+        if not hold(resume):
+            raise UserError(f"{resume} cannot be continued before the process that trains it has ended")
         return resume
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     for run in sorted(Path(save_dir).glob("*/config.json"), key=lambda p: p.parent.name, reverse=True):
@@ -46,7 +68,7 @@ def find_run(resume, save_dir):
         except UserError as error:
             print(f"passed over: {error}")
             continue
-        if not config["finished"] and (resume or (restarted and config["launch"] == launch_id())):
+        if not config["finished"] and (resume or (restarted and config["launch"] == launch_id())) and hold(run.parent):
             return str(run.parent)
     if resume:
         print(f"resume = True: there is no unfinished run in {save_dir!r}, starting a new one")
@@ -60,6 +82,7 @@ def new_run(save_dir):
         run = Path(save_dir, start + (f"_{attempt}" if attempt else ""))
         try:
             run.mkdir(parents=True)
+            hold(run)
             return str(run)
         except FileExistsError:
             if Path(save_dir).exists() and not Path(save_dir).is_dir():

@@ -57,7 +57,7 @@ Init_Epoch = 0  # epoch to start at
 Freeze_Epoch = 5  # last epoch of the frozen phase
 Freeze_batch_size = 32  # pictures a step over all processes, frozen
 UnFreeze_Epoch = 10  # last epoch
-Unfreeze_batch_size = 64  # pictures a step over all processes, unfrozen
+Unfreeze_batch_size = 32  # pictures a step over all processes, unfrozen
 Freeze_Train = False  # begin with the frozen phase (useful from pretrained weights)
 accumulate = 1  # batches whose gradients make one optimizer step
 

@@ -1,4 +1,5 @@
 import copy
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from tests.helpers import environment, history, make_data, make_project, run_of, same, train, weights
+from tests.helpers import ROOT, environment, history, make_data, make_project, run_of, same, train, weights
 from utils.checks import balanced_weights
 from utils.fit import backward, optimizer_step
 from utils.recipe import Recipe, get_recipe
@@ -93,3 +94,14 @@ def test_early_stop(tmp_path):
     assert len(rows) == best["epoch"] + 2 < 30
     _, err = train(folder, "--resume", f"logs/{run_of(folder).name}", code=1)
     assert "finished" in err
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_blocks_of_the_readme(tmp_path, block):
+    """Pasted into train.py as they stand, and then made small."""
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S) if "backbone =" in b]
+    folder = make_project(tmp_path, **dict(re.findall(r"^(\w+) = (.*?)  #", blocks[block], re.M)))
+    make_data(folder, train=24, test=6)
+    train(folder, "--backbone", "squeezenet1_1", "--input_shape", "[32, 32]", "--pretrained", False, "--UnFreeze_Epoch", 2,
+          "--Freeze_Epoch", 1, "--Unfreeze_batch_size", 8)
+    assert len(blocks) == 2 and len(history(run_of(folder))) == 2

@@ -23,7 +23,7 @@ from utils.errors import TOO_SMALL, one_sentence_errors, rank, world_size
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.recipe import get_optimizer, get_recipe
-from utils.run import open_run, read_config, write_config
+from utils.run import open_run, write_config
 from utils.sample_data import data_paths
 from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
 
@@ -110,8 +110,8 @@ if __name__ == "__main__":
 
     # The run
     settings = {name: globals()[name] for name in checks.RULES}
-    save_dir, kept, state = processes.on_rank_0(lambda: open_run(resume, save_dir, settings, class_names))
-    fp16 = kept.get("fp16", fp16)
+    save_dir, config, state = processes.on_rank_0(lambda: open_run(resume, save_dir, settings, class_names))
+    fp16 = config["settings"]["fp16"]  # a resumed run keeps the one it began with
     loss_history = LossHistory(save_dir, input_shape=input_shape) if rank() == 0 else None
 
     # The network
@@ -149,6 +149,7 @@ if __name__ == "__main__":
                 optimizer=f"{optimizer_type}, Init_lr {Init_lr:g}, {lr_decay_type}",
                 device=("CUDA" if Cuda else "CPU") + (", mixed precision" if fp16 else ", float32"))
 
+    processes.on_rank_0(lambda: write_config(save_dir, config))
     checkpoint.catch_signals()
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
@@ -209,7 +210,7 @@ if __name__ == "__main__":
 
     if rank() == 0:
         loss_history.writer.close()
-        write_config(save_dir, {**read_config(save_dir), "finished": True})
+        write_config(save_dir, {**config, "finished": True})
         best = loss_history.best()
         print(f"best top-1 {best['top1']:.2%} (epoch {best['epoch']}) in {save_dir}")
     if distributed:

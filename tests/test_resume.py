@@ -98,7 +98,7 @@ def wait_for(process, text, timeout=90):
     return seen
 
 
-@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
 def test_signals_to_the_group(tmp_path, number, world):
     """Saved and ended within torchrun's 30 s; the resumed run ends as one that was left alone."""
     folder = make_project(tmp_path, num_workers=2, UnFreeze_Epoch=40, Unfreeze_batch_size=8)
@@ -229,6 +229,9 @@ def test_the_rules_of_resuming(tmp_path):
     assert "class list" in err
     _, err = train(folder, "--resume", "logs/nowhere", code=1)
     assert "not a run's folder" in err
+    train(folder, "--save_dir", "fresh", "--model_path", "nowhere.pth", code=1)
+    out, _ = train(folder, "--save_dir", "fresh", "--UnFreeze_Epoch", 1)
+    assert "there is no unfinished run in 'fresh'" in out  # a start that failed is none
 
 
 def test_a_run_in_training_is_left_alone(tmp_path):

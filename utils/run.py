@@ -93,8 +93,9 @@ def new_run(save_dir):
 
 
 def open_run(resume, save_dir, settings, class_names):
-    """(run folder, settings to keep, checkpoint or None). A new folder, or the one that `resume` says.
+    """(run folder, config to write once all is set up, checkpoint or None). A new folder, or the one that `resume` says.
 
+    Without its config.json a folder is no run: a start that fails in setting up leaves nothing for resume = True to find.
     Continuing lists the settings that changed. UserError for another network or class list, or a finished run.
     """
     run = find_run(resume, save_dir)
@@ -117,8 +118,6 @@ def open_run(resume, save_dir, settings, class_names):
         print(f"continuing {run} at {place}" + "".join(f"\n  changed since: {c}" for c in changed))
     else:
         run = new_run(save_dir)
-    write_config(run, {"settings": {**settings, **kept}, "class_names": class_names, "launch": launch_id(),
-                       "finished": False, "versions": {
-                           "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
-                           "torchvision": torchvision.__version__, "pillow": PIL.__version__}})
-    return run, kept, state
+    return run, {"settings": {**settings, **kept}, "class_names": class_names, "launch": launch_id(), "finished": False,
+                 "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+                              "torchvision": torchvision.__version__, "pillow": PIL.__version__}}, state

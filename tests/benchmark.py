@@ -82,10 +82,11 @@ class Usual(Dataset):
 
 def bench_pictures(folder):
     torch.set_num_threads(1)
-    for number, size, grain, target in ((32, (500, 375), 12, "≥ 2"), (32, (500, 375), 0, "≥ 2"), (6, (3264, 2448), 12, "≥ 4"),
-                                        (6, (3264, 2448), 0, "≥ 4")):
-        paths = photos(folder, number, *size, grain)
-        name = f"{size[0]}×{size[1]}, {np.mean([os.path.getsize(p) for p in paths]) / 1e3:.0f} KB"
+    small = photos(folder, 32, 500, 375)
+    for paths, size, target in ((small, "500×375", "≥ 2"), (photos(folder, 32, 500, 375, grain=0), "500×375", "≥ 2"),
+                                (photos(folder, 6, 3264, 2448), "3264×2448", "≥ 4"),
+                                (photos(folder, 6, 3264, 2448, grain=0), "3264×2448", "≥ 4")):
+        name = f"{size}, {np.mean([os.path.getsize(p) for p in paths]) / 1e3:.0f} KB"
         for random in (True, False):
             data = DataGenerator([f"0;{p}" for p in paths], (224, 224), random, "crop", val_crop=0.875)
             usual = Usual(paths, random)
@@ -93,7 +94,6 @@ def bench_pictures(folder):
                                         lambda: default_collate([usual[i] for i in range(len(paths))]), 11)
             report(f"{'training' if random else 'evaluation'} pictures, {name}, one core", f"{ratio:.2f} ×", target,
                    f"{len(paths) / ours:.0f} against {len(paths) / theirs:.0f} pictures/s")
-    small = photos(folder, 32, 500, 375)
     data = DataGenerator([f"0;{p}" for p in small], (224, 224), True, "crop")
     def pillow():
         for path in small:

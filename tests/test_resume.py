@@ -240,9 +240,7 @@ def test_a_run_in_training_is_left_alone(tmp_path):
     make_data(folder, train=24, test=6)
     living = start(folder)
     try:
-        until = time.monotonic() + 60
-        while not list(folder.glob("logs/*/last_checkpoint.pth")) and time.monotonic() < until:
-            time.sleep(0.1)
+        wait_for(living, "epoch 2/1000:")  # so the first epoch's checkpoint is written
         busy = run_of(folder)
         _, err = train(folder, "--resume", f"logs/{busy.name}", code=1)
         assert "before the process that trains it has ended" in err

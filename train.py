@@ -177,6 +177,7 @@ if __name__ == "__main__":
                     model_train = torch.nn.parallel.DistributedDataParallel(
                         model_train, device_ids=[local_rank], gradient_as_bucket_view=True,
                         find_unused_parameters=getattr(model, "has_unused_parameters", False))
+                    cudnn.benchmark = True
                 else:
                     model_train = torch.nn.DataParallel(model_train)
                     cudnn.benchmark = True

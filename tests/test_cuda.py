@@ -2,7 +2,10 @@
 import pytest
 import torch
 
+from nets import get_model, head_layers
 from tests.helpers import history, make_data, make_project, run_of, torchrun, train, weights
+from utils.fit import backward, optimizer_step
+from utils.recipe import Recipe, get_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -38,3 +41,18 @@ def test_every_recipe_and_resume(folder):
     train(folder, *words)
     train(folder, *words, "--UnFreeze_Epoch", 5, "--resume", f"logs/{run_of(folder).name}")
     assert [row["epoch"] for row in history(run_of(folder))] == [1, 2, 3, 4, 5]
+
+
+def test_no_step_waits_for_the_gpu():
+    model = get_model("resnet18", 10, [64, 64]).cuda()
+    optimizer, scaler = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4), torch.amp.GradScaler("cuda")
+    parts = [(torch.zeros(8, 3, 64, 64, dtype=torch.uint8).pin_memory(), torch.zeros(8, dtype=torch.int64).pin_memory(), [])] * 2
+    sums = torch.zeros(3, dtype=torch.float64, device="cuda")
+    for mode in ("default", "error"):  # the first step may set things up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            backward(model, parts, sums.device, True, True, scaler, Recipe(), sums)
+            optimizer_step(optimizer, scaler, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sums[2] == 32

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nets import head_layers
 from tests.helpers import ROOT, environment, history, make_data, make_project, run_of, same, train, weights
 from utils.checks import balanced_weights
-from utils.fit import backward, optimizer_step
-from utils.recipe import Recipe, get_recipe
+from utils.fit import backward, optimizer_step, score_sums
+from utils.recipe import Recipe, get_optimizer, get_recipe
 
 DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0,
                 channels_last=True)
@@ -39,6 +41,29 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     for a, b in zip(*[g[0] for g in gradients]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradients[0][1], gradients[1][1])
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for its GPU: a figure read off a tensor, a tensor made from Python's numbers."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_figure():
+    model, sums, parts = network(), torch.zeros(3, dtype=torch.float64), batches([4, 4])
+    optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
+    for _ in range(2):  # the first one may set things up
+        with Waits() as waits:
+            backward(model, parts, sums.device, False, False, None, Recipe(), sums)
+            optimizer_step(optimizer, None, 1.0)
+            score_sums(torch.zeros(4, 3), parts[0][1])
+    assert waits.count == 0 and sums[2] == 16
+    with Waits() as waits:
+        sums.new_tensor(sums[0].item())
+    assert waits.count == 2  # it can count
 
 
 def test_clip_grad_norm():

@@ -120,7 +120,7 @@ def score_sums(scores, targets):
     losses = F.cross_entropy(scores, targets, reduction="none").double()
     right = scores.topk(min(5, scores.shape[1])).indices == targets[:, None]
     return torch.stack([losses.sum(), right[:, 0].sum().double(), right.sum().double(),
-                        losses.new_tensor(float(len(losses)))])
+                        losses.new_full((), len(losses))])
 
 
 def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,

@@ -121,9 +121,9 @@ class Ready:
         return len(self.batches)
 
 
-def loader(data, batch_size, shuffle=True):
-    return DataLoader(data, batch_size, num_workers=2, collate_fn=detection_collate, worker_init_fn=ignore_signals,
-                      sampler=EpochSampler(len(data), batch_size, shuffle=shuffle), persistent_workers=True, drop_last=shuffle)
+def loader(data, batch_size, workers=2, pin_memory=False):
+    return DataLoader(data, batch_size, num_workers=workers, collate_fn=detection_collate, worker_init_fn=ignore_signals,
+                      sampler=EpochSampler(len(data), batch_size), persistent_workers=True, drop_last=True, pin_memory=pin_memory)
 
 
 def train_seconds(model, optimizer, gen, steps, folder, Cuda, fp16, epoch=0, scaler=None, channels_last=True):
@@ -355,8 +355,21 @@ def bench_cuda(folder):
     for round in range(4):
         ours, theirs = train_seconds(model, optimizer, Ready(batches, size), steps, folder, True, True, scaler=scaler), bare()
         ratios += [theirs / ours] if round else []
-    report(f"resnet50 at 224, float16, {torch.cuda.get_device_name()}: share of the bare loop", f"{statistics.median(ratios):.3f}", "",
+    name = f"resnet50 at 224, float16, {torch.cuda.get_device_name()}"
+    report(f"{name}: ready batches, share of the bare loop", f"{statistics.median(ratios):.3f}", "",
            f"{size * steps / ours:.0f} against {size * steps / theirs:.0f} images/s")
+    paths, workers = photos(folder, 64, 500, 375), os.cpu_count()
+    gen = loader(DataGenerator([f"0;{p}" for p in paths * 4 * steps], (224, 224), True, "crop"), size, workers, pin_memory=True)
+    def decode():
+        for _ in gen:
+            pass
+    rounds = []
+    for round in range(4):
+        ours, decoding, theirs = train_seconds(model, optimizer, gen, steps, folder, True, True, scaler=scaler), seconds(decode), bare()
+        rounds += [(max(decoding, theirs) / ours, decoding / ours)] if round else []
+    both, decoded = (statistics.median(column) for column in zip(*rounds))
+    report(f"{name}: from JPEG files, {workers} workers, share of decoding", f"{decoded:.3f}", "",
+           f"{both:.3f} of the slower of decoding and the bare loop; {size * steps / ours:.0f}, decoding {size * steps / decoding:.0f} images/s")
 
 
 def main():

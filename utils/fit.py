@@ -180,8 +180,8 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
         progress.show(step, images_per_step, lambda: "loss {:.3f} top1 {:.1%} lr {:.2e}".format(
             *(sums[:2] / sums[2]).tolist(), lr))
     progress.clear()
+    agree()  # reads a figure, so a GPU has done the steps when it returns
     seconds = time.monotonic() - begin
-    agree()
 
     judged = recipe.ema.module if recipe.ema else model
     distributed.sync_buffers(judged)

@@ -109,7 +109,7 @@ if __name__ == "__main__":
     np.random.seed(None)
 
     # The run
-    settings = {name: globals()[name] for name in checks.RULES}
+    settings = {name: globals()[name] for name in checks.constants(__file__)}
     save_dir, config, state = processes.on_rank_0(lambda: open_run(resume, save_dir, settings, class_names))
     fp16 = config["settings"]["fp16"]  # a resumed run keeps the one it began with
     loss_history = LossHistory(save_dir, input_shape=input_shape) if rank() == 0 else None

@@ -156,7 +156,7 @@ def test_command_line():
     assert values["Init_lr"] == 0.02 and values["Min_lr"] == pytest.approx(0.0002) and values["backbone"] == "resnet50"
     assert values["input_shape"] == [96, 128] and values["Freeze_Train"] is True and values["resume"] == "logs/2026_01_01"
     assert values["save_dir"] == "123" and values["momentum"] == 0.9
-    for words, sentence in ((["--Init_lrr", "1"], "did you mean 'Init_lr'"), (["Init_lr"], "no setting"), (["--seed"], "needs a value"),
+    for words, sentence in ((["--Init_lrr", "1"], "did you mean 'Init_lr'"), (["Init_lr"], "no setting"), (["--seed"], "--seed: expected one argument"),
                             (["--seed", "a"], "seed = 'a' must be"), (["--Cuda", "yes"], "True or False")):
         with pytest.raises(UserError, match=sentence):
             given_words(*words)
@@ -169,7 +169,7 @@ def test_help(tmp_path):
 
 
 def test_every_constant_has_a_rule_a_line_and_a_comment():
-    constants = checks.assigned(trainer.__file__)
+    constants = checks.constants(trainer.__file__)
     assert set(constants) == set(checks.RULES) and all(comment for _, comment in constants.values())
 
 

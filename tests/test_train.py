@@ -105,6 +105,16 @@ def test_paths_and_rates(tmp_path):
     assert [row["lr"] for row in history(run)] == pytest.approx([5e-4, 5e-3, 2.5e-5], rel=1e-6)
 
 
+def test_a_setting_of_ones_own(tmp_path):
+    make_data(make_project(tmp_path, UnFreeze_Epoch=1, Min_lr="Init_lr * 0.01  # lowest\nwarm = Init_lr / 2  # my own"), train=24, test=6)
+    out, _ = train(tmp_path, "--help")
+    assert re.search(r"--warm 0.005 +my own", out)
+    for words, value in (([], 0.005), (["--Init_lr", 0.04], 0.02), (["--warm", "None"], None)):
+        train(tmp_path, *words, "--save_dir", f"{value}")
+        run, = (tmp_path / f"{value}").iterdir()
+        assert json.loads((run / "config.json").read_text())["settings"]["warm"] == value
+
+
 def test_pretrained_weights_of_the_cache(tmp_path, monkeypatch):
     """As torch.hub leaves them; frozen, they come out of the run as they went in, but for the head."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,5 @@
 """Everything that can be wrong before the first epoch, each as one sentence: settings, command line, files, lines."""
+import argparse
 import ast
 import os
 import sys
@@ -39,26 +40,37 @@ RULES = {  # setting: (types, test, what it must be), or the tuple of its choice
 
 
 def check_value(name, value):
-    """UserError when `value` is not one that the setting `name` can have."""
-    rule = RULES[name]
-    if isinstance(rule[0], str):
+    """UserError when `value` is not one that the setting `name` can have; a fork's own setting may have any."""
+    rule = RULES.get(name)
+    if rule and isinstance(rule[0], str):
         if value not in rule:
             raise UserError(f"{name} = {value!r} is none of its choices: "
                             f"{', '.join(map(repr, rule))}{nearest(value, rule)}")
-        return
-    types, test, wanted = rule
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not test(value):
-        raise UserError(f"{name} = {value!r} must be {wanted}")
+    elif rule:
+        types, test, wanted = rule
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not test(value):
+            raise UserError(f"{name} = {value!r} must be {wanted}")
 
 
-def assigned(path):
-    """{setting: (the expression's syntax tree, its source line's comment)} of a script's module-level constants."""
+def constants(path):
+    """{setting: (its expression's syntax tree, its line's comment)} of a script: every name assigned at module level."""
     with open(path, encoding="utf-8") as file:
         source = file.read()
     lines = source.splitlines()
     return {node.targets[0].id: (ast.Expression(node.value), lines[node.lineno - 1].partition("  # ")[2])
-            for node in ast.parse(source).body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in RULES}
+            for node in ast.parse(source).body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+
+
+def unquoted(text):
+    return text.strip("'\"")  # some shells leave them
+
+
+def literal(text):
+    """The Python value that `text` spells, or else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return text
 
 
 def command_line(settings, arguments=None):
@@ -67,34 +79,27 @@ def command_line(settings, arguments=None):
     The value is read as a Python literal, or else taken as text. Constants that are computed from others
     (Min_lr from Init_lr) follow.
     """
-    constants = assigned(settings["__file__"])
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--help" in words or "-h" in words:
-        print((settings["__doc__"] or "").strip() + "\n\nsettings (default, meaning):")
-        for name, (_, comment) in constants.items():
-            print(f"  --{name} {settings[name]!r}\n        {comment}")
-        raise SystemExit(0)
-    given = {}
-    while words:
-        word = words.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        if name in ("local-rank", "local_rank"):  # torch.distributed.launch says it here, and in LOCAL_RANK too
-            continue
-        if not word.startswith("--") or name not in constants:
-            raise UserError(f"{word!r} is no setting of {os.path.basename(settings['__file__'])}"
-                            f"{nearest(name, constants)}; --help lists them")
-        if not equals and not words:
-            raise UserError(f"--{name} needs a value, as in --{name} {settings[name]}")
-        text = text if equals else words.pop(0)
-        try:
-            given[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            given[name] = text
-        if isinstance(settings[name], str):
-            given[name] = text.strip("'\"") if not isinstance(given[name], str) else given[name]
-        check_value(name, given[name])
-    for name, (expression, _) in constants.items():
-        settings[name] = given[name] if name in given else eval(compile(expression, "settings", "eval"), settings)
+    known = constants(settings["__file__"])
+    parser = argparse.ArgumentParser(usage="%(prog)s [--setting value …]", description=settings["__doc__"], exit_on_error=False,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's own
+    for name, (_, comment) in known.items():
+        parser.add_argument(f"--{name}", type=unquoted if isinstance(settings[name], str) else literal,
+                            default=argparse.SUPPRESS, metavar=repr(settings[name]), help=comment.replace("%", "%%"))
+    try:
+        given, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; --help lists the settings") from None
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is no setting of {parser.prog}"
+                        f"{nearest(unknown[0].lstrip('-').partition('=')[0], known)}; --help lists them")
+    changed = vars(given)
+    for name, (expression, _) in known.items():
+        if name not in changed and any(isinstance(node, ast.Name) and node.id in changed for node in ast.walk(expression)):
+            changed[name] = eval(compile(expression, "settings", "eval"), settings)
+        if name in changed:
+            check_value(name, changed[name])
+            settings[name] = changed[name]
 
 
 def check_settings(s):

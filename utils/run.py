@@ -37,7 +37,7 @@ def read_config(run):
 
 
 def write_config(run, config):
-    save_text(Path(run, "config.json"), json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+    save_text(Path(run, "config.json"), json.dumps(config, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def hold(run):

@@ -138,7 +138,7 @@ if __name__ == "__main__":
                                          "history": loss_history}, save_minutes)
     if state:
         checkpoint.load(state)
-        Init_Epoch = checkpoint.epoch
+        Init_Epoch = state["epoch"]
     train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed)
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop)
     del train_lines, val_lines

@@ -18,6 +18,7 @@ from utils.recipe import Recipe, get_optimizer, get_recipe
 
 DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0,
                 channels_last=True)
+NO_SCALER = torch.amp.GradScaler("cuda", enabled=False)
 
 
 def network():
@@ -36,7 +37,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     gradients = []
     for given in (parts, large):
         model, sums = network(), torch.zeros(3, dtype=torch.float64)
-        backward(model, given, "cpu", False, False, None, Recipe(), sums)
+        backward(model, given, "cpu", False, False, NO_SCALER, Recipe(), sums)
         gradients.append(([p.grad for p in model.parameters()], sums))
     for a, b in zip(*[g[0] for g in gradients]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -57,8 +58,8 @@ def test_a_step_reads_no_figure():
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
     for _ in range(2):  # the first one may set things up
         with Waits() as waits:
-            backward(model, parts, sums.device, False, False, None, Recipe(), sums)
-            optimizer_step(optimizer, None, 1.0)
+            backward(model, parts, sums.device, False, False, NO_SCALER, Recipe(), sums)
+            optimizer_step(optimizer, NO_SCALER, 1.0)
             score_sums(torch.zeros(4, 3), parts[0][1])
     assert waits.count == 0 and sums[2] == 16
     with Waits() as waits:
@@ -71,7 +72,7 @@ def test_clip_grad_norm():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = copy.deepcopy(model)
     F.cross_entropy(100 * model(torch.randn(4, 3, 12, 12)), torch.tensor([0, 1, 2, 0])).backward()
-    optimizer_step(optimizer, None, 0.5)
+    optimizer_step(optimizer, NO_SCALER, 0.5)
     moved = sum((a - b).detach().pow(2).sum() for a, b in zip(model.parameters(), before.parameters())).sqrt()
     assert moved == pytest.approx(0.5, rel=1e-3)
 

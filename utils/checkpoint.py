@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -92,6 +93,22 @@ def load_checkpoint(run):
     return None
 
 
+@dataclass
+class EpochState:
+    """How far one process is in an epoch. The tensors are on its device, so that no step waits for their figures."""
+    epoch: int
+    lr: float
+    allowed: float  # unreadable pictures of all processes
+    sums: torch.Tensor  # float64 (3,): loss, right, pictures
+    first_bad: torch.Tensor  # int64 (): the first step whose loss is not finite, 0 for none
+    step: int = 0
+    unreadable: int = 0
+
+    def totals(self):
+        """[loss, right, pictures, unreadable] over all processes. Collective."""
+        return distributed.gather([*self.sums.tolist(), self.unreadable]).sum(0).tolist()
+
+
 class Checkpointer:
     """Saves all that resuming needs, and brings the processes to agree when to save, stop or give up.
 
@@ -100,22 +117,34 @@ class Checkpointer:
 
     def __init__(self, run, parts, save_minutes=0):
         self.run, self.parts, self.save_minutes = run, parts, save_minutes
-        self.epoch = self.step = 0
-        self.totals = None
+        self.resumed = {"epoch": None}
         self.signal, self.saved_at = 0, time.monotonic()
         self.named = set()
 
     def load(self, state):
+        """Give every part its own back, taking it out of `state`: it would fill memory for the rest of the run."""
         for name, part in self.parts.items():
-            if part is not None and state.get(name) is not None:
+            kept = state.pop(name, None)
+            if part is not None and kept is not None:
                 try:
-                    part.load_state_dict(state[name])
+                    part.load_state_dict(kept)
                 except (RuntimeError, ValueError, KeyError) as error:
                     raise UserError(f"{self.run} cannot be continued, its {name} is of another network or optimizer: "
                                     f"{str(error).splitlines()[0]}") from error
-        self.epoch, self.step, self.totals = state["epoch"], state["step"], state["totals"]
+        self.resumed = state
 
-    def save(self, epoch, step, totals=None):
+    def begin(self, epoch, lr, allowed, device):
+        """The EpochState at the beginning of an epoch, or where it was interrupted."""
+        state = EpochState(epoch, lr, allowed, torch.zeros(3, dtype=torch.float64, device=device),
+                           torch.zeros((), dtype=torch.int64, device=device))
+        if self.resumed["epoch"] == epoch and self.resumed["totals"]:
+            state.step = self.resumed["step"]
+            if rank() == 0:
+                *sums, state.unreadable = self.resumed["totals"]
+                state.sums += torch.tensor(sums, dtype=torch.float64, device=device)
+        return state
+
+    def save(self, epoch, step=0, totals=None):
         """Write last_checkpoint.pth on rank 0, keeping the one before it; the other processes wait."""
         def write():
             state = {name: part and part.state_dict() for name, part in self.parts.items()}
@@ -143,37 +172,35 @@ class Checkpointer:
                 print(f"\nunreadable picture: {gen.dataset.line(index)} ({reason})", flush=True)
             self.named.add(index)
 
-    def agree(self, epoch, step, lr, totals, first_bad, look, failure, unreadable, named, source, allowed):
+    def agree(self, state, failure=None, unreadable=(), gen=None, look=True):
         """Before each step: the processes stop together, on a signal or a fault, or save if it is time. Collective.
 
-        totals: function to the epoch's sums over all processes. first_bad: the first step with a loss that is not
-        finite, 0 for none, a tensor that is read if `look`, and before anything is saved. failure: why this process
-        cannot go on, or None. unreadable: pictures so far, of which `named` are new, of the loader `source`.
+        failure: why this process cannot go on, or None. unreadable: the new ones of the loader `gen`, (index, reason)
+        each. look: read first_bad, for which a GPU has to finish its steps; it is always read before anything is saved.
         """
         due = bool(self.save_minutes) and rank() == 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
-        everyone = distributed.gather([self.signal, due, failure is not None, look and first_bad.item(), len(named),
-                                       unreadable])
+        everyone = distributed.gather([self.signal, due, failure is not None, look and state.first_bad.item(),
+                                       len(unreadable), state.unreadable])
         signals, dues, failures, bad, news, _ = everyone.max(0).values.int().tolist()
-        count = int(everyone[:, 5].sum())
+        count, where = int(everyone[:, 5].sum()), f"epoch {state.epoch + 1}, step {state.step}"
         if news:
-            self.name_unreadable(named, source)
+            self.name_unreadable(list(unreadable), gen)
         if (signals or dues or failures) and not bad:
-            bad = int(distributed.gather([first_bad.item()]).max())
+            bad = int(distributed.gather([state.first_bad.item()]).max())
         if bad:
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {bad}, at lr {lr:.3g}: lower Init_lr, or "
-                            f"set clip_grad_norm; the files saved before it are intact")
-        if count > allowed:
-            raise UserError(f"{count} pictures of epoch {epoch + 1} cannot be read, more than 1 % of them: "
+            raise UserError(f"the loss is not finite in epoch {state.epoch + 1}, step {bad}, at lr {state.lr:.3g}: lower "
+                            f"Init_lr, or set clip_grad_norm; the files saved before it are intact")
+        if count > state.allowed:
+            raise UserError(f"{count} pictures of epoch {state.epoch + 1} cannot be read, more than 1 % of them: "
                             f"python -m utils.annotation DATASETS --check lists them")
         if signals or dues or failures:
-            self.save(epoch, step, totals())
+            self.save(state.epoch, state.step, state.totals())
         if failures:
             reasons = [reason for reason in distributed.gather_objects(failure and str(failure)) if reason]
-            raise UserError(f"{reasons[0]}. The state up to epoch {epoch + 1}, step {step} is saved: "
-                            f"continue with resume = {self.run!r}") from failure
+            raise UserError(f"{reasons[0]}. The state up to {where} is saved: continue with resume = {self.run!r}") from failure
         if signals:
             if rank() == 0:
-                print(f"\n{signal.Signals(signals).name}: saved at epoch {epoch + 1}, step {step}; continue with "
+                print(f"\n{signal.Signals(signals).name}: saved at {where}; continue with "
                       f"resume = {self.run!r} (or resume = True) in train.py", flush=True)
             distributed.barrier()
             stop_workers()

@@ -2,7 +2,6 @@
 import argparse
 import ast
 import os
-import sys
 from collections import Counter
 
 import numpy as np

@@ -62,8 +62,7 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, sums):
         with model_train.no_sync() if wait else contextlib.nullcontext():
             with autocast(Cuda, fp16):
                 loss, scores = loss_of(model_train(images), targets, recipe.criterion)
-            part = loss / len(batches)
-            (scaler.scale(part) if scaler else part).backward()
+            scaler.scale(loss / len(batches)).backward()
         with torch.no_grad():  # on the device, so that no step waits for the figures
             labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
             right = (scores.argmax(1) == labels).sum()
@@ -72,17 +71,21 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, sums):
 
 
 def optimizer_step(optimizer, scaler, clip_grad_norm):
-    if scaler:
-        scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)
     if clip_grad_norm:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-    if scaler:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
+
+
+def seed_step(seed, epoch, step, Cuda):
+    """What is random in a step depends on these and the rank alone. (torch.manual_seed would take 0.2 ms.)"""
+    step_seed = random.Random(f"{seed} {epoch} {step} {rank()}").getrandbits(63)
+    torch.default_generator.manual_seed(step_seed)
+    if Cuda:
+        torch.cuda.manual_seed_all(step_seed)
 
 
 @contextlib.contextmanager
@@ -135,79 +138,60 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     """
     recipe = recipe or Recipe()
     checkpoint = checkpoint or Checkpointer(save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # then its calls do nothing but the optimizer's step
     device = next(model.parameters()).device
     lr = optimizer.param_groups[-1]["lr"]
     images_per_step = gen.batch_size * world_size()
-    step, unreadable, begin = 0, 0, time.monotonic()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, pictures
-    first_bad = torch.zeros((), dtype=torch.int64, device=device)  # the first step whose loss is not finite
-    if checkpoint.epoch == epoch and checkpoint.totals:
-        step = checkpoint.step
-        if rank() == 0:
-            sums += torch.tensor(checkpoint.totals[:3], dtype=torch.float64, device=device)
-            unreadable = checkpoint.totals[3]
+    begin, state = time.monotonic(), checkpoint.begin(epoch, lr, 0.01 * epoch_step * images_per_step, device)
+    first_step, sums = state.step, state.sums
 
-    def totals():
-        return distributed.gather([*sums.tolist(), unreadable]).sum(0).tolist()
-
-    def agree(failure=None, named=(), source=gen, look=True):
-        checkpoint.agree(epoch, step, lr, totals, first_bad, look, failure, unreadable, named, source,
-                         0.01 * epoch_step * images_per_step)
-
-    gen.sampler.set_epoch(epoch, step)
+    gen.sampler.set_epoch(epoch, first_step)
     model_train.train()
-    progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, step)
+    progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, first_step)
     batches = loader(gen)
-    first_step = step
-    while step < epoch_step:
-        number = min(recipe.accumulate, epoch_step - step)
+    while state.step < epoch_step:
+        number = min(recipe.accumulate, epoch_step - state.step)
         parts, failure = fetch(batches, number)
         named = [bad for part in parts or () for bad in part[2]]
-        unreadable += len(named)
-        agree(failure, named, look=not Cuda or step % 20 < number)  # a look makes a GPU wait, so not at every step
-        step_seed = random.Random(f"{recipe.seed} {epoch} {step} {rank()}").getrandbits(63)
-        torch.default_generator.manual_seed(step_seed)  # torch.manual_seed walks through every kind of device: 0.2 ms
-        if Cuda:
-            torch.cuda.manual_seed_all(step_seed)
+        state.unreadable += len(named)
+        checkpoint.agree(state, failure, named, gen, look=not Cuda or state.step % 20 < number)
+        seed_step(recipe.seed, epoch, state.step, Cuda)
         with memory_advice(recipe.batch_size_name):
-            before = sums[0].clone()
             backward(model_train, parts, device, Cuda, fp16, scaler, recipe, sums)
             optimizer_step(optimizer, scaler, recipe.clip_grad_norm)
-        step += number
-        first_bad += torch.where(torch.isfinite(sums[0] - before) | (first_bad > 0), 0, step)
+        state.step += number
+        state.first_bad += state.step * (~torch.isfinite(sums[0]) & (state.first_bad == 0))
         if recipe.ema:
             recipe.ema.update_parameters(model)
-        progress.show(step, images_per_step, lambda: "loss {:.3f} top1 {:.1%} lr {:.2e}".format(
+        progress.show(state.step, images_per_step, lambda: "loss {:.3f} top1 {:.1%} lr {:.2e}".format(
             *(sums[:2] / sums[2]).tolist(), lr))
     progress.clear()
-    agree()  # reads a figure, so a GPU has done the steps when it returns
+    checkpoint.agree(state)  # reads a figure, so a GPU has done the steps when it returns
     seconds = time.monotonic() - begin
 
     judged = recipe.ema.module if recipe.ema else model
     distributed.sync_buffers(judged)
     wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
-    val_sums = torch.zeros(4, dtype=torch.float64, device=device)
-    left_out = 0
+    val_sums, left_out = torch.zeros(4, dtype=torch.float64, device=device), []
 
     def between(failure, named):
-        nonlocal left_out
-        left_out += len(named)
-        agree(failure, named, gen_val, look=False)
+        left_out.extend(named)
+        checkpoint.agree(state, failure, named, gen_val, look=False)
     gen_val.sampler.set_epoch(epoch)
     with memory_advice(recipe.batch_size_name):
         for scores, targets in score_batches(wrapped, gen_val, epoch_step_val, Cuda, fp16, recipe.channels_last, between):
             val_sums += score_sums(scores, targets)
-    train_loss, train_right, trained, *_ = train = totals()
-    val_loss, top1, top5, scored, left_out = distributed.gather([*val_sums.tolist(), left_out]).sum(0).tolist()
+    train_loss, train_right, trained, unreadable = state.totals()
+    val_loss, top1, top5, scored, unscored = distributed.gather([*val_sums.tolist(), len(left_out)]).sum(0).tolist()
     if not scored:
         raise UserError("no picture of the test list can be read, so there is no score")
 
     figures = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss / trained, "val_loss": val_loss / scored,
                "train_top1": train_right / trained, "top1": top1 / scored, "top5": top5 / scored,
-               "scored": int(scored), "unreadable": int(train[3] + left_out),
+               "scored": int(scored), "unreadable": int(unreadable + unscored),
                "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3)}
     distributed.on_rank_0(lambda: record(figures, loss_history, judged, save_period, save_dir, UnFreeze_Epoch))
-    checkpoint.save(epoch + 1, 0)
+    checkpoint.save(epoch + 1)
     return figures
 
 

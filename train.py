@@ -18,7 +18,7 @@ from utils import checks, distributed as processes
 from utils.charts import first_batch
 from utils.checkpoint import Checkpointer, load_weights, save_image
 from utils.console import show_config
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate, ignore_signals
+from utils.dataloader import DataGenerator, EpochSampler, detection_collate
 from utils.errors import TOO_SMALL, one_sentence_errors, rank, world_size
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
@@ -26,6 +26,7 @@ from utils.recipe import get_optimizer, get_recipe
 from utils.run import open_run, write_config
 from utils.sample_data import data_paths
 from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
+from utils.workers import ignore_signals
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU

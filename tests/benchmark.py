@@ -24,10 +24,12 @@ from torchvision.transforms import v2
 
 from nets import get_model, head_layers
 from tests.helpers import environment, make_data, make_project, torchrun
-from utils.dataloader import MEAN, STD, DataGenerator, EpochSampler, detection_collate, ignore_signals, normalize
+from utils.dataloader import DataGenerator, EpochSampler, detection_collate
 from utils.fit import autocast, fit_one_epoch
 from utils.loss_history import LossHistory
+from utils.pictures import MEAN, STD, normalize
 from utils.recipe import Recipe, get_optimizer
+from utils.workers import ignore_signals
 
 rows = []
 

@@ -10,10 +10,10 @@ from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop, v2
 
-from utils import dataloader
-from utils.dataloader import (AUGMENTATIONS, MEAN, STD, DataGenerator, EpochSampler, centre_box, detection_collate,
-                              ignore_signals, normalize, random_box, read_crop)
+from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
+from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_crop
 from utils.sample_data import SHAPES, draw_set
+from utils.workers import ignore_signals
 
 
 def photo(width, height, seed=0):
@@ -41,7 +41,7 @@ def plain(path, box, shape):
 @pytest.mark.parametrize("decoder", ["torchvision's where it pays", "Pillow's alone"])
 def test_crops_match_the_plain_pipeline(tmp_path, monkeypatch, size, allowed, decoder):
     if decoder == "Pillow's alone":
-        monkeypatch.setattr(dataloader, "decode_jpeg", None)
+        monkeypatch.setattr("utils.pictures.decode_jpeg", None)
     photo(*size).save(tmp_path / "photo.jpg", quality=90)
     rng = random.Random(0)
     for box in [random_box(rng, 0.08, size[1], size[0]) for _ in range(8)] + [centre_box((224, 224), 0.875, size[1], size[0])]:
@@ -54,7 +54,7 @@ def test_crops_match_the_plain_pipeline(tmp_path, monkeypatch, size, allowed, de
 
 def test_reduced_decoding_keeps_the_resolution(tmp_path, monkeypatch):
     photo(1600, 1200).save(tmp_path / "photo.jpg")
-    monkeypatch.setattr(dataloader, "decode_jpeg", None)  # the file has too few bytes to be reduced
+    monkeypatch.setattr("utils.pictures.decode_jpeg", None)  # the file has too few bytes to be reduced
     seen = []
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *args, box=None, **options: (
@@ -101,7 +101,7 @@ GRADIENT = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
 @pytest.mark.parametrize("decoder", ["torchvision's where it pays", "Pillow's alone"])
 def test_every_kind_of_picture(tmp_path, monkeypatch, kind, decoder):
     if decoder == "Pillow's alone":
-        monkeypatch.setattr(dataloader, "decode_jpeg", None)
+        monkeypatch.setattr("utils.pictures.decode_jpeg", None)
     grey = Image.fromarray(GRADIENT)
     rgb = grey.convert("RGB")
     files = {"L": ("a.png", grey), "1": ("a.png", grey.convert("1")), "P": ("a.png", rgb.quantize(256)),

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from utils import distributed
-from utils.dataloader import stop_workers
 from utils.errors import UserError, rank
+from utils.workers import stop_workers
 
 LAST, BEFORE = "last_checkpoint.pth", "last_checkpoint_previous.pth"
 

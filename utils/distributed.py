@@ -5,8 +5,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from utils.dataloader import stop_workers
 from utils.errors import rank, world_size
+from utils.workers import stop_workers
 
 
 def connect(Cuda):

@@ -18,10 +18,11 @@ from utils import checks
 from utils.charts import bars, contact_sheet, matrix
 from utils.checkpoint import save_image, save_text
 from utils.console import ProgressLine
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate, ignore_signals, split_line
+from utils.dataloader import DataGenerator, EpochSampler, detection_collate, split_line
 from utils.errors import UserError, one_sentence_errors
 from utils.fit import score_batches, score_sums
 from utils.predict import Run
+from utils.workers import ignore_signals
 
 
 def read_lines(run, annotation):

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from utils.checkpoint import save_file
-from utils.dataloader import normalize
 from utils.errors import one_sentence_errors
+from utils.pictures import normalize
 from utils.predict import Run
 
 

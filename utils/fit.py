@@ -2,7 +2,6 @@
 import contextlib
 import os
 import random
-import signal
 import time
 
 import torch
@@ -11,35 +10,15 @@ import torch.nn.functional as F
 from utils import distributed
 from utils.checkpoint import Checkpointer, save_tensors
 from utils.console import ProgressLine
-from utils.dataloader import normalize
 from utils.errors import UserError, rank, world_size
+from utils.pictures import normalize
 from utils.recipe import Recipe
+from utils.workers import fetch, loader
 
 
 def autocast(Cuda, fp16):
     """float16 on CUDA, bfloat16 on CPU, or nothing."""
     return torch.autocast("cuda" if Cuda else "cpu", torch.float16 if Cuda else torch.bfloat16, enabled=fp16)
-
-
-def fetch(batches, number=1):
-    """(list of the next `number` batches, or None and the sentence that says why there is none)."""
-    try:
-        return [next(batches) for _ in range(number)], None
-    except UserError as error:  # a worker's error comes with its traceback as text, the sentence last
-        return None, UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2])
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        return None, UserError("a data-loader worker died, most likely for lack of memory: lower num_workers or the "
-                               f"batch size ({str(error).splitlines()[0]})")
-
-
-def loader(gen):
-    """The batches of `gen`; a worker's death is found by the next fetch, not by a signal handler amid a step."""
-    batches = iter(gen)
-    if gen.num_workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    yield from batches
 
 
 def loss_of(outputs, targets, criterion):

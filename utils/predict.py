@@ -18,9 +18,9 @@ from nets import get_model
 from utils.annotation import endings, pictures_below
 from utils.charts import font
 from utils.checkpoint import load_weights, save_image
-from utils.dataloader import centre_box, normalize, read_crop, to_rgb
 from utils.errors import UserError, one_sentence_errors
 from utils.fit import autocast
+from utils.pictures import centre_box, normalize, read_crop, to_rgb
 from utils.run import read_config
 
 

@@ -22,7 +22,7 @@ from utils.dataloader import DataGenerator, EpochSampler, detection_collate
 from utils.errors import TOO_SMALL, one_sentence_errors, rank, world_size
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
-from utils.recipe import get_optimizer, get_recipe
+from utils.recipe import balanced_weights, get_optimizer, get_recipe
 from utils.run import open_run, write_config
 from utils.sample_data import data_paths
 from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
@@ -133,7 +133,7 @@ if __name__ == "__main__":
     model = model.to("cuda" if Cuda else "cpu", memory_format=layout)
     scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
     optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
-    weights = checks.balanced_weights(train_lines, num_classes) if class_weights == "balanced" else None
+    weights = balanced_weights(train_lines, num_classes) if class_weights == "balanced" else None
     recipe = get_recipe(settings, model, num_classes, weights.cuda() if weights is not None and Cuda else weights)
     checkpoint = Checkpointer(save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema,
                                          "history": loss_history}, save_minutes)

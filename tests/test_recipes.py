@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import head_layers
 from tests.helpers import ROOT, environment, history, make_data, make_project, run_of, same, train, weights
-from utils.checks import balanced_weights
 from utils.fit import backward, optimizer_step, score_sums
-from utils.recipe import Recipe, get_optimizer, get_recipe
+from utils.recipe import Recipe, balanced_weights, get_optimizer, get_recipe
 
 DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0,
                 channels_last=True)

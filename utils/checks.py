@@ -4,7 +4,6 @@ import ast
 import os
 from collections import Counter
 
-import numpy as np
 import torch
 
 from utils.dataloader import AUGMENTATIONS, split_line
@@ -202,7 +201,7 @@ def check_lines(lines, path, num_classes, classes_path):
                 folders[folder] = set(os.listdir(folder + slash or "."))
             except (OSError, ValueError):
                 folders[folder] = set()
-        if name not in folders[folder] and not exists(picture):
+        if name not in folders[folder] and not os.path.isfile(picture):
             missing.append(f"{where} {picture}")
         kept.append(line)
     if missing:
@@ -212,22 +211,9 @@ def check_lines(lines, path, num_classes, classes_path):
     return kept
 
 
-def exists(path):
-    try:
-        return os.path.isfile(path)
-    except ValueError:  # a NUL character
-        return False
-
-
 def warn_shared(train_lines, val_lines):
     """Print how many pictures stand in both lists."""
     shared = {split_line(line)[1] for line in val_lines}
     count = len(shared.intersection(split_line(line)[1] for line in train_lines))
     if count and rank() == 0:
         print(f"WARNING: {count} pictures are in both the training and the test list: the scores will flatter")
-
-
-def balanced_weights(lines, num_classes):
-    """float32 (num_classes,) weights, number / (num_classes · count), as scikit-learn's 'balanced'; 0 for absent ones."""
-    counts = np.bincount([int(split_line(line)[0]) for line in lines], minlength=num_classes)
-    return torch.tensor(np.where(counts > 0, len(lines) / (num_classes * np.maximum(counts, 1)), 0)).float()

@@ -3,11 +3,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
+
+from utils.dataloader import split_line
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -55,3 +58,9 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
         return torch.optim.SGD(parameters, lr=0.1, momentum=momentum, nesterov=momentum > 0, fused=True)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer_type]
     return kind(parameters, lr=1e-3, betas=(momentum, 0.999), fused=True)
+
+
+def balanced_weights(lines, num_classes):
+    """float32 (num_classes,) weights, number / (num_classes · count), as scikit-learn's 'balanced'; 0 for absent ones."""
+    counts = np.bincount([int(split_line(line)[0]) for line in lines], minlength=num_classes)
+    return torch.tensor(np.where(counts > 0, len(lines) / (num_classes * np.maximum(counts, 1)), 0)).float()

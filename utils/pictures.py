@@ -64,15 +64,16 @@ def read_crop(source, input_shape, choose_box):
             # in channels_last memory, which the decoder wrote, it takes half the time
             return F.interpolate(crop, input_shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
     with source.copy() if isinstance(source, Image.Image) else Image.open(io.BytesIO(source)) as image:
-        if image.format in ("JPEG", "MPO"):
+        reducible = image.format in ("JPEG", "MPO")
+        if reducible:
             turned = image.getexif().get(0x0112, 1) >= 5  # by a quarter: the sides change places
             sides = image.size[::-1] if turned else image.size
             box = choose_box(*sides[::-1])
             shrink = max(1, min(box[2] // input_shape[0], box[3] // input_shape[1]))
             image.draft(image.mode, (image.width // shrink, image.height // shrink))
-            image = to_rgb(ImageOps.exif_transpose(image))
-        else:
-            image = to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        image = to_rgb(image)
+        if not reducible:
             sides, box = image.size, choose_box(image.height, image.width)
         top, left, height, width = box
         x, y = image.width / sides[0], image.height / sides[1]  # below 1 where the decoder reduced

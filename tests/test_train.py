@@ -1,6 +1,7 @@
 """Whole runs of an edited train.py, as a user makes them."""
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -156,6 +157,17 @@ def test_bfloat16_on_cpu(tmp_path):
     train(folder)
     a, b = runs(folder)
     assert not same(weights(a), weights(b)) and weights(a)["classifier.1.weight"].dtype == torch.float32
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler on a CPU")
+def test_compile(tmp_path):
+    make_data(make_project(tmp_path, UnFreeze_Epoch=1, backbone="'resnet18'"), train=24, test=6)
+    train(tmp_path, "--save_dir", "plain")
+    train(tmp_path, "--save_dir", "compiled", "--compile", True)
+    plain, compiled = (weights(next((tmp_path / name).iterdir())) for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-4)
 
 
 def test_small_data_set(tmp_path):

@@ -21,7 +21,7 @@ def normalize(images, device, channels_last=True):
     """uint8 (N, 3, H, W) from the loader → float32 on `device`, ImageNet-normalised: the one place that does it."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
-    mean, std = (torch.stack([torch.full((1, 1), 255 * figure, device=images.device) for figure in figures])
+    mean, std = (255 * torch.stack([torch.full((1, 1), figure, device=images.device) for figure in figures])
                  for figures in (MEAN, STD))  # filled there: copying them would make each step wait for a GPU
     return images.sub_(mean).div_(std)
 

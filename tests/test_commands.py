@@ -154,6 +154,21 @@ def test_classifier_from_python_and_threads(trained, monkeypatch):
     assert [r[0][1] for r in results] == pytest.approx([e[0][1] for e in expected], abs=1e-6)
 
 
+def test_predictions_in_batches_are_those_of_one_picture(trained, monkeypatch):
+    from utils.predict import Classifier, predictions
+    folder, run, _ = trained
+    monkeypatch.chdir(folder)
+    classify, good = Classifier(run), [str(path) for path in sorted(Path("photos/test/Zebra").rglob("*.*"))[:5]]
+    paths = [good[0], "gone.jpg", *good[1:], good[0], "photos"]
+    found = list(predictions(classify, iter(paths), 3))
+    assert [path for path, _ in found] == paths
+    for path, best in found:
+        if path in good:
+            assert [p for _, p in best] == pytest.approx([p for _, p in classify(path)], abs=1e-6)
+        else:
+            assert isinstance(best, OSError)
+
+
 def test_export(trained, tmp_path):
     folder, run, _ = trained
     out, _ = command(folder, "utils.export", run)

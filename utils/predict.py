@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -55,10 +56,34 @@ class Classifier(Run):
 
     def __call__(self, picture):
         """picture: a path, a file's bytes or a Pillow image. Raises what Pillow raises for an unreadable one."""
+        return self.best([self.crop(picture)])[0]
+
+    def crop(self, picture):
+        """uint8 (3, H, W) of a picture, cropped as in validation."""
         shape = tuple(self.settings["input_shape"])
-        crop = read_crop(picture, shape, partial(centre_box, shape, self.settings["val_crop"]))
-        best = self.probabilities(crop.permute(2, 0, 1)[None])[0].topk(min(5, len(self.class_names)))
-        return [(self.class_names[index], value) for value, index in zip(best.values.tolist(), best.indices.tolist())]
+        return read_crop(picture, shape, partial(centre_box, shape, self.settings["val_crop"])).permute(2, 0, 1)
+
+    def best(self, crops):
+        """For each crop [(class name, probability)], the best five first."""
+        found = self.probabilities(torch.stack(crops)).topk(min(5, len(self.class_names)))
+        return [[(self.class_names[index], value) for value, index in zip(*row)]
+                for row in zip(found.values.tolist(), found.indices.tolist())]
+
+
+def predictions(classify, paths, size):
+    """Yield (path, what `classify` returns, or the exception that the picture raised), `size` pictures at a time."""
+    paths = iter(paths)
+    while chunk := list(islice(paths, size)):
+        found = {}
+        for path in chunk:
+            try:
+                found[path] = classify.crop(path)
+            except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+                found[path] = error
+        readable = [path for path in found if isinstance(found[path], torch.Tensor)]
+        if readable:
+            found.update(zip(readable, classify.best([found[path] for path in readable])))
+        yield from ((path, found[path]) for path in chunk)
 
 
 def listed(words):
@@ -97,14 +122,13 @@ def main(arguments=None):
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
     classify, failed = Classifier(options.run, options.weights), 0
-    for number, path in enumerate(listed(options.pictures)):
-        try:
-            best = classify(path)
-        except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+    size = 1 if "-" in options.pictures else 32  # another program may wait for each answer
+    for number, (path, best) in enumerate(predictions(classify, listed(options.pictures), size)):
+        if isinstance(best, Exception):
             failed += 1
-            print(f"unreadable picture: {path} ({type(error).__name__}: {error})", file=sys.stderr)
+            print(f"unreadable picture: {path} ({type(best).__name__}: {best})", file=sys.stderr)
             if options.json:
-                print(json.dumps({"picture": path, "error": str(error)}, ensure_ascii=False), flush=True)
+                print(json.dumps({"picture": path, "error": str(best)}, ensure_ascii=False), flush=True)
             continue
         if options.json:
             print(json.dumps({"picture": path, "top5": [{"class": name, "probability": round(p, 6)} for name, p in best]},

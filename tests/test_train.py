@@ -161,13 +161,22 @@ def test_bfloat16_on_cpu(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler on a CPU")
 def test_compile(tmp_path):
-    make_data(make_project(tmp_path, UnFreeze_Epoch=1, backbone="'resnet18'"), train=24, test=6)
+    """The same keys, and the same training within rounding.
+
+    A network whose BatchNorm has many values to a channel and that has no dropout: torchvision's with BatchNorm over
+    1 x 1 pixels turn a rounding error of the first layer into a difference of per cents, and compiled dropout draws anew.
+    """
+    make_project(tmp_path, backbone="'plain'", Freeze_Train=True, Freeze_Epoch=1)
+    (tmp_path / "nets" / "plain.py").write_text(
+        "from torch import nn\n\n\ndef plain(num_classes, input_shape):\n    return nn.Sequential(nn.Conv2d(3, 8, 3), "
+        "nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, num_classes))\n")
+    make_data(tmp_path, train=24, test=6)
     train(tmp_path, "--save_dir", "plain")
     train(tmp_path, "--save_dir", "compiled", "--compile", True)
     plain, compiled = (weights(next((tmp_path / name).iterdir())) for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
     for name in plain:
-        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=1e-5)
 
 
 def test_small_data_set(tmp_path):

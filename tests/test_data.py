@@ -1,3 +1,5 @@
+import io
+import math
 import pickle
 import random
 import warnings
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop, v2
 
 from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
-from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_crop
+from utils.pictures import MEAN, STD, centre_box, jpeg_pixels, normalize, random_box, read_crop
 from utils.sample_data import SHAPES, draw_set
 from utils.workers import ignore_signals
 
@@ -54,7 +56,6 @@ def test_crops_match_the_plain_pipeline(tmp_path, monkeypatch, size, allowed, de
 
 def test_reduced_decoding_keeps_the_resolution(tmp_path, monkeypatch):
     photo(1600, 1200).save(tmp_path / "photo.jpg")
-    monkeypatch.setattr("utils.pictures.decode_jpeg", None)  # the file has too few bytes to be reduced
     seen = []
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *args, box=None, **options: (
@@ -64,6 +65,20 @@ def test_reduced_decoding_keeps_the_resolution(tmp_path, monkeypatch):
         assert min(seen[-1]) >= 224 and min(seen[-1]) < 448
     read_crop(tmp_path / "photo.jpg", (64, 224), lambda h, w: (0, 0, 1200, 470))
     assert seen[-1][0] >= 224 and seen[-1][1] >= 64
+
+
+def test_pixels_of_a_jpeg(tmp_path):
+    """Found in the frame header, not in the one of the thumbnail that a camera puts before it; broken files do no harm."""
+    thumbnail = io.BytesIO()
+    photo(64, 48).save(thumbnail, "JPEG")
+    for progressive in (False, True):
+        file = io.BytesIO()
+        photo(300, 200).save(file, "JPEG", progressive=progressive, comment=thumbnail.getvalue())
+        assert jpeg_pixels(file.getvalue()) == 300 * 200
+        assert all(jpeg_pixels(file.getvalue()[:end]) in (math.inf, 300 * 200) for end in range(5000))
+    file = io.BytesIO()
+    photo(64, 48).save(file, "PNG")
+    assert jpeg_pixels(file.getvalue()) == jpeg_pixels(b"") == jpeg_pixels(b"\xff\xd8" + 99 * b"\xff") == math.inf
 
 
 def corner_picture(width, height):

@@ -1,11 +1,12 @@
 """What only a GPU can show; skipped without one."""
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from nets import get_model, head_layers
 from tests.helpers import history, make_data, make_project, run_of, torchrun, train, weights
 from utils.fit import backward, optimizer_step
-from utils.recipe import Recipe, get_optimizer
+from utils.recipe import EMA, Recipe, get_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -48,11 +49,13 @@ def test_no_step_waits_for_the_gpu():
     optimizer, scaler = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4), torch.amp.GradScaler("cuda")
     parts = [(torch.zeros(8, 3, 64, 64, dtype=torch.uint8).pin_memory(), torch.zeros(8, dtype=torch.int64).pin_memory(), [])] * 2
     sums = torch.zeros(3, dtype=torch.float64, device="cuda")
-    for mode in ("default", "error"):  # the first step may set things up
+    recipe = Recipe(mix=v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)]), ema=EMA(model, 0.9))
+    for mode in ("default", "error", "error", "error"):  # the first step may set things up
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            backward(model, parts, sums.device, True, True, scaler, Recipe(), sums)
+            backward(model, parts, sums.device, True, True, scaler, recipe, sums)
             optimizer_step(optimizer, scaler, 1.0)
+            recipe.ema.update_parameters(model)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert sums[2] == 32
+    assert sums[2] == 64

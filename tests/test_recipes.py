@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nets import head_layers
+from nets import get_model, head_layers
 from tests.helpers import ROOT, environment, history, make_data, make_project, run_of, same, train, weights
 from utils.fit import backward, optimizer_step, score_sums
-from utils.recipe import Recipe, balanced_weights, get_optimizer, get_recipe
+from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, get_recipe
 
 DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0,
                 channels_last=True)
@@ -108,6 +109,21 @@ def test_ema_is_what_is_validated_and_saved(tmp_path):
                                    env=environment(), capture_output=True, text=True).stdout.split("loss ")[1].split(",")[0])
               for w in (raw, run_of(folder) / "last_epoch_weights.pth")]
     assert losses[1] == pytest.approx(history(run_of(folder))[0]["val_loss"], rel=1e-7) and losses[0] != losses[1]
+
+
+def test_ema_is_the_one_of_torch():
+    model = get_model("shufflenet_v2_x0_5", 3, [32, 32])
+    ours, theirs = EMA(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1
+        model(torch.rand(2, 3, 32, 32))
+        ours.update_parameters(model)
+        theirs.update_parameters(model)
+    expected = {k: v for k, v in theirs.state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert same({k: ours.state_dict()[k] for k in expected}, expected) and expected["n_averaged"] == 4
+    assert all(int(v) == 4 for k, v in ours.state_dict().items() if k.endswith("num_batches_tracked"))
 
 
 def test_early_stop(tmp_path):

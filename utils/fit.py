@@ -50,8 +50,8 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, sums):
 
 
 def optimizer_step(optimizer, scaler, clip_grad_norm):
-    scaler.unscale_(optimizer)
     if clip_grad_norm:
+        scaler.unscale_(optimizer)  # otherwise the fused optimizer does it on its way
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
     scaler.step(optimizer)

@@ -1,6 +1,7 @@
 """How to learn: the optimizer with its parameter groups, and the recipes around the loss, from torch and torchvision."""
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,35 @@ from utils.dataloader import split_line
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
+class EMA(AveragedModel):
+    """Exponential moving average of a model's parameters and BatchNorm statistics, from the first step's on.
+
+    torch's own update copies its counter to the GPU at every step, and waits for it.
+    """
+
+    def __init__(self, model, decay):
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def update_parameters(self, model):
+        if self.n_averaged == 0:  # on the host
+            return super().update_parameters(model)  # a copy
+        means, values = [], []
+        for mean, value in zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model))):
+            if mean.is_floating_point():
+                means.append(mean)
+                values.append(value)
+            else:
+                mean.copy_(value)  # such as BatchNorm's count of batches
+        self.multi_avg_fn(means, values, None)
+        self.n_averaged += 1
+
+
 @dataclass
 class Recipe:
     """What fit_one_epoch needs beyond the sixteen documented parameters; the defaults are the documented training."""
     criterion: Any = F.cross_entropy
     mix: Any = None  # (pictures, class ids) → (pictures, class probabilities), such as v2.MixUp
-    ema: Any = None  # torch.optim.swa_utils.AveragedModel of the model; it is then what is validated and saved
+    ema: Any = None  # EMA of the model; it is then what is validated and saved
     clip_grad_norm: float = 0.0
     accumulate: int = 1
     seed: int = 0
@@ -36,7 +60,7 @@ def get_recipe(s, model, num_classes, weights=None):
     return Recipe(
         criterion=partial(F.cross_entropy, weight=weights, label_smoothing=s["label_smoothing"]),
         mix=v2.RandomChoice(mixes) if mixes else None,
-        ema=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None,
+        ema=EMA(model, decay) if decay else None,
         clip_grad_norm=s["clip_grad_norm"], accumulate=s["accumulate"], seed=s["seed"], channels_last=s["channels_last"])
 
 

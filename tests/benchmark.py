@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
 from nets import get_model, head_layers
-from tests.helpers import environment, make_data, make_project, torchrun
+from tests.helpers import environment, history, make_data, make_project, runs, torchrun
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate
 from utils.fit import autocast, fit_one_epoch
 from utils.loss_history import LossHistory
@@ -31,11 +31,8 @@ from utils.pictures import MEAN, STD, normalize
 from utils.recipe import Recipe, get_optimizer
 from utils.workers import ignore_signals
 
-rows = []
-
 
 def report(what, value, target, detail=""):
-    rows.append((what, value, target, detail))
     print(f"{what:<66} {value:>9} {target:>10}  {detail}", flush=True)
 
 
@@ -212,8 +209,8 @@ def bench_launch(folder):
     def speed(launcher, threads):
         subprocess.run([*launcher, "train.py"], cwd=project, env={**environment(), "OMP_NUM_THREADS": threads},
                        capture_output=True, check=True)
-        history = max(project.glob("logs/*/history.csv"), key=os.path.getmtime).read_text(encoding="utf-8").split()
-        return statistics.median(float(line.rpartition(",")[2]) for line in history[2:])  # the first epoch warms up
+        epochs = history(runs(project)[-1])[1:]  # the first one warms up
+        return statistics.median(epoch["images_per_second"] for epoch in epochs)
     measured = [(speed(torchrun(29690), "1"), speed([sys.executable], "2")) for _ in range(5)]
     report("torchrun, 2 processes × 1 thread against 1 × 2 threads, resnet18 at 224",
            f"{statistics.median(ours / theirs for ours, theirs in measured):.2f} ×", "≥ 0.95",

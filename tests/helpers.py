@@ -60,6 +60,12 @@ def edit(folder, **constants):
     path.write_text(text, encoding="utf-8")
 
 
+def write_network(nets, name, layers):
+    """A network of one's own in the folder `nets`; layers: the source of nn.Sequential's arguments."""
+    Path(nets, f"{name}.py").write_text(f"from torch import nn\n\n\ndef {name}(num_classes, input_shape):\n"
+                                        f"    return nn.Sequential({layers})\n")
+
+
 def environment():
     drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
     return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.helpers import (edit, history, make_data, make_project, run_of, runs, start, torchrun, train,
-                           weights)
+                           weights, write_network)
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,9 @@ def alone(tmp_path_factory):
 
 
 def plain_network(folder):
-    (folder / "nets" / "convnext_tiny_plain.py").write_text(
-        "from torch import nn\n\n\ndef convnext_tiny_plain(num_classes, input_shape):\n"
-        "    return nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.GroupNorm(4, 16), nn.ReLU(),\n"
-        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n")
+    write_network(folder / "nets", "convnext_tiny_plain",
+                  "nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.GroupNorm(4, 16), nn.ReLU(), "
+                  "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)")
 
 
 LAUNCHERS = {"torchrun": torchrun(29611),

@@ -6,6 +6,7 @@ from torchvision import models
 
 import nets
 from nets import get_model, head_layers, load_matching, profile
+from tests.helpers import write_network
 from utils.checkpoint import load_weights
 from utils.errors import UserError
 
@@ -152,9 +153,8 @@ def test_old_densenet_names():
 
 def test_one_of_my_own(tmp_path, monkeypatch):
     monkeypatch.setattr(nets, "__path__", [*nets.__path__, str(tmp_path)])
-    (tmp_path / "tiny_network.py").write_text(
-        "from torch import nn\n\n\ndef tiny_network(num_classes, input_shape):\n"
-        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n")
+    write_network(tmp_path, "tiny_network",
+                  "nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)")
     model = get_model("tiny_network", 6, [20, 30])
     model.freeze_backbone()
     assert [k for k, p in model.named_parameters() if p.requires_grad] == ["3.weight", "3.bias"]

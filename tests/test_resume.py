@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from tests.helpers import (edit, history, make_data, make_project, run_of, runs, same, start, torchrun, train, weights)
+from tests.helpers import (edit, history, make_data, make_project, run_of, runs, same, start, torchrun, train, weights,
+                           write_network)
 
 ALL_ON = dict(backbone="'shufflenet_v2_x0_5'", UnFreeze_Epoch=4, Freeze_Train=True, Freeze_Epoch=2, Freeze_batch_size=16,
               save_minutes=1 / 3000, num_workers=1, ema_decay=0.9, mixup_alpha=0.2, cutmix_alpha=1.0,
@@ -127,9 +128,8 @@ def test_another_number_of_processes(tmp_path):
         folder = make_project(tmp_path / str(split), UnFreeze_Epoch=2, save_minutes=1 / 6000, Init_lr=1e-3, Unfreeze_batch_size=4)
         make_data(folder, train=240, test=16)
         edit(folder, backbone="'plain'")
-        (folder / "nets" / "plain.py").write_text(
-            "from torch import nn\n\n\ndef plain(num_classes, input_shape):\n    return nn.Sequential(nn.Conv2d(3, 8, 3), "
-            "nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, num_classes))\n")
+        write_network(folder / "nets", "plain", "nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), "
+                                                "nn.Linear(128, num_classes)")
         if split:
             process = start(folder)
             while not list(folder.glob("logs/*/last_checkpoint.pth")):

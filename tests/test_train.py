@@ -8,7 +8,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from tests.helpers import edit, history, make_data, make_project, run_of, runs, same, train, weights
+from tests.helpers import edit, history, make_data, make_project, run_of, runs, same, train, weights, write_network
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +167,8 @@ def test_compile(tmp_path):
     1 x 1 pixels turn a rounding error of the first layer into a difference of per cents, and compiled dropout draws anew.
     """
     make_project(tmp_path, backbone="'plain'", Freeze_Train=True, Freeze_Epoch=1)
-    (tmp_path / "nets" / "plain.py").write_text(
-        "from torch import nn\n\n\ndef plain(num_classes, input_shape):\n    return nn.Sequential(nn.Conv2d(3, 8, 3), "
-        "nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, num_classes))\n")
+    write_network(tmp_path / "nets", "plain", "nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), "
+                                              "nn.Flatten(), nn.Linear(128, num_classes)")
     make_data(tmp_path, train=24, test=6)
     train(tmp_path, "--save_dir", "plain")
     train(tmp_path, "--save_dir", "compiled", "--compile", True)

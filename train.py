@@ -13,26 +13,27 @@ import torch
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
 
-from nets import get_model, head_layers, is_transformer, load_matching, profile
-from utils import checks, distributed as processes
+from nets import get_model, head_layers, is_transformer, lay_out, load_matching, profile
+from utils import lists, processes
 from utils.charts import first_batch
-from utils.checkpoint import Checkpointer, load_weights, save_image
-from utils.console import show_config
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate
-from utils.errors import TOO_SMALL, one_sentence_errors, rank, world_size
+from utils.checkpoint import Checkpoint
+from utils.dataloader import DataGenerator, EpochSampler, detection_collate, ignore_signals, own_data
+from utils.files import load_weights, save_image
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
+from utils.precision import choose_precision
+from utils.processes import rank, world_size
 from utils.recipe import balanced_weights, get_optimizer, get_recipe
-from utils.run import open_run, write_config
+from utils.run import open_run, show_run, write_config
 from utils.sample_data import data_paths
 from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
-from utils.workers import ignore_signals
+from utils.settings import check_best_by, check_phases, check_settings, command_line, too_small
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU
 distributed = "LOCAL_RANK" in os.environ  # several processes; torchrun says so by itself
 sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
-fp16 = Cuda or torch.cpu.get_capabilities().get("amx_bf16", False)  # mixed precision: float16 on CUDA, bfloat16 on CPU
+fp16 = "auto"  # mixed precision: float16 on CUDA, bfloat16 on CPU; 'auto': on CUDA on, on a CPU if it is faster (tried)
 channels_last = True  # memory format of pictures and weights; faster for nearly every convolutional network
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = 2  # data-loader processes for each training process
@@ -65,10 +66,10 @@ accumulate = 1  # batches whose gradients make one optimizer step
 # The optimizer: rates are for 64 pictures a step (256 for transformers) and scaled to the batch size
 Init_lr = 5e-2  # highest learning rate
 Min_lr = Init_lr * 0.01  # lowest learning rate
-optimizer_type = "sgd"  # 'sgd', 'adam' or 'adamw'
+optimizer_type = "sgd"  # 'sgd', 'adam', 'adamw': OPTIMIZERS in utils/recipe.py
 momentum = 0.9  # of sgd; adam's and adamw's beta1
 weight_decay = 5e-4  # not applied to biases and norm layers
-lr_decay_type = "cos"  # 'cos' or 'step'
+lr_decay_type = "cos"  # 'cos', 'step': LR_DECAYS in utils/scheduler.py
 backbone_lr_scale = 1.0  # the backbone's share of the learning rate, for fine-tuning
 
 # Recipes
@@ -78,7 +79,8 @@ cutmix_alpha = 0.0  # paste a rectangle of another picture, Beta(alpha, alpha); 
 class_weights = "none"  # 'none', or 'balanced' by frequency
 ema_decay = 0.0  # exponential moving average of the weights, validated and saved; 0 = off
 clip_grad_norm = 0.0  # largest norm of the gradient; 0 = off
-early_stop = 0  # stop after this many epochs without a better top-1; 0 = off
+best_by = "top1"  # figure of validation that decides which epoch is best: 'top1', 'top5', 'val_loss'
+early_stop = 0  # stop after this many epochs without a better one; 0 = off
 
 # The run's folder
 save_dir = "logs"  # each run makes a folder here
@@ -87,33 +89,43 @@ save_minutes = 10  # also save the state inside long epochs; 0 = off
 resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 
 if __name__ == "__main__":
-    one_sentence_errors()
-    checks.command_line(globals())
-    checks.check_settings(globals())
+    processes.one_sentence_errors()
+    settings = command_line(globals())
+    check_settings(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
 
     # The data
-    classes_path, train_annotation_path, test_annotation_path = data_paths(
-        classes_path, train_annotation_path, test_annotation_path)
-    checks.check_data_files(globals())
-    class_names, num_classes = checks.get_classes(classes_path)
-    with open(train_annotation_path, encoding='utf-8') as f:
-        train_lines = f.readlines()
-    with open(test_annotation_path, encoding='utf-8') as f:
-        val_lines = f.readlines()
-    train_lines = checks.check_lines(train_lines, train_annotation_path, num_classes, classes_path)
-    val_lines = checks.check_lines(val_lines, test_annotation_path, num_classes, classes_path)
-    checks.warn_shared(train_lines, val_lines)
-    num_train, num_val = len(train_lines), len(val_lines)
-    np.random.seed(10101)
-    np.random.shuffle(train_lines)
-    np.random.seed(None)
+    own = own_data(settings)
+    if own:
+        class_names, train_lines, val_lines = own
+    else:
+        classes_path, train_annotation_path, test_annotation_path = data_paths(
+            classes_path, train_annotation_path, test_annotation_path)
+        lists.check_files(classes_path, train_annotation_path, test_annotation_path)
+        class_names, num_classes = lists.get_classes(classes_path)
+        with open(train_annotation_path, encoding='utf-8') as f:
+            train_lines = f.readlines()
+        with open(test_annotation_path, encoding='utf-8') as f:
+            val_lines = f.readlines()
+        train_lines = lists.check_lines(train_lines, train_annotation_path, num_classes, classes_path)
+        val_lines = lists.check_lines(val_lines, test_annotation_path, num_classes, classes_path)
+        lists.warn_shared(train_lines, val_lines)
+        np.random.seed(10101)
+        np.random.shuffle(train_lines)
+        np.random.seed(None)
+    num_train, num_val, num_classes = len(train_lines), len(val_lines), len(class_names)
+    train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed, num_classes)
+    val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes)
+    del train_lines, val_lines
+    train_list, test_list = train_data.fingerprint(), val_data.fingerprint()
+    lists.check_same_everywhere(train_annotation_path=train_list, test_annotation_path=test_list)
 
     # The run
-    settings = {name: globals()[name] for name in checks.constants(__file__)}
+    check_best_by(best_by, num_classes)
+    settings = {name: globals()[name] for name in settings}  # with the sample's paths
     save_dir, config, state = processes.on_rank_0(lambda: open_run(resume, save_dir, settings, class_names))
-    fp16 = config["settings"]["fp16"]  # a resumed run keeps the one it began with
-    loss_history = LossHistory(save_dir, input_shape=input_shape) if rank() == 0 else None
+    fp16 = config["settings"]["fp16"]  # of a resumed run, what it found
+    loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
 
     # The network
     torch.manual_seed(seed)
@@ -125,33 +137,33 @@ if __name__ == "__main__":
     if model_path and state is None:
         load_matching(model, load_weights(model_path), model_path)
     parameters, flops, has_batch_norm = profile(model, backbone, input_shape)
-    if has_batch_norm and not sync_bn:
-        checks.check_batch_norm("Unfreeze_batch_size", Unfreeze_batch_size)
+    Init_Epoch = state["epoch"] if state else Init_Epoch
+    check_phases({**settings, "Init_Epoch": Init_Epoch}, num_train, num_val, has_batch_norm)
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to("cuda" if Cuda else "cpu", memory_format=layout)
+    model = lay_out(model, "cuda" if Cuda else "cpu", channels_last)
+    if fp16 == "auto":
+        fp16, config["precision"] = processes.on_rank_0(lambda: choose_precision(
+            model, Unfreeze_batch_size // world_size(), input_shape, num_classes, Cuda,
+            steps=(UnFreeze_Epoch - Init_Epoch) * num_train // Unfreeze_batch_size))
+        config["settings"]["fp16"] = fp16
     scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
     optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
-    weights = balanced_weights(train_lines, num_classes) if class_weights == "balanced" else None
+    weights = balanced_weights(train_data.class_ids(), num_classes) if class_weights == "balanced" else None
     recipe = get_recipe(settings, model, num_classes, weights.cuda() if weights is not None and Cuda else weights)
-    checkpoint = Checkpointer(save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema,
-                                         "history": loss_history}, save_minutes)
+    checkpoint = Checkpoint(
+        save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema, "history": loss_history},
+        save_minutes, judge={"the test list": test_list, "best_by": best_by},
+        order={"the training list": train_list, "seed": seed, "Freeze_batch_size": Freeze_batch_size,
+               "Unfreeze_batch_size": Unfreeze_batch_size})
     if state:
         checkpoint.load(state)
-        Init_Epoch = state["epoch"]
-    train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed)
-    val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop)
-    del train_lines, val_lines
-    show_config(run=save_dir, backbone=f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
-                input_shape=input_shape, pictures=f"{num_train} training, {num_val} test, {num_classes} classes",
-                epochs=f"{Init_Epoch} to {UnFreeze_Epoch}" + f", frozen to {Freeze_Epoch}" * Freeze_Train,
-                batch_size=f"{Unfreeze_batch_size} over {world_size()} processes, {accumulate} to a step",
-                optimizer=f"{optimizer_type}, Init_lr {Init_lr:g}, {lr_decay_type}",
-                device=("CUDA" if Cuda else "CPU") + (", mixed precision" if fp16 else ", float32"))
-
+    processes.on_rank_0(lambda: show_run(save_dir, config, parameters, flops, num_train, num_val))
     processes.on_rank_0(lambda: write_config(save_dir, config))
+    if state:
+        processes.on_rank_0(lambda: checkpoint.publish(save_period, UnFreeze_Epoch, with_last=state["step"] == 0))
     checkpoint.catch_signals()
+
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
         unfreeze = not Freeze_Train or epoch >= Freeze_Epoch
@@ -167,53 +179,48 @@ if __name__ == "__main__":
             epoch_step = num_train // batch_size
             epoch_step_val = -(-num_val // batch_size)  # rounded up: every picture counts
             if epoch_step == 0 or epoch_step_val == 0:
-                raise ValueError(f"{TOO_SMALL} {num_train} training and {num_val} test pictures do not fill one batch "
-                                 f"of {batch_size}: add pictures, or lower the batch size")
-            recipe.batch_size_name = "Unfreeze_batch_size" if unfreeze else "Freeze_batch_size"
+                raise ValueError(too_small(num_train, num_val, "the batch size", batch_size))
 
             model_train = torch.compile(model) if compile else model
+            find_unused_parameters = getattr(model, "has_unused_parameters", False)
             if Cuda:
+                cudnn.benchmark = True
                 if distributed:
                     model_train = model_train.cuda(local_rank)
                     model_train = torch.nn.parallel.DistributedDataParallel(
-                        model_train, device_ids=[local_rank], gradient_as_bucket_view=True,
-                        find_unused_parameters=getattr(model, "has_unused_parameters", False))
-                    cudnn.benchmark = True
+                        model_train, device_ids=[local_rank], find_unused_parameters=find_unused_parameters,
+                        gradient_as_bucket_view=True)
                 else:
                     model_train = torch.nn.DataParallel(model_train)
-                    cudnn.benchmark = True
                     model_train = model_train.cuda()
             elif distributed:
                 model_train = torch.nn.parallel.DistributedDataParallel(
-                    model_train, gradient_as_bucket_view=True,
-                    find_unused_parameters=getattr(model, "has_unused_parameters", False))
+                    model_train, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)
 
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)
             batch_size = batch_size // world_size()
-            gen = DataLoader(train_data, batch_size, num_workers=num_workers, pin_memory=Cuda, drop_last=True,
-                             collate_fn=detection_collate, sampler=train_sampler, worker_init_fn=ignore_signals,
-                             persistent_workers=num_workers > 0)
-            gen_val = DataLoader(val_data, batch_size, num_workers=num_workers, pin_memory=Cuda,
-                                 collate_fn=detection_collate, sampler=val_sampler, worker_init_fn=ignore_signals,
-                                 persistent_workers=num_workers > 0)
+            options = dict(pin_memory=Cuda, worker_init_fn=ignore_signals, persistent_workers=num_workers > 0)
+            gen = DataLoader(train_data, batch_size, num_workers=num_workers, drop_last=True,
+                             collate_fn=detection_collate, sampler=train_sampler, **options)
+            gen_val = DataLoader(val_data, batch_size, num_workers=num_workers,
+                                 collate_fn=detection_collate, sampler=val_sampler, **options)
             UnFreeze_flag = unfreeze
             if state is None and epoch == Init_Epoch and rank() == 0:
                 save_image(os.path.join(save_dir, "first_batch.png"), first_batch(gen, class_names))
 
         if distributed:
             train_sampler.set_epoch(epoch)
-        set_optimizer_lr(optimizer, lr_scheduler_func, epoch)
+        set_optimizer_lr(optimizer, lr_scheduler_func, epoch)  # and at every step within it
         fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
                       UnFreeze_Epoch, Cuda, fp16, scaler, save_period, save_dir, local_rank,
-                      recipe=recipe, checkpoint=checkpoint)
-        if processes.from_rank_0(early_stop and rank() == 0 and loss_history.since_best() >= early_stop):
+                      recipe=recipe, checkpoint=checkpoint, lr_scheduler_func=lr_scheduler_func)
+        if processes.from_rank_0(rank() == 0 and 0 < early_stop <= loss_history.since_best()):
             break
 
     if rank() == 0:
         loss_history.writer.close()
         write_config(save_dir, {**config, "finished": True})
-        best = loss_history.best()
-        print(f"best top-1 {best['top1']:.2%} (epoch {best['epoch']}) in {save_dir}")
-    if distributed:
-        processes.leave()
+        print(f"best {loss_history.describe_best()} in {save_dir}")
+    processes.barrier()
+    processes.end(0)

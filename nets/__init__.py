@@ -117,6 +117,13 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
     return model
 
 
+def lay_out(model, device, channels_last):
+    """The model on `device` in a memory format: the one place that decides it. Pictures come in channels_last from the loader."""
+    if not channels_last:
+        model.register_forward_pre_hook(lambda module, pictures: (pictures[0].contiguous(), *pictures[1:]))
+    return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
 def pretrained_state(name):
     """torchvision's default state_dict of the network `name`, from torch.hub's cache or the network."""
     if name in own_networks():

@@ -11,12 +11,12 @@ from hypothesis import given, settings, strategies as st
 import train as trainer
 from nets import get_model
 from tests.helpers import make_data, make_project, train
-from utils import checks
-from utils.checkpoint import load_weights
+from utils import lists, settings as rules
 from utils.dataloader import DataGenerator
 from utils.errors import UserError
+from utils.files import load_weights
 
-CONSTANTS = {name: getattr(trainer, name) for name in checks.RULES}
+CONSTANTS = {name: getattr(trainer, name) for name in rules.RULES}
 
 
 def settings_with(**changes):
@@ -43,31 +43,31 @@ WRONG = [
 
 @pytest.mark.parametrize("change, sentence", WRONG, ids=lambda v: str(v)[:40])
 def test_settings(change, sentence):
-    checks.check_settings(settings_with())
+    rules.check_settings(settings_with())
     with pytest.raises(UserError, match=sentence) as caught:
-        checks.check_settings(settings_with(**change))
+        rules.check_settings(settings_with(**change))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu():
     with pytest.raises(UserError, match="set Cuda = False"):
-        checks.check_settings(settings_with(Cuda=True))
+        rules.check_settings(settings_with(Cuda=True))
 
 
 def test_batch_sizes_of_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="set it to 4 or 8"):
-        checks.check_settings(settings_with(distributed=True, Unfreeze_batch_size=6))
+        rules.check_settings(settings_with(distributed=True, Unfreeze_batch_size=6))
     with pytest.raises(UserError, match="Unfreeze_batch_size = 4 leaves one picture"):
-        checks.check_batch_norm("Unfreeze_batch_size", 4)
+        rules.check_batch_norm("Unfreeze_batch_size", 4)
     with pytest.raises(UserError, match="distributed = False"):
-        checks.check_settings(settings_with())
+        rules.check_settings(settings_with())
 
 
 def lines_of(text, classes=3):
-    return checks.check_lines(text.splitlines(keepends=True), "list.txt", classes, "classes.txt")
+    return lists.check_lines(text.splitlines(keepends=True), "list.txt", classes, "classes.txt")
 
 
 @pytest.mark.parametrize("text, sentence", [
@@ -90,7 +90,7 @@ def test_good_lines_of_every_kind(tmp_path, monkeypatch):
     text = "\ufeff0;a b.jpg\r\n\r\n1;x;y.jpg\r\n 2 ;漢字/é ü.png\n   \n0;" + str(tmp_path / "plain") + "\n1;trailing "
     kept = lines_of(text)
     data = DataGenerator(kept, (8, 8))
-    assert [data.line(i).partition(";")[2] for i in range(len(data))] == [*names[:3], str(tmp_path / "plain"), "trailing "]
+    assert [data.name(i).partition(";")[2] for i in range(len(data))] == [*names[:3], str(tmp_path / "plain"), "trailing "]
 
 
 @pytest.mark.parametrize("content, sentence", [
@@ -104,20 +104,20 @@ def test_text_files(tmp_path, monkeypatch, content, sentence):
         Path("list.txt").write_bytes(content)
     for name in ("classes_path", "train_annotation_path"):
         with pytest.raises(UserError, match=sentence):
-            checks.check_text_file(name, "list.txt", "python -m utils.annotation writes it")
+            lists.check_text_file(name, "list.txt", "python -m utils.annotation writes it")
 
 
 def test_class_files(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_bytes("\ufeffcat\r\n\r\ndog house\r\n".encode())
-    assert checks.get_classes(path) == (["cat", "dog house"], 2)
+    assert lists.get_classes(path) == (["cat", "dog house"], 2)
     path.write_text("cat\ndog\ncat\n")
     with pytest.raises(UserError, match="more than once: cat"):
-        checks.get_classes(path)
+        lists.get_classes(path)
 
 
 def test_shared_pictures(capsys):
-    checks.warn_shared(["0;a\n", "1;b\n", "0;c\n"], ["1;b\n", "0;c\n", "0;d\n"])
+    lists.warn_shared(["0;a\n", "1;b\n", "0;c\n"], ["1;b\n", "0;c\n", "0;d\n"])
     assert "2 pictures" in capsys.readouterr().out
 
 
@@ -149,7 +149,7 @@ def test_weight_files(tmp_path):
 def test_command_line():
     def given_words(*words):
         values = {**CONSTANTS, "__file__": trainer.__file__, "__doc__": trainer.__doc__, "Cuda": False, "torch": torch, "os": os}
-        checks.command_line(values, list(words))
+        assert rules.command_line(values, list(words)) == {name: values[name] for name in CONSTANTS}
         return values
     values = given_words("--Init_lr", "0.02", "--backbone=resnet50", "--input_shape", "[96, 128]", "--Freeze_Train", "True",
                          "--resume", "logs/2026_01_01", "--save_dir", "123")
@@ -164,13 +164,13 @@ def test_command_line():
 
 def test_help(tmp_path):
     out, _ = train(make_project(tmp_path), "--help")
-    for name in checks.RULES:
+    for name in rules.RULES:
         assert re.search(rf"--{name} .*\n +\S", out), name
 
 
 def test_every_constant_has_a_rule_a_line_and_a_comment():
-    constants = checks.constants(trainer.__file__)
-    assert set(constants) == set(checks.RULES) and all(comment for _, comment in constants.values())
+    constants = rules.constants(trainer.__file__)
+    assert set(constants) == set(rules.RULES) and all(comment for _, comment in constants.values())
 
 
 def test_whole_runs_end_with_one_sentence(tmp_path):
@@ -191,11 +191,11 @@ def test_random_bytes_as_annotation(tmp_path_factory, data, classes):
     path = tmp_path_factory.getbasetemp() / "fuzz.txt"
     path.write_bytes(data)
     try:
-        checks.check_text_file("train_annotation_path", str(path), "write it")
+        lists.check_text_file("train_annotation_path", str(path), "write it")
         with open(path, encoding="utf-8") as f:
-            kept = checks.check_lines(f.readlines(), "fuzz.txt", classes, "classes")
+            kept = lists.check_lines(f.readlines(), "fuzz.txt", classes, "classes")
         dataset = DataGenerator(kept, (8, 8))
-        assert [dataset.line(i) for i in range(len(dataset))] == kept
+        assert [dataset.name(i) for i in range(len(dataset))] == kept
     except UserError as error:
         assert "\n" not in str(error)
 
@@ -204,12 +204,12 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(checks.RULES)), VALUES, max_size=3))
+@given(st.dictionaries(st.sampled_from(sorted(rules.RULES)), VALUES, max_size=3))
 def test_random_settings(changes):
     try:
-        checks.check_settings(settings_with(**changes))
+        rules.check_settings(settings_with(**changes))
     except UserError as error:
-        assert any(name in str(error) for name in checks.RULES)
+        assert any(name in str(error) for name in rules.RULES)
 
 
 @settings(max_examples=200, deadline=None)
@@ -218,7 +218,7 @@ def test_random_command_lines(words):
     values = {**CONSTANTS, "__file__": trainer.__file__, "__doc__": "", "torch": torch, "os": os}
     if not {"-h", "--help"} & set(words):
         try:
-            checks.command_line(values, words)
+            rules.command_line(values, words)
         except UserError:
             pass
 
@@ -231,8 +231,8 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     calls = []
     real = os.path.isfile
     try:
-        checks.os.path.isfile = lambda path: calls.append(path) or real(path)
-        assert len(checks.check_lines(lines, "list", 3, "classes")) == 20_000
+        lists.os.path.isfile = lambda path: calls.append(path) or real(path)
+        assert len(lists.check_lines(lines, "list", 3, "classes")) == 20_000
     finally:
-        checks.os.path.isfile = real
+        lists.os.path.isfile = real
     assert not calls

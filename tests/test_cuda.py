@@ -5,6 +5,7 @@ from torchvision.transforms import v2
 
 from nets import get_model, head_layers
 from tests.helpers import history, make_data, make_project, run_of, torchrun, train, weights
+from utils.checkpoint import Position
 from utils.fit import backward, optimizer_step
 from utils.recipe import EMA, Recipe, get_optimizer
 
@@ -48,14 +49,14 @@ def test_no_step_waits_for_the_gpu():
     model = get_model("resnet18", 10, [64, 64]).cuda()
     optimizer, scaler = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4), torch.amp.GradScaler("cuda")
     parts = [(torch.zeros(8, 3, 64, 64, dtype=torch.uint8).pin_memory(), torch.zeros(8, dtype=torch.int64).pin_memory(), [])] * 2
-    sums = torch.zeros(3, dtype=torch.float64, device="cuda")
+    position = Position(0, torch.device("cuda"), 0)
     recipe = Recipe(mix=v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)]), ema=EMA(model, 0.9))
     for mode in ("default", "error", "error", "error"):  # the first step may set things up
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            backward(model, parts, sums.device, True, True, scaler, recipe, sums)
+            backward(model, parts, position.device, True, True, scaler, recipe, position)
             optimizer_step(optimizer, scaler, 1.0)
             recipe.ema.update_parameters(model)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert sums[2] == 64
+    assert position.sums["pictures"] == 64

@@ -12,10 +12,9 @@ from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop, v2
 
-from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
+from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate, ignore_signals
 from utils.pictures import MEAN, STD, centre_box, jpeg_pixels, normalize, random_box, read_crop
 from utils.sample_data import SHAPES, draw_set
-from utils.workers import ignore_signals
 
 
 def photo(width, height, seed=0):
@@ -159,8 +158,10 @@ def test_transparency_is_white():
 def test_normalize():
     images = torch.randint(0, 256, (2, 3, 5, 6), dtype=torch.uint8)
     expected = v2.Normalize(MEAN, STD)(images / 255)
-    for channels_last in (True, False):
-        torch.testing.assert_close(normalize(images, "cpu", channels_last), expected, rtol=1e-5, atol=1e-5, check_stride=False)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        ours = normalize(images.contiguous(memory_format=layout), "cpu")
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5, check_stride=False)
+        assert ours.is_contiguous(memory_format=layout)
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +202,8 @@ def test_workers_change_nothing(lines, context):
 
 def test_lines_are_shared_tensors(lines):
     data = DataGenerator(lines, (32, 32))
-    assert [data.line(i) for i in range(len(data))] == [line.rstrip("\n") for line in lines]
-    assert data.packed.is_shared() and data.ends.is_shared()
+    assert [data.name(i) for i in range(len(data))] == [line.rstrip("\n") for line in lines]
+    assert data.source.packed.is_shared() and data.source.ends.is_shared()
     assert not any(isinstance(v, (list, np.ndarray)) and len(v) > 10 for v in vars(data).values())
 
 
@@ -238,7 +239,7 @@ def test_validation_counts_every_picture_once(number, world):
 
 def test_dataset_travels_to_other_processes(lines):
     data = pickle.loads(pickle.dumps(DataGenerator(["0;x\n"], (8, 8))))
-    assert data.line(0) == "0;x"
+    assert data.name(0) == "0;x"
 
 
 def test_unreadable(lines, tmp_path):

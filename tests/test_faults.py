@@ -85,14 +85,14 @@ def test_a_worker_dies(tmp_path):
 
 
 def test_out_of_memory_names_the_setting():
-    with pytest.raises(UserError, match="lower Freeze_batch_size"):
-        with memory_advice("Freeze_batch_size"):
+    with pytest.raises(UserError, match="lower Unfreeze_batch_size"):
+        with memory_advice():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(UserError, match="lower Unfreeze_batch_size"):
-        with memory_advice("Unfreeze_batch_size"):
+        with memory_advice():
             torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="other"):
-        with memory_advice("x"):
+        with memory_advice():
             raise RuntimeError("other")
 
 

@@ -7,8 +7,8 @@ from torchvision import models
 import nets
 from nets import get_model, head_layers, load_matching, profile
 from tests.helpers import write_network
-from utils.checkpoint import load_weights
 from utils.errors import UserError
+from utils.files import load_weights
 
 ALL = models.list_models(module=models)
 SMALLEST = {"inception_v3": 299, "maxvit_t": 64, "vit_h_14": 56}

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import get_model, head_layers
 from tests.helpers import ROOT, environment, history, make_data, make_project, run_of, same, train, weights
-from utils.fit import backward, optimizer_step, score_sums
-from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, get_recipe
+from utils.checkpoint import Position
+from utils.fit import backward, optimizer_step
+from utils.recipe import EMA, Recipe, balanced_weights, get_criterion, get_optimizer, get_recipe, sums_of
 
-DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0,
-                channels_last=True)
+DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0)
 NO_SCALER = torch.amp.GradScaler("cuda", enabled=False)
 
 
@@ -36,12 +36,13 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     large = [(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), [])]
     gradients = []
     for given in (parts, large):
-        model, sums = network(), torch.zeros(3, dtype=torch.float64)
-        backward(model, given, "cpu", False, False, NO_SCALER, Recipe(), sums)
-        gradients.append(([p.grad for p in model.parameters()], sums))
+        model, position = network(), Position(0, torch.device("cpu"), 0)
+        backward(model, given, position.device, False, False, NO_SCALER, Recipe(), position)
+        gradients.append(([p.grad for p in model.parameters()], position.sums))
     for a, b in zip(*[g[0] for g in gradients]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gradients[0][1], gradients[1][1])
+    assert gradients[0][1]["loss"].item() == pytest.approx(gradients[1][1]["loss"].item(), rel=1e-5)
+    assert gradients[0][1]["pictures"] == gradients[1][1]["pictures"] == 12
 
 
 class Waits(TorchDispatchMode):
@@ -54,16 +55,15 @@ class Waits(TorchDispatchMode):
 
 
 def test_a_step_reads_no_figure():
-    model, sums, parts = network(), torch.zeros(3, dtype=torch.float64), batches([4, 4])
+    model, position, parts = network(), Position(0, torch.device("cpu"), 0), batches([4, 4])
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
     for _ in range(2):  # the first one may set things up
         with Waits() as waits:
-            backward(model, parts, sums.device, False, False, NO_SCALER, Recipe(), sums)
+            backward(model, parts, position.device, False, False, NO_SCALER, Recipe(), position)
             optimizer_step(optimizer, NO_SCALER, 1.0)
-            score_sums(torch.zeros(4, 3), parts[0][1])
-    assert waits.count == 0 and sums[2] == 16
+    assert waits.count == 0 and position.sums["pictures"] == 16
     with Waits() as waits:
-        sums.new_tensor(sums[0].item())
+        position.bad_step.new_tensor(position.bad_step.item())
     assert waits.count == 2  # it can count
 
 
@@ -89,11 +89,13 @@ def test_mixing():
 
 def test_label_smoothing_and_class_weights():
     scores, targets = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
-    lines = [f"{t};x\n" for t in targets.tolist()]
-    found = balanced_weights(lines, 3)
+    found = balanced_weights(targets.numpy(), 3)
     assert found.tolist() == pytest.approx(compute_class_weight("balanced", classes=targets.unique().numpy(), y=targets.numpy()).tolist())
     recipe = get_recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), 3, found)
-    torch.testing.assert_close(recipe.criterion(scores, targets), F.cross_entropy(scores, targets, found, label_smoothing=0.1))
+    each = F.cross_entropy(scores, targets, found, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(recipe.criterion(scores, targets), each.mean())
+    assert found[targets].mean() == pytest.approx(1)  # so that the rate means what it means without weights
+    torch.testing.assert_close(recipe.val_criterion(scores, targets), F.cross_entropy(scores, targets))
 
 
 def test_ema_is_what_is_validated_and_saved(tmp_path):

@@ -14,7 +14,7 @@ from tests.helpers import edit, history, make_data, make_project, run_of, runs, 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """One run that learns: (folder, what it printed)."""
-    folder = make_project(tmp_path_factory.mktemp("first"), backbone="'resnet18'", UnFreeze_Epoch=5, save_period=2, Init_lr=0.05,
+    folder = make_project(tmp_path_factory.mktemp("first"), backbone="'resnet18'", UnFreeze_Epoch=5, save_period=2, Init_lr=0.02,
                           num_workers=2, weight_decay=1e-3)
     make_data(folder, train=96, test=30, size=(40, 32))
     return folder, train(folder)[0]
@@ -110,10 +110,12 @@ def test_a_setting_of_ones_own(tmp_path):
     make_data(make_project(tmp_path, UnFreeze_Epoch=1, Min_lr="Init_lr * 0.01  # lowest\nwarm = Init_lr / 2  # my own"), train=24, test=6)
     out, _ = train(tmp_path, "--help")
     assert re.search(r"--warm 0.005 +my own", out)
-    for words, value in (([], 0.005), (["--Init_lr", 0.04], 0.02), (["--warm", "None"], None)):
+    for words, value in (([], 0.005), (["--Init_lr", 0.04], 0.02), (["--warm", "1"], 1)):
         train(tmp_path, *words, "--save_dir", f"{value}")
         run, = (tmp_path / f"{value}").iterdir()
         assert json.loads((run / "config.json").read_text())["settings"]["warm"] == value
+    _, err = train(tmp_path, "--warm", "abc", code=1)
+    assert "warm = 'abc' must be a number" in err and "Traceback" not in err
 
 
 def test_pretrained_weights_of_the_cache(tmp_path, monkeypatch):

@@ -1,49 +1,49 @@
-"""The data set of annotation lines in shared memory, its batches, and the order of an epoch.
+"""The data set, its batches, and the order of an epoch.
 
 Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, index) alone.
 """
+import ctypes
 import random
+import signal
+import sys
+import zlib
 from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 from torchvision.transforms import v2
 
 from utils.errors import UserError
+from utils.lists import split_line
 from utils.pictures import MEAN, centre_box, random_box, read_crop
 
 POLICIES = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment, "auto": v2.AutoAugment, "aug_mix": v2.AugMix}
 AUGMENTATIONS = ("none", "flip", "crop", *POLICIES)
 
 
-def split_line(line):
-    """'class_id;path' → (class_id text, path): only the first ';' splits."""
-    class_id, _, path = line.rstrip("\r\n").partition(";")
-    return class_id, path
+def own_data(settings):
+    """Data that are no lists of files: return (class names, training data set, test data set); None for the lists.
+
+    An item of such a data set is (picture, class id): a Pillow image, or a uint8 array or tensor (H, W) or (H, W, 3), of any
+    size; and a number from 0. It has a length, its items do not change, and it can be pickled where workers are spawned.
+    Crops, augmentation, seeding, resuming, validation and utils.evaluate are then those of the lists.
+    """
+    return None
 
 
-class DataGenerator(Dataset):
-    """Pictures of annotation lines. Item (epoch, index), or index → (uint8 (H, W, 3) or None, class id, unreadable).
+class AnnotationLines(Dataset):
+    """Checked 'class_id;path' lines as a data set: item i is (path, class id).
 
-    annotation_lines: checked 'class_id;path' strings. They are packed into two shared-memory tensors, because
-    a list of Python strings would be copied into every worker little by little, as its reference counts are touched.
-    random: augment, and replace an unreadable picture by another one; without it, None stands for such a picture.
-    unreadable: a list of (index, reason), empty for a good picture.
+    They are packed into two shared-memory tensors, because a list of Python strings would be copied into every
+    worker little by little, as its reference counts are touched.
     """
 
-    def __init__(self, annotation_lines, input_shape, random=True, augmentation="flip", random_erasing=0.0,
-                 crop_scale=0.08, val_crop=1.0, seed=0):
-        packed = "\n".join(line.rstrip("\r\n") for line in annotation_lines).encode("utf-8", "surrogateescape")
+    def __init__(self, lines):
+        packed = "\n".join(line.rstrip("\r\n") for line in lines).encode("utf-8", "surrogateescape")
         self.packed = torch.frombuffer(bytearray(packed or b"\n"), dtype=torch.uint8).share_memory_()
         ends = np.append(np.flatnonzero(self.packed.numpy() == ord("\n")), len(packed))
-        self.ends = torch.from_numpy(ends[:len(annotation_lines)]).share_memory_()
-        self.input_shape, self.random, self.augmentation = tuple(input_shape), random, augmentation
-        self.crop_scale, self.val_crop, self.seed = crop_scale, val_crop, seed
-        steps = [POLICIES[augmentation]()] if augmentation in POLICIES else []
-        if random_erasing:
-            steps.append(v2.RandomErasing(random_erasing, value=[255 * m for m in MEAN]))
-        self.augment = (v2.Compose(steps) if len(steps) > 1 else steps[0]) if random and steps else None
+        self.ends = torch.from_numpy(ends[:len(lines)]).share_memory_()
 
     def __len__(self):
         return len(self.ends)
@@ -51,6 +51,60 @@ class DataGenerator(Dataset):
     def line(self, index):
         start = int(self.ends[index - 1]) + 1 if index else 0
         return bytes(self.packed[start:int(self.ends[index])].numpy()).decode("utf-8", "surrogateescape")
+
+    def __getitem__(self, index):
+        class_id, path = split_line(self.line(index))
+        return path, int(class_id)
+
+    @property
+    def targets(self):
+        return [int(split_line(self.line(index))[0]) for index in range(len(self))]
+
+
+class DataGenerator(Dataset):
+    """Pictures of annotation lines or of a data set as own_data describes it, cropped and augmented.
+
+    Item (epoch, index), or index → (uint8 (H, W, 3) or None, class id, unreadable). random: augment, and replace an unreadable
+    picture by another one; without it, None stands for such a picture. unreadable: a list of (index, reason), empty
+    for a good picture.
+    """
+
+    def __init__(self, annotation_lines, input_shape, random=True, augmentation="flip", random_erasing=0.0,
+                 crop_scale=0.08, val_crop=1.0, seed=0, num_classes=None):
+        self.source = AnnotationLines(annotation_lines) if isinstance(annotation_lines, list) else annotation_lines
+        self.input_shape, self.random, self.augmentation = tuple(input_shape), random, augmentation
+        self.crop_scale, self.val_crop, self.seed, self.num_classes = crop_scale, val_crop, seed, num_classes
+        steps = [POLICIES[augmentation]()] if augmentation in POLICIES else []
+        if random_erasing:
+            steps.append(v2.RandomErasing(random_erasing, value=[255 * m for m in MEAN]))
+        self.augment = (v2.Compose(steps) if len(steps) > 1 else steps[0]) if random and steps else None
+
+    def __len__(self):
+        return len(self.source)
+
+    def name(self, index):
+        """How messages name a picture: by its annotation line, or its number."""
+        return self.source.line(index) if isinstance(self.source, AnnotationLines) else f"picture {index} of the data set"
+
+    def class_ids(self):
+        """int64 (N,) class ids; from the data set's `targets`, as torchvision's have, or else read one by one."""
+        targets = getattr(self.source, "targets", None)
+        return np.array([class_id for _, class_id in map(self.source.__getitem__, range(len(self)))] if targets is None
+                        else targets, np.int64)
+
+    def fingerprint(self):
+        """A short text that changes with the annotation lines (their CRC-32), or with a data set's length."""
+        if isinstance(self.source, AnnotationLines):
+            return f"{len(self)} lines, {zlib.crc32(self.source.packed.numpy()):08x}"
+        return f"{len(self)} pictures"
+
+    def crop(self, index, choose_box):
+        """(uint8 (H, W, 3), class id) of a picture of the source."""
+        picture, class_id = self.source[index]
+        class_id = int(class_id)
+        if self.num_classes is not None and not 0 <= class_id < self.num_classes:
+            raise UserError(f"{self.name(index)} has class id {class_id}, outside 0 … {self.num_classes - 1}")
+        return read_crop(picture, self.input_shape, choose_box), class_id
 
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
@@ -60,13 +114,14 @@ class DataGenerator(Dataset):
             choose_box = partial(random_box, rng, self.crop_scale)
         unreadable = []
         while len(unreadable) < 100:
-            class_id, path = split_line(self.line(index))
             try:
-                image = read_crop(path, self.input_shape, choose_box)
+                image, class_id = self.crop(index, choose_box)
+            except UserError:  # not a broken picture, but a data set that returns something else
+                raise
             except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
                 unreadable.append((index, f"{type(error).__name__}: {error}".replace("\n", " ")))
                 if not self.random:
-                    return None, int(class_id), unreadable
+                    return None, 0, unreadable
                 index = rng.randrange(len(self))
                 continue
             if self.random and self.augmentation != "none" and rng.random() < 0.5:
@@ -74,16 +129,35 @@ class DataGenerator(Dataset):
             if self.augment:
                 torch.default_generator.manual_seed(rng.getrandbits(63))  # torch.manual_seed would walk through every device
                 image = self.augment(image.permute(2, 0, 1)).permute(1, 2, 0)
-            return image.contiguous(), int(class_id), unreadable
-        raise UserError(f"100 pictures in a row cannot be read, the last one: {self.line(index)} ({unreadable[-1][1]})")
+            return image.contiguous(), class_id, unreadable
+        raise UserError(f"100 pictures in a row cannot be read, the last one: {self.name(index)} ({unreadable[-1][1]})")
 
 
 def detection_collate(batch):
-    """Items → (uint8 (N, 3, H, W) in channels_last memory, int64 (N,) class ids, [(index, reason)] unreadable)."""
+    """Items → (uint8 (N, 3, H, W) in channels_last memory, int64 (N,) class ids, [(index, reason)] unreadable).
+
+    In a worker both are made in shared memory, so that a lack of it is an error there, with its reason, and not a batch that
+    never arrives.
+    """
     readable = [item for item in batch if item[0] is not None]
-    images = torch.stack([image for image, _, _ in readable]) if readable else torch.empty(0, 1, 1, 3).byte()
+    images = default_collate([image for image, _, _ in readable]) if readable else torch.empty(0, 1, 1, 3).byte()
     targets = torch.tensor([class_id for _, class_id, _ in readable], dtype=torch.int64)
+    if get_worker_info():  # where default_collate does the same
+        targets.share_memory_()
     return images.permute(0, 3, 1, 2), targets, [bad for item in batch for bad in item[2]]
+
+
+def ignore_signals(worker_id):
+    """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving.
+
+    On Linux a worker dies with its process, at once: an orphan would hold the sockets that it inherited, and a group that
+    torchrun restarts would connect to them and wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # of linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class EpochSampler(Sampler):

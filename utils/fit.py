@@ -1,19 +1,43 @@
 """fit_one_epoch: one epoch of training and validation, as documented, and the parts that evaluation shares."""
 import contextlib
-import os
+import math
 import random
+import sys
 import time
 
 import torch
-import torch.nn.functional as F
 
-from utils import distributed
-from utils.checkpoint import Checkpointer, save_tensors
-from utils.console import ProgressLine
-from utils.errors import UserError, rank, world_size
+from utils import processes
+from utils.checkpoint import Checkpoint, Position
+from utils.errors import UserError
 from utils.pictures import normalize
-from utils.recipe import Recipe
-from utils.workers import fetch, loader
+from utils.processes import rank, world_size
+from utils.recipe import Recipe, figures_of, sums_of
+from utils.scheduler import set_optimizer_lr
+
+
+class ProgressLine:
+    """One line, redrawn in place twice a second on a terminal, printed every half minute into a log."""
+
+    def __init__(self, title, steps, first_step=0):
+        self.title, self.steps, self.first_step = title, steps, first_step
+        self.terminal = sys.stdout.isatty()
+        self.begin = self.shown = time.monotonic()
+
+    def show(self, step, images, describe):
+        """describe() reads figures off the device, so it is only called when the line is due."""
+        now = time.monotonic()
+        if rank() or now - self.shown < (0.5 if self.terminal else 30):
+            return
+        self.shown = now
+        done = step - self.first_step
+        left = time.strftime("%H:%M:%S", time.gmtime((now - self.begin) / done * (self.steps - step)))
+        text = f"{self.title} {step}/{self.steps} {describe()} {images * done / (now - self.begin):.0f} images/s {left} left"
+        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+
+    def clear(self):
+        if self.terminal and not rank():
+            print("\r\033[K", end="", flush=True)
 
 
 def autocast(Cuda, fp16):
@@ -21,32 +45,35 @@ def autocast(Cuda, fp16):
     return torch.autocast("cuda" if Cuda else "cpu", torch.float16 if Cuda else torch.bfloat16, enabled=fp16)
 
 
-def loss_of(outputs, targets, criterion):
-    """(loss, scores): auxiliary outputs count 0.3 (GoogLeNet's paper) or 0.4 (Inception v3)."""
-    if isinstance(outputs, torch.Tensor):
-        return criterion(outputs, targets), outputs
-    main, *others = [output for output in outputs if output is not None]
-    share = 0.3 if len(others) == 2 else 0.4
-    return criterion(main, targets) + share * sum(criterion(output, targets) for output in others), main
+def batch_loss(outputs, images, targets, recipe):
+    """(loss, float32 scores): auxiliary outputs count 0.3 (GoogLeNet's paper) or 0.4 (Inception v3)."""
+    others = []
+    if not isinstance(outputs, torch.Tensor):
+        outputs, *others = [output for output in outputs if output is not None]
+    scores, share = outputs.float(), 0.3 if len(others) == 2 else 0.4
+    loss = recipe.criterion(scores, targets)
+    for output in others:
+        loss = loss + share * recipe.criterion(output.float(), targets)
+    if recipe.extra_loss:
+        loss = loss + recipe.extra_loss(images, scores, targets)
+    return loss, scores
 
 
-def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, sums):
-    """Gradients of the mean loss over `batches` (more than one: accumulated); adds to sums in place."""
+def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, position):
+    """Gradients of the mean loss over `batches` (more than one: accumulated); their figures are added to the position."""
     for number, (images, targets, _) in enumerate(batches, 1):
-        images = normalize(images, device, recipe.channels_last)
-        targets = targets.to(device, non_blocking=True)
+        images, targets = normalize(images, device), targets.to(device, non_blocking=True)
         if recipe.mix:
             images, targets = recipe.mix(images, targets)
         wait = number < len(batches) and hasattr(model_train, "no_sync")  # DDP: reduce once, with the last part
         with model_train.no_sync() if wait else contextlib.nullcontext():
             with autocast(Cuda, fp16):
-                loss, scores = loss_of(model_train(images), targets, recipe.criterion)
+                loss, scores = batch_loss(model_train(images), images, targets, recipe)
             scaler.scale(loss / len(batches)).backward()
-        with torch.no_grad():  # on the device, so that no step waits for the figures
-            labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
-            right = (scores.argmax(1) == labels).sum()
-            sums += torch.stack([loss.detach().double() * len(labels), right.double(),
-                                 torch.full_like(loss, len(labels), dtype=torch.float64)])
+        with torch.no_grad():
+            position.step += 1
+            position.note_loss(loss)
+            position.add(sums_of(loss, scores, targets))
 
 
 def optimizer_step(optimizer, scaler, clip_grad_norm):
@@ -68,122 +95,111 @@ def seed_step(seed, epoch, step, Cuda):
 
 
 @contextlib.contextmanager
-def memory_advice(name):
-    """Out of memory → a sentence with the setting to lower."""
+def memory_advice():
+    """Out of memory → a sentence with the settings to lower."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"out of memory: lower {name} ({str(error).splitlines()[0]})") from error
+            raise UserError(f"out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase), or input_shape "
+                            f"({str(error).splitlines()[0]})") from error
         raise
 
 
-def score_batches(model, gen_val, epoch_step_val, Cuda, fp16, channels_last=True, between=lambda failure, unreadable: None):
-    """Yield (float32 scores, class ids) of every validation batch; shared with utils.evaluate.
-
-    between(failure, unreadable) is called before each step, also on a process whose share has run out, so that
-    processes can agree.
-    """
+def score_batch(model, images, targets, Cuda, fp16):
+    """(float32 (N, classes) scores, class ids) of a batch from the loader, both on the model's device; model in eval mode."""
     device = next(model.parameters()).device
-    batches = loader(gen_val)
+    with torch.no_grad(), autocast(Cuda, fp16):
+        return model(normalize(images, device)).float(), targets.to(device, non_blocking=True)
+
+
+def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
+    """(validation's figures, pictures scored, unreadable ones) over all processes."""
+    position = Position(epoch, next(model.parameters()).device, max(1, 0.01 * len(gen_val.dataset)))
+    gen_val.sampler.set_epoch(epoch)
     model.eval()
-    for step in range(epoch_step_val):
-        got, failure = fetch(batches) if step < len(gen_val) else (None, None)
-        between(failure, got[0][2] if got else [])
-        if got and len(got[0][1]):
-            images, targets, _ = got[0]
-            with torch.no_grad(), autocast(Cuda, fp16):
-                scores = model(normalize(images, device, channels_last)).float()
-            yield scores, targets.to(device, non_blocking=True)
-
-
-def score_sums(scores, targets):
-    """float64 (4,): summed cross-entropy, right in the first 1, right in the first 5, number of pictures."""
-    losses = F.cross_entropy(scores, targets, reduction="none").double()
-    right = scores.topk(min(5, scores.shape[1])).indices == targets[:, None]
-    return torch.stack([losses.sum(), right[:, 0].sum().double(), right.sum().double(),
-                        losses.new_full((), len(losses))])
+    for batches in checkpoint.steps(gen_val, position, epoch_step_val):
+        for images, targets, _ in batches:
+            if len(targets):
+                scores, targets = score_batch(model, images, targets, Cuda, fp16)
+                position.add(sums_of(recipe.val_criterion(scores, targets), scores, targets))
+    sums, unreadable = position.totals()
+    if not sums:
+        raise UserError("no picture of the test list can be read, so there is no score")
+    return figures_of(sums), int(sums["pictures"]), unreadable
 
 
 def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
                   UnFreeze_Epoch, Cuda, fp16, scaler, save_period, save_dir, local_rank, *,
-                  recipe=None, checkpoint=None):
+                  recipe=None, checkpoint=None, lr_scheduler_func=None):
     """Train one epoch, validate, record and save; the sixteen parameters are the documented ones.
 
     model_train is the wrapped model, model the bare one; loss_history is None on all processes but the first;
-    save_dir is the run's folder. checkpoint (a Checkpointer) continues an interrupted epoch where it stopped.
-    Returns {figure: value}, the same on every process. UserError: a loss that is not finite, too many unreadable
-    pictures, too little memory, a dead worker, a full disk.
+    save_dir is the run's folder. checkpoint (a Checkpoint) continues an interrupted epoch where it stopped.
+    lr_scheduler_func: the rate follows it at every step, at epoch + step / epoch_step; without it, it stays as it is.
+    Returns {figure: value}, the same on every process; its 'lr' is the documented one, that of the epoch's first step. UserError: a loss or weights that
+    are not finite, too many unreadable pictures, too little memory, a dead worker, a full disk.
     """
     recipe = recipe or Recipe()
-    checkpoint = checkpoint or Checkpointer(save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    checkpoint = checkpoint or Checkpoint(save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler,
+                                                     "ema": recipe.ema, "history": loss_history})
     scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # then its calls do nothing but the optimizer's step
-    device = next(model.parameters()).device
-    lr = optimizer.param_groups[-1]["lr"]
-    images_per_step = gen.batch_size * world_size()
-    begin, state = time.monotonic(), checkpoint.begin(epoch, lr, 0.01 * epoch_step * images_per_step, device)
-    first_step, sums = state.step, state.sums
+    device, images_per_step = next(model.parameters()).device, gen.batch_size * world_size()
+    begin, position = time.monotonic(), checkpoint.begin(epoch, 0.01 * epoch_step * images_per_step, device)
+    first_step = position.step
+    first_lr = lr_scheduler_func(epoch) if lr_scheduler_func else optimizer.param_groups[-1]["lr"]
 
     gen.sampler.set_epoch(epoch, first_step)
     model_train.train()
     progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, first_step)
-    batches = loader(gen)
-    while state.step < epoch_step:
-        number = min(recipe.accumulate, epoch_step - state.step)
-        parts, failure = fetch(batches, number)
-        named = [bad for part in parts or () for bad in part[2]]
-        state.unreadable += len(named)
-        checkpoint.agree(state, failure, named, gen, look=not Cuda or state.step % 20 < number)
-        seed_step(recipe.seed, epoch, state.step, Cuda)
-        with memory_advice(recipe.batch_size_name):
-            backward(model_train, parts, device, Cuda, fp16, scaler, recipe, sums)
+    with memory_advice():
+        for batches in checkpoint.steps(gen, position, epoch_step - first_step, recipe.accumulate):
+            if lr_scheduler_func:
+                set_optimizer_lr(optimizer, lr_scheduler_func, epoch + position.step / epoch_step)
+            position.lr = optimizer.param_groups[-1]["lr"]
+            seed_step(recipe.seed, epoch, position.step, Cuda)
+            backward(model_train, batches, device, Cuda, fp16, scaler, recipe, position)
             optimizer_step(optimizer, scaler, recipe.clip_grad_norm)
-        state.step += number
-        state.first_bad += state.step * (~torch.isfinite(sums[0]) & (state.first_bad == 0))
-        if recipe.ema:
-            recipe.ema.update_parameters(model)
-        progress.show(state.step, images_per_step, lambda: "loss {:.3f} top1 {:.1%} lr {:.2e}".format(
-            *(sums[:2] / sums[2]).tolist(), lr))
-    progress.clear()
-    checkpoint.agree(state)  # reads a figure, so a GPU has done the steps when it returns
-    seconds = time.monotonic() - begin
+            if recipe.ema:
+                recipe.ema.update_parameters(model)
+            progress.show(position.step, images_per_step, lambda: " ".join(
+                f"{name} {value:.3f}" for name, value in figures_of(position.sums).items()) + f" lr {position.lr:.2e}")
+        progress.clear()
+        seconds = time.monotonic() - begin
 
-    judged = recipe.ema.module if recipe.ema else model
-    distributed.sync_buffers(judged)
-    wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
-    val_sums, left_out = torch.zeros(4, dtype=torch.float64, device=device), []
-
-    def between(failure, named):
-        left_out.extend(named)
-        checkpoint.agree(state, failure, named, gen_val, look=False)
-    gen_val.sampler.set_epoch(epoch)
-    with memory_advice(recipe.batch_size_name):
-        for scores, targets in score_batches(wrapped, gen_val, epoch_step_val, Cuda, fp16, recipe.channels_last, between):
-            val_sums += score_sums(scores, targets)
-    train_loss, train_right, trained, unreadable = state.totals()
-    val_loss, top1, top5, scored, unscored = distributed.gather([*val_sums.tolist(), len(left_out)]).sum(0).tolist()
-    if not scored:
-        raise UserError("no picture of the test list can be read, so there is no score")
-
-    figures = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss / trained, "val_loss": val_loss / scored,
-               "train_top1": train_right / trained, "top1": top1 / scored, "top5": top5 / scored,
-               "scored": int(scored), "unreadable": int(unreadable + unscored),
+        judged = recipe.ema.module if recipe.ema else model
+        processes.sync_buffers(judged)
+        wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
+        scored_figures, scored, unscored = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)
+    sums, unreadable = position.totals()
+    figures = {"epoch": epoch + 1, "lr": first_lr, "scored": scored, "unreadable": unreadable + unscored,
                "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3)}
-    distributed.on_rank_0(lambda: record(figures, loss_history, judged, save_period, save_dir, UnFreeze_Epoch))
-    checkpoint.save(epoch + 1)
+    figures.update({f"train_{name}": value for name, value in figures_of(sums).items()})
+    figures.update({"val_loss" if name == "loss" else name: value for name, value in scored_figures.items()})
+    if not math.isfinite(figures["val_loss"]):
+        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: lower Init_lr, or set clip_grad_norm; "
+                        f"the files saved before it are intact")
+    close_epoch(figures, loss_history, judged, save_period, UnFreeze_Epoch, checkpoint)
     return figures
 
 
-def record(figures, loss_history, judged, save_period, save_dir, UnFreeze_Epoch):
-    """Rank 0: the epoch's summary, history, curve and weight files."""
-    epoch, best = figures["epoch"], loss_history.append_loss(figures)
-    print("epoch {epoch}/{last}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}"
-          .format(**figures, last=UnFreeze_Epoch)
-          + (f", {figures['unreadable']} unreadable, {figures['scored']} scored" if figures["unreadable"] else "")
-          + f" ({figures['images_per_second']:.0f} images/s){' *' if best else ''}", flush=True)
-    weights = judged.state_dict()
-    names = ["last_epoch_weights.pth"] + ["best_epoch_weights.pth"] * best
-    if epoch % save_period == 0 or epoch == UnFreeze_Epoch:
-        names.append("ep%03d-loss%.3f-val_loss%.3f.pth" % (epoch, figures["train_loss"], figures["val_loss"]))
-    for name in names:
-        save_tensors(os.path.join(save_dir, name), weights)
+def close_epoch(figures, loss_history, judged, save_period, UnFreeze_Epoch, checkpoint):
+    """The checkpoint is the commit; the files that people read follow it, now or when the run is resumed. Collective."""
+    best = loss_history.append_loss(figures) if rank() == 0 else False
+    if best:
+        checkpoint.best = {name: value.detach().to("cpu", copy=True) for name, value in judged.state_dict().items()}
+    checkpoint.save(figures["epoch"])
+    processes.on_rank_0(lambda: checkpoint.publish(save_period, UnFreeze_Epoch, with_best=best))
+    if rank() == 0:
+        print(summary(figures, UnFreeze_Epoch) + " *" * best, flush=True)
+
+
+def summary(figures, last_epoch):
+    """An epoch in one line; figures that a fork has added come last."""
+    shown = {"epoch", "lr", "scored", "unreadable", "images_per_second", "train_loss", "val_loss", "top1", "top5"}
+    percents = [(label, figures[name]) for name, label in (("top1", "top-1"), ("top5", "top-5")) if name in figures]
+    return (f"epoch {figures['epoch']}/{last_epoch}: train loss {figures['train_loss']:.4f}, val loss {figures['val_loss']:.4f}"
+            + "".join(f", {label} {value:.2%}" for label, value in percents)
+            + "".join(f", {name} {value:.4g}" for name, value in figures.items() if name not in shown and "train_" not in name)
+            + (f", {figures['unreadable']} unreadable, {figures['scored']} scored" if figures["unreadable"] else "")
+            + f" ({figures['images_per_second']:.0f} images/s)")

@@ -1,8 +1,9 @@
 """The run's figures: kept for the checkpoint, and written as history.csv, epoch_loss.png and TensorBoard scalars."""
+import math
 from pathlib import Path
 
 from utils.charts import line_chart
-from utils.checkpoint import save_image, save_text
+from utils.files import save_image, save_text
 
 
 class NoWriter:
@@ -16,10 +17,14 @@ class NoWriter:
 
 
 class LossHistory:
-    """One dictionary of figures an epoch; the best epoch is the first with the highest validation top-1."""
+    """One dictionary of figures an epoch, as fit_one_epoch returns them.
 
-    def __init__(self, log_dir, model=None, input_shape=None):
-        self.log_dir, self.rows = log_dir, []
+    The best epoch is the first with the highest best_by, or the lowest where its name ends in 'loss'.
+    """
+
+    def __init__(self, log_dir, model=None, input_shape=None, best_by="top1"):
+        self.log_dir, self.rows, self.best_by = log_dir, [], best_by
+        self.best_since = 0  # rows before this one were scored on another test list
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(log_dir)
@@ -27,33 +32,58 @@ class LossHistory:
             self.writer = NoWriter()
 
     def append_loss(self, figures):
-        """Add an epoch's figures and write the files; True when its validation top-1 is the best so far."""
-        best = not self.rows or figures["top1"] > self.best()["top1"]
+        """Add an epoch's figures; True when it is the best so far."""
         self.rows.append(figures)
-        for name in ("lr", "train_loss", "val_loss", "train_top1", "top1", "top5"):
-            self.writer.add_scalar(name, figures[name], figures["epoch"])
-        text = [",".join(self.rows[0])] + [",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in row.values())
-                                           for row in self.rows]
-        save_text(Path(self.log_dir, "history.csv"), "\n".join(text) + "\n")
-        self.loss_plot()
-        return best
+        for name, value in figures.items():
+            if name not in ("epoch", "scored", "unreadable", "images_per_second"):
+                self.writer.add_scalar(name, value, figures["epoch"])
+        return self.best() is figures
 
     def best(self):
-        return max(self.rows, key=lambda row: row["top1"])
+        """The best epoch's figures, or None."""
+        rows = [row for row in self.rows[self.best_since:] if math.isfinite(row.get(self.best_by, math.nan))]
+        sign = -1 if self.best_by.endswith("loss") else 1
+        return max(rows, key=lambda row: sign * row[self.best_by], default=None)
+
+    def describe_best(self):
+        """The best epoch as the last line of a training says it."""
+        best = self.best()
+        if not best:
+            return "epoch: none yet"
+        value = best[self.best_by]
+        figure = f"top-{self.best_by[3:]} {value:.2%}" if self.best_by in ("top1", "top5") else f"{self.best_by} {value:.4g}"
+        return f"{figure} (epoch {best['epoch']})"
+
+    def seek_best_anew(self):
+        self.best_since = len(self.rows)
 
     def since_best(self):
         """Epochs since the best one."""
-        return self.rows[-1]["epoch"] - self.best()["epoch"] if self.rows else 0
+        best = self.best()
+        return self.rows[-1]["epoch"] - best["epoch"] if best else 0
+
+    def write(self):
+        """history.csv, whose columns are all figures that any epoch has ('nan' where one lacks it), and epoch_loss.png."""
+        if not self.rows:
+            return
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = [",".join(names)] + [",".join(spelled(row.get(name, math.nan)) for name in names) for row in self.rows]
+        save_text(Path(self.log_dir, "history.csv"), "\n".join(text) + "\n")
+        self.loss_plot()
 
     def loss_plot(self):
         def curve(name):
-            return [(row["epoch"], row[name]) for row in self.rows]
-        save_image(Path(self.log_dir, "epoch_loss.png"), line_chart([
-            ("loss", {"training": curve("train_loss"), "validation": curve("val_loss")}, None),
-            ("top-1", {"training": curve("train_top1"), "validation": curve("top1")}, (0, 1))]))
+            return [(row["epoch"], row[name]) for row in self.rows if name in row]
+        panels = [("loss", {"training": curve("train_loss"), "validation": curve("val_loss")}, None),
+                  ("top-1", {"training": curve("train_top1"), "validation": curve("top1")}, (0, 1))]
+        save_image(Path(self.log_dir, "epoch_loss.png"), line_chart([p for p in panels if any(p[1].values())]))
 
     def state_dict(self):
-        return {"rows": self.rows}
+        return {"rows": self.rows, "best_since": self.best_since}
 
     def load_state_dict(self, state):
-        self.rows = state["rows"]
+        self.rows, self.best_since = state["rows"], state.get("best_since", 0)
+
+
+def spelled(value):
+    return f"{value:.8g}" if isinstance(value, float) else str(value)

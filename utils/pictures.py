@@ -17,10 +17,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torc
 FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a JPEG that are followed by its size
 
 
-def normalize(images, device, channels_last=True):
-    """uint8 (N, 3, H, W) from the loader → float32 on `device`, ImageNet-normalised: the one place that does it."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
+def normalize(images, device):
+    """uint8 (N, 3, H, W) from the loader → float32 on `device`, ImageNet-normalised, in the same memory format: the one place
+    that does it."""
+    images = images.to(device, non_blocking=True).to(torch.float32)
     mean, std = (255 * torch.stack([torch.full((1, 1), figure, device=images.device) for figure in figures])
                  for figures in (MEAN, STD))  # filled there: copying them would make each step wait for a GPU
     return images.sub_(mean).div_(std)

@@ -1,6 +1,5 @@
-"""How to learn: the optimizer with its parameter groups, and the recipes around the loss, from torch and torchvision."""
+"""What is learned and how it is judged: the loss, the figures, the optimizers, and the recipes around them."""
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,9 +10,53 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from utils.dataloader import split_line
-
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def get_criterion(settings, weights=None, training=False):
+    """The loss: criterion(scores, targets) → scalar, the mean over the batch's pictures.
+
+    scores: float32 (N, classes). targets: int64 (N,), or float32 (N, classes) where pictures are mixed.
+    weights: float32 (classes,) or None. Training has label smoothing and weights; validation and utils.evaluate have
+    neither. A weighted loss is divided by the number of pictures, not by their weights' sum, which would
+    make it depend on how a batch is spread over processes.
+    """
+    smoothing = settings.get("label_smoothing", 0.0) if training else 0.0
+
+    def criterion(scores, targets):
+        return F.cross_entropy(scores, targets, weights, reduction="none", label_smoothing=smoothing).mean()
+    return criterion
+
+
+def probabilities(scores):
+    """float32 (N, classes) scores → what predict, evaluate and export show for each class, from 0 to 1."""
+    return scores.softmax(1)
+
+
+def sums_of(loss, scores, targets):
+    """What a batch adds to the figures: {name: float64 tensor of any shape} on the batch's device.
+
+    Added up over batches and processes, and turned into figures by figures_of; training, validation and utils.evaluate
+    share both. loss: scalar mean; scores: float32 (N, classes); targets: as get_criterion's. Nothing is read off the
+    device here, so no step waits.
+    """
+    labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
+    right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    pictures = torch.full((), len(labels), dtype=torch.float64, device=scores.device)
+    return {"pictures": pictures, "loss": loss.double() * pictures,
+            "top1": right[:, 0].sum().double(), "top5": right.sum().double()}
+
+
+def figures_of(sums):
+    """{name: number} from the added sums of sums_of. Whatever stands here is in the history, with 'train_' for training's."""
+    pictures = sums["pictures"].item()
+    return {name: sums[name].item() / pictures for name in ("loss", "top1", "top5")}
+
+
+def figure_names(num_classes):
+    """The names of validation's figures as the history has them: 'val_loss', and the others by their own."""
+    nothing = sums_of(torch.zeros(()), torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64))
+    return ["val_loss" if name == "loss" else name for name in figures_of(nothing)]
 
 
 class EMA(AveragedModel):
@@ -42,49 +85,79 @@ class EMA(AveragedModel):
 @dataclass
 class Recipe:
     """What fit_one_epoch needs beyond the sixteen documented parameters; the defaults are the documented training."""
-    criterion: Any = F.cross_entropy
+    criterion: Any = get_criterion({}, training=True)
+    val_criterion: Any = get_criterion({})
+    extra_loss: Any = None  # (pictures as the network saw them, scores, targets) → a scalar added to the loss
     mix: Any = None  # (pictures, class ids) → (pictures, class probabilities), such as v2.MixUp
     ema: Any = None  # EMA of the model; it is then what is validated and saved
     clip_grad_norm: float = 0.0
     accumulate: int = 1
     seed: int = 0
-    channels_last: bool = True
-    batch_size_name: str = "Unfreeze_batch_size"  # the setting to lower when memory runs out
 
 
-def get_recipe(s, model, num_classes, weights=None):
-    """The Recipe of train.py's settings `s`; weights: float32 (num_classes,) or None, on the model's device."""
-    mixes = [mix(alpha=s[name], num_classes=num_classes) for name, mix in (("mixup_alpha", v2.MixUp),
-                                                                           ("cutmix_alpha", v2.CutMix)) if s[name]]
-    decay = s["ema_decay"]
+def get_recipe(settings, model, num_classes, weights=None):
+    """The Recipe of train.py's settings, each of which may be absent; weights: float32 (classes,) or None, on the model's device."""
+    mixes = [mix(alpha=settings[name], num_classes=num_classes)
+             for name, mix in (("mixup_alpha", v2.MixUp), ("cutmix_alpha", v2.CutMix)) if settings.get(name)]
+    decay = settings.get("ema_decay")
     return Recipe(
-        criterion=partial(F.cross_entropy, weight=weights, label_smoothing=s["label_smoothing"]),
-        mix=v2.RandomChoice(mixes) if mixes else None,
-        ema=EMA(model, decay) if decay else None,
-        clip_grad_norm=s["clip_grad_norm"], accumulate=s["accumulate"], seed=s["seed"], channels_last=s["channels_last"])
+        criterion=get_criterion(settings, weights, training=True), val_criterion=get_criterion(settings),
+        mix=v2.RandomChoice(mixes) if mixes else None, ema=EMA(model, decay) if decay else None,
+        clip_grad_norm=settings.get("clip_grad_norm", 0.0), accumulate=settings.get("accumulate", 1),
+        seed=settings.get("seed", 0))
+
+
+def sgd(parameters, momentum):
+    """With Nesterov's momentum, as documented."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=momentum, nesterov=momentum > 0, fused=True)
+
+
+def adam(parameters, momentum):
+    """Decay as an L2 term of the loss; momentum is beta1."""
+    return torch.optim.Adam(parameters, lr=1e-3, betas=(momentum, 0.999), fused=True)
+
+
+def adamw(parameters, momentum):
+    """Decoupled decay (Loshchilov and Hutter); momentum is beta1."""
+    return torch.optim.AdamW(parameters, lr=1e-3, betas=(momentum, 0.999), fused=True)
+
+
+OPTIMIZERS = {  # optimizer_type: (function of parameters and momentum, limits of Init_lr_fit, the same for transformers)
+    "sgd": (sgd, (5e-4, 1e-1), (5e-4, 1e-1)),
+    "adam": (adam, (1e-4, 1e-3), (1e-5, 1e-3)),
+    "adamw": (adamw, (1e-4, 1e-3), (1e-5, 1e-3)),
+}
 
 
 def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_lr_scale=1.0):
-    """'sgd' (Nesterov, as documented), 'adam' (L2 decay) or 'adamw' (decoupled), in its fused form.
+    """An optimizer of OPTIMIZERS over parameter groups. Biases and norm layers are not decayed.
 
-    head: names of the head's layers (nets.head_layers). Biases and norm layers are not decayed. Each group has an
-    lr_scale: backbone_lr_scale for the backbone, 1 for the head, whose group is the last.
+    head: names of the head's layers (nets.head_layers). Each group has an lr_scale: backbone_lr_scale for the backbone,
+    1 for the head, whose group is the last.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     groups = {(part, decayed): [] for part in ("backbone", "head") for decayed in (False, True)}
     for name, parameter in model.named_parameters():
         part = "head" if name.rpartition(".")[0] in head else "backbone"
         groups[part, parameter.ndim > 1 and id(parameter) not in norms].append(parameter)
-    parameters = [{"params": tensors, "weight_decay": weight_decay if decayed else 0.0,
-                   "lr_scale": backbone_lr_scale if part == "backbone" else 1.0}
-                  for (part, decayed), tensors in groups.items() if tensors]
-    if optimizer_type == "sgd":
-        return torch.optim.SGD(parameters, lr=0.1, momentum=momentum, nesterov=momentum > 0, fused=True)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer_type]
-    return kind(parameters, lr=1e-3, betas=(momentum, 0.999), fused=True)
+    return OPTIMIZERS[optimizer_type][0](
+        [{"params": tensors, "weight_decay": weight_decay if decayed else 0.0,
+          "lr_scale": backbone_lr_scale if part == "backbone" else 1.0}
+         for (part, decayed), tensors in groups.items() if tensors], momentum)
 
 
-def balanced_weights(lines, num_classes):
-    """float32 (num_classes,) weights, number / (num_classes · count), as scikit-learn's 'balanced'; 0 for absent ones."""
-    counts = np.bincount([int(split_line(line)[0]) for line in lines], minlength=num_classes)
-    return torch.tensor(np.where(counts > 0, len(lines) / (num_classes * np.maximum(counts, 1)), 0)).float()
+def restore_optimizer(optimizer, state):
+    """load_state_dict that brings back what was learned (momentum buffers), while the options stay those of the settings."""
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
+
+
+def balanced_weights(class_ids, num_classes):
+    """float32 (classes,) weights, number / (present classes · count), as scikit-learn's 'balanced'; 0 for absent ones.
+
+    class_ids: int64 (N,). The mean of the pictures' weights is 1.
+    """
+    counts = np.bincount(class_ids, minlength=num_classes)
+    return torch.tensor(np.where(counts > 0, len(class_ids) / ((counts > 0).sum() * np.maximum(counts, 1)), 0)).float()

@@ -4,6 +4,7 @@ import os
 import platform
 import socket
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy
@@ -11,14 +12,19 @@ import PIL
 import torch
 import torchvision
 
-from utils.checkpoint import load_checkpoint, save_text
-from utils.errors import UserError
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError, shown
+from utils.files import check_regular, save_text
+from utils.processes import world_size
+from utils.settings import check_value
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-held = []  # the lock's file stays open, as closing it would give the lock back
+locks = []  # their files stay open, as closing one would give its lock back
+COMMANDS_READ = ("backbone", "input_shape", "Cuda", "fp16", "channels_last", "val_crop", "Unfreeze_batch_size", "UnFreeze_Epoch",
+                 "classes_path", "test_annotation_path")
 
 
 def launch_id():
@@ -28,24 +34,42 @@ def launch_id():
 
 
 def read_config(run):
+    """A run's config.json as a dictionary with at least settings, class_names and finished. UserError for any other file."""
+    path = Path(run, "config.json")
     try:
-        return json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{str(run)!r} is not a run's folder: it does not exist or has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{Path(run, 'config.json')} cannot be read: {error}") from None
+        check_regular(path, "a run's folder")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"{str(run)!r} is not a run's folder: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    for key, kind in (("settings", dict), ("class_names", list), ("finished", bool)):
+        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
+            raise UserError(f"{path} is not of a run: {key!r} is missing, or no {kind.__name__}")
+    if not config["class_names"] or not all(isinstance(name, str) for name in config["class_names"]):
+        raise UserError(f"{path} is not of a run: 'class_names' must be names")
+    for name in ("backbone", "input_shape"):
+        if name not in config["settings"]:
+            raise UserError(f"{path} is not of a run: its settings lack {name!r}")
+    for name in COMMANDS_READ:
+        if name in config["settings"]:
+            try:
+                check_value(name, config["settings"][name])
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+    return config
 
 
 def write_config(run, config):
     save_text(Path(run, "config.json"), json.dumps(config, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
-def hold(run):
+def lock(run):
     """Take the run for this process's life; False while another one trains it. POSIX locks end with their process."""
     try:
-        held.append(open(Path(run, ".lock"), "a"))
+        locks.append(open(Path(run, ".lock"), "a"))
         if fcntl:
-            fcntl.lockf(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"{run} is being trained by another process")
         return False
@@ -57,19 +81,20 @@ def hold(run):
 def find_run(resume, save_dir):
     """The folder of the run to continue, or None for a new one."""
     if isinstance(resume, str):
-        read_config(resume)
-        if not hold(resume):
-            raise UserError(f"{resume} cannot be continued before the process that trains it has ended")
-        return resume
+        run = str(Path(save_dir, resume)) if not os.path.exists(resume) and Path(save_dir, resume).exists() else resume
+        read_config(run)
+        if not lock(run):
+            raise UserError(f"{run} cannot be continued before the process that trains it has ended")
+        return run
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    for run in sorted(Path(save_dir).glob("*/config.json"), key=lambda p: p.parent.name, reverse=True):
+    for path in sorted(Path(save_dir).glob("*/config.json"), key=lambda p: p.parent.name, reverse=True):
         try:
-            config = read_config(run.parent)
-        except UserError as error:
-            print(f"passed over: {error}")
-            continue
-        if not config["finished"] and (resume or (restarted and config["launch"] == launch_id())) and hold(run.parent):
-            return str(run.parent)
+            config = read_config(path.parent)
+        except UserError:
+            continue  # many programs have a config.json
+        ours = resume or (restarted and config.get("launch") == launch_id())
+        if ours and not config["finished"] and lock(path.parent):
+            return str(path.parent)
     if resume:
         print(f"resume = True: there is no unfinished run in {save_dir!r}, starting a new one")
     return None
@@ -78,46 +103,83 @@ def find_run(resume, save_dir):
 def new_run(save_dir):
     """Make and return save_dir/<start time>, a folder that nobody else has."""
     start = time.strftime("%Y_%m_%d_%H_%M_%S")
-    for attempt in range(1000):
-        run = Path(save_dir, start + (f"_{attempt}" if attempt else ""))
-        try:
-            run.mkdir(parents=True)
-            hold(run)
+    try:
+        Path(save_dir).mkdir(parents=True, exist_ok=True)
+        for attempt in range(1000):
+            run = Path(save_dir, start + (f"_{attempt}" if attempt else ""))
+            try:
+                run.mkdir()
+            except FileExistsError:
+                continue
+            lock(run)
             return str(run)
-        except FileExistsError:
-            if Path(save_dir).exists() and not Path(save_dir).is_dir():
-                raise UserError(f"save_dir = {save_dir!r} is a file, not a folder") from None
-        except OSError as error:
-            raise UserError(f"save_dir = {save_dir!r}: a folder cannot be made there ({error.strerror})") from None
+    except FileExistsError:
+        raise UserError(f"save_dir = {shown(save_dir)} is a file or a broken link, not a folder") from None
+    except OSError as error:
+        raise UserError(f"save_dir = {shown(save_dir)}: a folder cannot be made there ({error.strerror})") from None
     raise UserError(f"save_dir = {save_dir!r} has a thousand runs of this second")
+
+
+def check_same(run, name, was, now):
+    """UserError when a continued run would become another experiment."""
+    if isinstance(was, list) and was != now:
+        number, (was, now) = next((i, pair) for i, pair in enumerate(zip_longest(was, now)) if pair[0] != pair[1])
+        name = f"{name}, from its line {number + 1} on,"
+    if was != now:
+        raise UserError(f"{run} cannot be continued: {name} was {shown(was)} and is now {shown(now)}")
+
+
+def continue_run(run, settings, class_names):
+    """The checkpoint of a run that is to go on, or None; says what has changed. Its precision is kept where fp16 is 'auto'."""
+    config = read_config(run)
+    old = config["settings"]
+    for name in ("backbone", "optimizer_type"):
+        if name in old and name in settings:
+            check_same(run, name, old[name], settings[name])
+    check_same(run, "the class list", config["class_names"], class_names)
+    if settings.get("fp16") == "auto" and old.get("Cuda") == settings.get("Cuda"):
+        settings["fp16"] = old.get("fp16", "auto")
+    state = load_checkpoint(run)
+    if state:
+        last, epochs = settings["UnFreeze_Epoch"], state["epoch"]
+        done = epochs + bool(state["step"])
+        if done > last or config["finished"] and epochs == last or not state["history"].get("rows") and epochs >= last:
+            raise UserError(f"{run} has {'finished' if config['finished'] else 'trained'} {done} epochs: raise UnFreeze_Epoch "
+                            f"(now {last}) to train on")
+    if config["finished"] and (state is None or old.get("UnFreeze_Epoch", 0) >= settings["UnFreeze_Epoch"]):
+        raise UserError(f"{run} has finished its {old.get('UnFreeze_Epoch')} epochs: raise UnFreeze_Epoch to train on")
+    place = f"epoch {state['epoch'] + 1}, step {state['step'] + 1}" if state else "its beginning"
+    changed = [f"{name}: {shown(old[name])} → {shown(value)}" for name, value in settings.items()
+               if name in old and old[name] != value and name != "resume"]
+    print(f"continuing {run} at {place}" + "".join(f"\n  changed since: {c}" for c in changed))
+    return state
 
 
 def open_run(resume, save_dir, settings, class_names):
     """(run folder, config to write once all is set up, checkpoint or None). A new folder, or the one that `resume` says.
 
     Without its config.json a folder is no run: a start that fails in setting up leaves nothing for resume = True to find.
-    Continuing lists the settings that changed. UserError for another network or class list, or a finished run.
+    UserError for another network, optimizer or class list, or a finished run.
     """
     run = find_run(resume, save_dir)
-    state, kept = None, {}
-    if run:
-        config = read_config(run)
-        old = config["settings"]
-        for name, was, now in (("backbone", old["backbone"], settings["backbone"]),
-                               ("the class list", config["class_names"], class_names)):
-            if was != now:
-                raise UserError(f"{run} cannot be continued: {name} was {was!r} and is now {now!r}")
-        kept = {"fp16": old["fp16"]}  # changing the arithmetic in mid-run would be another experiment
-        changed = [f"{name}: {old[name]!r} → {value!r}" for name, value in settings.items()
-                   if name in old and old[name] != value and name not in ("resume", *kept)]
-        state = load_checkpoint(run)
-        if config["finished"] and (state is None or state["epoch"] >= settings["UnFreeze_Epoch"] or
-                                   old["UnFreeze_Epoch"] >= settings["UnFreeze_Epoch"]):
-            raise UserError(f"{run} has finished its {old['UnFreeze_Epoch']} epochs: raise UnFreeze_Epoch to train on")
-        place = f"epoch {state['epoch'] + 1}, step {state['step'] + 1}" if state else "its beginning"
-        print(f"continuing {run} at {place}" + "".join(f"\n  changed since: {c}" for c in changed))
-    else:
-        run = new_run(save_dir)
-    return run, {"settings": {**settings, **kept}, "class_names": class_names, "launch": launch_id(), "finished": False,
-                 "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
-                              "torchvision": torchvision.__version__, "pillow": PIL.__version__}}, state
+    state = continue_run(run, settings, class_names) if run else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+                "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    config = {"settings": settings, "class_names": class_names, "launch": launch_id(), "finished": False, "versions": versions}
+    return run or new_run(save_dir), config, state
+
+
+def show_run(run, config, parameters, flops, num_train, num_val):
+    """Print what is about to be trained, as a two-column table; settings that a fork has removed are left out."""
+    s = config["settings"]
+    precision = f"{'mixed precision' if s.get('fp16') else 'float32'}" + (f" ({config['precision']})" if "precision" in config else "")
+    frozen = f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""
+    rows = {"run": run, "backbone": f"{s['backbone']} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
+            "input_shape": s["input_shape"],
+            "pictures": f"{num_train} training, {num_val} test, {len(config['class_names'])} classes",
+            "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}{frozen}",
+            "batch_size": f"{s['Unfreeze_batch_size']} over {world_size()} processes, {s.get('accumulate', 1)} to a step",
+            "optimizer": f"{s['optimizer_type']}, Init_lr {s['Init_lr']:g}, {s['lr_decay_type']}",
+            "device": f"{'CUDA' if s['Cuda'] else 'CPU'}, {precision}"}
+    width = max(map(len, rows))
+    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()), flush=True)

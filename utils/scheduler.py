@@ -1,6 +1,8 @@
-"""The documented learning-rate curves: a function of the epoch, so that a resumed run needs no scheduler state."""
+"""The documented learning-rate curves: functions of the epoch, so that a resumed run needs no scheduler state."""
 import math
 from functools import partial
+
+from utils.recipe import OPTIMIZERS
 
 
 def cosine(lr, min_lr, total, epoch):
@@ -16,21 +18,23 @@ def cosine(lr, min_lr, total, epoch):
 
 
 def step(lr, min_lr, total, epoch):
-    """The documented 'step': ten equal stairs from lr to min_lr."""
+    """The documented 'step': ten equal stairs from lr to min_lr, each beginning with an epoch."""
     rate = (min_lr / lr) ** (1 / 9)
-    return lr * rate ** (epoch // (total / 10))
+    return lr * rate ** (math.floor(epoch) // (total / 10))
+
+
+LR_DECAYS = {"cos": cosine, "step": step}  # lr_decay_type: function of (highest rate, lowest rate, all epochs, epoch)
 
 
 def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
-    """A function from the epoch (0 …) to the learning rate; lr_decay_type is 'cos' or 'step'."""
-    return partial({"cos": cosine, "step": step}[lr_decay_type], lr, min_lr, total_iters)
+    """A function from the epoch (0 …, parts of an epoch too) to the learning rate; lr_decay_type is a name of LR_DECAYS."""
+    return partial(LR_DECAYS[lr_decay_type], lr, min_lr, total_iters)
 
 
 def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
-    """(Init_lr_fit, Min_lr_fit): the settings' rates scaled by batch size and held within the documented limits."""
+    """(Init_lr_fit, Min_lr_fit): the settings' rates scaled by batch size and held within the optimizer's documented limits."""
     nbs = 256 if transformer else 64
-    adam = optimizer_type in ("adam", "adamw")
-    low, high = ((1e-5 if transformer else 1e-4), 1e-3) if adam else (5e-4, 1e-1)
+    low, high = OPTIMIZERS[optimizer_type][2 if transformer else 1]
     scale = batch_size / nbs
     return min(max(scale * Init_lr, low), high), min(max(scale * Min_lr, low * 1e-2), high * 1e-2)
 

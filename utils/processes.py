@@ -1,0 +1,233 @@
+"""Ranks, what processes tell each other, and how one begins and ends. All of it also works in one unconnected process."""
+import atexit
+import datetime
+import errno
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import TOO_SMALL, UserError
+
+store = None  # the connected processes' own, which outlives each of them under torchrun
+
+
+def rank() -> int:
+    """This process's number among all processes of the launch, known before they are connected."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes of the launch on all nodes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def attempt() -> str:
+    """Which start of the group this is: torchrun restarts it after a crash."""
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
+def connect(Cuda):
+    """Join the launcher's processes; returns the documented local_rank. Small facts travel over gloo, gradients of GPUs over nccl."""
+    global store
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if Cuda:
+        torch.cuda.set_device(local_rank)
+    shared = None
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        # on one machine torchrun keeps its store over a restart, and with it the addresses of dead processes
+        shared, _, _ = next(dist.rendezvous("env://"))
+        shared = dist.PrefixStore(attempt(), shared)
+    hook = sys.excepthook
+    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo", store=shared, rank=rank() if shared else -1,
+                            world_size=world_size() if shared else -1)
+    sys.excepthook = hook  # torch's own would keep our sentence in memory until a return that never comes
+    store = dist.distributed_c10d._get_default_store()
+    return local_rank
+
+
+def connected():
+    return dist.is_available() and dist.is_initialized()
+
+
+class Wish:
+    """A number that travels to all processes while this one computes; wait() gives the largest of all."""
+
+    def __init__(self, number):
+        self.largest = torch.tensor([number])
+        self.travel = dist.all_reduce(self.largest, dist.ReduceOp.MAX, async_op=True) if connected() else None
+
+    def wait(self):
+        if self.travel:
+            self.travel.wait()
+        return int(self.largest)
+
+
+def gather_objects(item):
+    """Every process's `item`, in the order of ranks. Collective."""
+    if not connected():
+        return [item]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, item)
+    return everyone
+
+
+def from_rank_0(item):
+    """Rank 0's `item`, on every process. Collective."""
+    if not connected():
+        return item
+    box = [item]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_rank_0(work):
+    """work() on rank 0 alone; its result, or its error, on every process. Collective."""
+    if not connected():
+        return work()
+    result = problem = None
+    if rank() == 0:
+        try:
+            result = work()
+        except UserError as error:  # told to all, so that none waits for ever
+            problem = UserError, str(error)
+        except Exception:
+            problem = RuntimeError, f"on rank 0:\n{traceback.format_exc()}"
+    result, problem = from_rank_0((result, problem))
+    if problem:
+        kind, text = problem
+        raise kind(text)
+    return result
+
+
+def sync_buffers(model):
+    """Rank 0's buffers (BatchNorm statistics) to every process, as DistributedDataParallel does before a step."""
+    if connected():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def barrier():
+    Wish(0).wait()
+
+
+class Unbreakable:
+    """A stream whose failures are forgotten: a closed pipe or a full disk under a log must not decide what is saved."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):
+            return self.forget()
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.forget()
+
+    def forget(self):
+        """From now on into nothing, also what the stream still holds."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nothing, self.stream.fileno())
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+        os.close(nothing)
+        return 0
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def one_sentence_errors(must_print=False):
+    """Show every UserError of this program as one sentence (its first call). Unless the program must print, a standard
+    output that cannot be written does not end it."""
+    sys.excepthook = show_error
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by `>&-`: the next file to be opened would get its number, and our lines
+            while (nothing := os.open(os.devnull, os.O_WRONLY)) < number:
+                pass
+            stream = open(nothing, "w", closefd=False)
+        elif hasattr(stream, "reconfigure"):  # odd file names must not break a print on an ASCII terminal
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream if must_print else Unbreakable(stream))
+
+
+def is_ours_to_say():
+    """Whether this process is the first of its launch to report an error: it appears once, from whichever process has it."""
+    if world_size() == 1:
+        return True
+    try:
+        claims = store
+        if claims is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # not connected yet
+            claims = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                                   timeout=datetime.timedelta(seconds=5))
+        if claims is not None:
+            claims.set_timeout(datetime.timedelta(seconds=5))
+            return claims.add(f"errors of {attempt()}", 1) == 1
+    except Exception:  # the store ended with its process, which may have been the one to speak
+        pass
+    if rank():
+        time.sleep(5)  # a launcher ends the group when one process fails: let rank 0 speak first
+    return True
+
+
+def sentence(error):
+    """What a user is told of an error that can be mended, or None for a programming error."""
+    text = str(error)
+    if isinstance(error, UserError) or TOO_SMALL in text:
+        return text
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        return "too many open files: raise the limit (ulimit -n 4096), or lower num_workers"
+    if isinstance(error, RuntimeError) and connected() and ("gloo" in text or isinstance(error, dist.DistError)):
+        return ("another process of the launch has ended, or did not answer within the time-out of torch.distributed: "
+                f"the reason stands in its own output ({text.splitlines()[0][:200]})")
+    return None
+
+
+def show_error(kind, error, trace):
+    """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback."""
+    if issubclass(kind, KeyboardInterrupt):  # before training, where there is nothing to save yet
+        end(130)
+    if is_ours_to_say():
+        told = sentence(error)
+        if told:
+            print(f"error: {told}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(kind, error, trace)
+    else:
+        time.sleep(1)  # torchrun ends the group once one has ended: the process that speaks shall have finished
+    end(1)
+
+
+def stop_workers():
+    """Kill this process's data-loader workers; the standard library would send them the SIGTERM that they ignore, and wait."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+atexit.register(stop_workers)  # for a program of one's own that returns from its last line
+
+
+def end(code):
+    """The one way in which training ends: without clean-up that could wait for a worker or another process.
+
+    gloo's threads are destroyed in an order of chance: now and then a process that had done all its work
+    aborted ('terminate called without an active exception') or waited for ever.
+    """
+    stop_workers()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass
+    os._exit(code)

@@ -2,11 +2,14 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from tests.helpers import edit, history, make_data, make_project, run_of, runs, start, train, weights
+from tests.helpers import edit, environment, history, make_data, make_project, run_of, runs, start, train, weights
 from tests.test_resume import children, wait_for
 from utils.fit import memory_advice
 from utils.errors import UserError
@@ -103,3 +106,87 @@ def test_a_programming_error_keeps_its_traceback(tmp_path):
     (folder / "train.py").write_text(text.replace("    # The run\n", "    undefined_name\n"))
     _, err = train(folder, code=1)
     assert "Traceback" in err and "NameError" in err
+
+
+def test_a_test_list_that_goes_away(tmp_path):
+    """A file server's hiccup in validation: no score of the few that are left; mended, the validation alone is repeated."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=2)
+    make_data(folder, train=24, test=24)
+    whole = tmp_path / "whole"
+    train(folder, "--save_dir", "whole")
+    text = (folder / "utils/fit.py").read_text()
+    (folder / "utils/fit.py").write_text(text.replace(
+        "    gen_val.sampler.set_epoch(epoch)\n", "    gen_val.sampler.set_epoch(epoch)\n    import pathlib, shutil\n"
+        "    for i in range(2, 24):\n        shutil.move(f'model_data/test{i}.png', f'model_data/away{i}.png')\n"))
+    _, err = train(folder, code=1)
+    assert "pictures of the test list cannot be read, more than 1 %" in err and "epoch 1, step 3" in err and "Traceback" not in err
+    run = run_of(folder)
+    assert not (run / "best_epoch_weights.pth").exists() and not (run / "history.csv").exists()
+    (folder / "utils/fit.py").write_text(text)
+    for i in range(2, 24):
+        (folder / f"model_data/away{i}.png").rename(folder / f"model_data/test{i}.png")
+    train(folder, "--resume", True)
+    for ours, theirs in zip(history(run), history(next(whole.iterdir())), strict=True):
+        assert ours["scored"] == 24 and all(ours[name] == theirs[name] for name in ("train_loss", "val_loss", "top1"))
+
+
+def test_an_error_in_a_worker_keeps_its_own_text(tmp_path):
+    folder = make_project(tmp_path, num_workers=1)
+    make_data(folder, train=24, test=6)
+    text = (folder / "utils/dataloader.py").read_text()
+    for error, shown in (("RuntimeError('my own mistake')", "RuntimeError: my own mistake"), ("KeyError('lost')", "'lost'")):
+        (folder / "utils/dataloader.py").write_text(text.replace("    readable = [item", f"    raise {error}\n    readable = [item"))
+        _, err = train(folder, code=1)
+        assert shown in err and "Traceback" in err and "worker died" not in err
+
+
+def test_both_phases_are_checked_at_the_start(tmp_path):
+    folder = make_project(tmp_path)
+    make_data(folder, train=24, test=6)
+    for sizes in ((8, 25), (25, 8)):
+        _, err = train(folder, "--Freeze_Train", True, "--Freeze_Epoch", 1, "--Freeze_batch_size", sizes[0], "--Unfreeze_batch_size",
+                       sizes[1], code=1)
+        assert "数据集过小" in err and "_batch_size = 25" in err and "Traceback" not in err
+    assert not list(folder.glob("logs/*/history.csv"))
+
+
+@pytest.mark.parametrize("where", ["| head -1", "> /dev/full", ">&-"])
+def test_printing_decides_nothing(tmp_path, where):
+    folder = make_project(tmp_path, num_workers=1)
+    make_data(folder, train=24, test=6)
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} train.py {where}"], cwd=folder, env=environment(),
+                            capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert len(history(run_of(folder))) == 2 and '"finished": true' in (run_of(folder) / "config.json").read_text()
+
+
+def test_the_second_interrupt_ends_at_once(tmp_path):
+    """While a worker is stuck, no step ends, and so none is saved."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=1000, num_workers=1)
+    make_data(folder, train=64, test=16)
+    process = start(folder)
+    wait_for(process, "epoch 2/1000")
+    workers = children(process.pid)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=5)
+    assert process.returncode == 130 and "as it was saved last" in out and "Traceback" not in err
+    assert not [pid for pid in workers if os.path.exists(f"/proc/{pid}/stat") and open(f"/proc/{pid}/stat").read().split()[2] == "T"]
+
+
+def test_little_shared_memory(tmp_path):
+    """As in a container with docker's 64 MB: first a note, then one sentence instead of waiting for ever."""
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"], capture_output=True).returncode:
+        pytest.skip("no private mounts here")
+    folder = make_project(tmp_path, num_workers=2, Unfreeze_batch_size=24, input_shape=[256, 256])
+    make_data(folder, train=72, test=24)
+    result = subprocess.run(["unshare", "-m", "bash", "-c", f"mount -t tmpfs -o size=4m tmpfs /dev/shm && exec {sys.executable} train.py"],
+                            cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "NOTE: /dev/shm has 4 MB" in result.stdout
+    assert result.stderr.count("error: ") == 1 and "--shm-size" in result.stderr and "num_workers = 0" in result.stderr

@@ -2,6 +2,7 @@
 import argparse
 import ast
 import os
+import shutil
 from typing import Any, NamedTuple
 
 import torch
@@ -194,6 +195,20 @@ def check_phases(s, num_train, num_val, has_batch_norm):
             raise ValueError(too_small(num_train, num_val, name, s[name]))
     if unfrozen and has_batch_norm and not s.get("sync_bn"):  # frozen, its statistics stand still
         check_batch_norm("Unfreeze_batch_size", s["Unfreeze_batch_size"])
+    note_shared_memory(s)
+
+
+def note_shared_memory(s):
+    """Print a note when the batches in flight may not fit into /dev/shm, of which docker gives a container 64 MB."""
+    if not s.get("num_workers") or not os.path.isdir("/dev/shm") or int(os.environ.get("LOCAL_RANK", 0)):
+        return
+    free, (height, width) = shutil.disk_usage("/dev/shm").free, s["input_shape"]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batches = s["num_workers"] * 2 + 2  # each worker makes two ahead; one is here and one in use
+    need = processes * batches * s["Unfreeze_batch_size"] // world_size() * height * width * 3
+    if need > free:
+        print(f"NOTE: /dev/shm has {free / 1e6:.0f} MB free, and the batches in flight may take {need / 1e6:.0f} MB: if workers fail, "
+              f"give the container more (docker run --shm-size=2g), or set num_workers = 0", flush=True)
 
 
 def check_best_by(best_by, num_classes):

@@ -1,0 +1,178 @@
+"""What is saved is finite, whole and one story; what is read is what was saved."""
+import random
+import shutil
+
+import pytest
+import torch
+
+from nets import get_model, head_layers
+from tests.helpers import edit, history, make_data, make_project, run_of, same, start, train, weights
+from tests.test_resume import kill_group
+from utils.checkpoint import BEFORE, LAST, Checkpoint, load_checkpoint
+from utils.errors import UserError
+from utils.loss_history import LossHistory
+from utils.recipe import get_optimizer
+
+
+def checkpoint_in(folder, **options):
+    model = get_model("squeezenet1_1", 3, [32, 32])
+    optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
+    return Checkpoint(folder, {"model": model, "optimizer": optimizer, "scaler": None, "ema": None,
+                               "history": LossHistory(folder)}, **options)
+
+
+def test_a_flipped_bit_is_found(tmp_path, capsys):
+    checkpoint = checkpoint_in(tmp_path)
+    checkpoint.save(1)
+    good = (tmp_path / LAST).read_bytes()
+    expected = load_checkpoint(tmp_path)["model"]
+    checkpoint.save(2)
+    newer, rng = (tmp_path / LAST).read_bytes(), random.Random(0)
+    assert (tmp_path / BEFORE).read_bytes() == good and load_checkpoint(tmp_path)["epoch"] == 2
+    found = 0
+    for _ in range(40):
+        data = bytearray(newer)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (tmp_path / LAST).write_bytes(data)
+        state = load_checkpoint(tmp_path)
+        assert same(state["model"], expected)  # of this one where the bit means nothing, or of the one before
+        found += state["epoch"] == 1
+    assert found > 35 and "trying the checkpoint before it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{}", "bare weights", "wrong types", "list", "folder"])
+def test_what_is_no_checkpoint(tmp_path, content, capsys):
+    checkpoint = checkpoint_in(tmp_path)
+    for epoch in (1, 2):
+        checkpoint.save(epoch)
+    if content == "folder":
+        (tmp_path / LAST).unlink()
+        (tmp_path / LAST).mkdir()
+    else:
+        wrong = {"{}": {}, "bare weights": checkpoint.parts["model"].state_dict(), "list": [1],
+                 "wrong types": {**torch.load(tmp_path / LAST, weights_only=True), "epoch": "2"}}[content]
+        torch.save(wrong, tmp_path / LAST)
+    assert load_checkpoint(tmp_path)["epoch"] == 1 and "WARNING" in capsys.readouterr().out
+
+
+def test_nothing_is_saved_that_is_not_finite(tmp_path):
+    checkpoint = checkpoint_in(tmp_path)
+    checkpoint.save(1)
+    with torch.no_grad():
+        next(checkpoint.parts["model"].parameters())[0] = float("nan")
+    with pytest.raises(UserError, match="not finite any more after epoch 2.*lower Init_lr"):
+        checkpoint.save(2)
+    assert load_checkpoint(tmp_path)["epoch"] == 1
+
+
+def test_weights_that_explode_in_the_last_step(tmp_path):
+    """The loss of each step was finite; the last update made the weights infinite. The epoch before stays whole."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=3)
+    make_data(folder, train=24, test=6)
+    text = (folder / "utils/fit.py").read_text()
+    (folder / "utils/fit.py").write_text(text.replace(
+        "            progress.show(", "            if epoch == 1 and position.step == epoch_step:\n"
+        "                model.classifier[1].bias.data.fill_(float('inf'))\n            progress.show("))
+    _, err = train(folder, code=1)
+    assert "not finite" in err and "Init_lr" in err and "Traceback" not in err
+    run = run_of(folder)
+    assert [row["epoch"] for row in history(run)] == [1] and load_checkpoint(run)["epoch"] == 1
+    assert all(torch.isfinite(t).all() for name in ("last", "best") for t in weights(run, f"{name}_epoch_weights.pth").values())
+    (folder / "utils/fit.py").write_text(text)
+    train(folder, "--resume", run.name)
+    assert [row["epoch"] for row in history(run)] == [1, 2, 3]
+
+
+def test_changed_options_of_the_optimizer_train(tmp_path):
+    folder = make_project(tmp_path, UnFreeze_Epoch=2)
+    make_data(folder, train=24, test=6)
+    train(folder)
+    run = run_of(folder)
+    out, _ = train(folder, "--resume", run.name, "--UnFreeze_Epoch", 3, "--momentum", 0.5, "--weight_decay", 0.1,
+                   "--backbone_lr_scale", 0.01, "--fp16", True)
+    for said in ("momentum: 0.9 → 0.5", "weight_decay: 0.0005 → 0.1", "backbone_lr_scale: 1.0 → 0.01", "fp16: False → True"):
+        assert said in out
+    assert "mixed precision" in out
+    groups = torch.load(run / LAST, weights_only=True)["optimizer"]["param_groups"]
+    assert {group["momentum"] for group in groups} == {0.5} and {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert [group["lr_scale"] for group in groups] == [0.01, 0.01, 1.0, 1.0]
+    _, err = train(folder, "--resume", run.name, "--UnFreeze_Epoch", 4, "--optimizer_type", "adam", code=1)
+    assert "optimizer_type was 'sgd' and is now 'adam'" in err and "Traceback" not in err
+
+
+def ends_at(folder, moment):
+    """train.py that dies, as by SIGKILL, right before its n-th `moment`, a call in utils/checkpoint.py."""
+    text = (folder / "utils/checkpoint.py").read_text()
+    name, count = moment
+    assert name in text
+    (folder / "utils/checkpoint.py").write_text(text.replace(
+        name, f"die_at({count}); {name}") + "\n\ncalls = []\n\n\ndef die_at(count):\n    calls.append(1)\n"
+        "    if len(calls) == count:\n        import os\n        os._exit(77)\n")
+    train(folder, code=77)
+    (folder / "utils/checkpoint.py").write_text(text)
+
+
+@pytest.mark.parametrize("moment", [("save_tensors(fresh, state)", 2), ("fresh.replace(target)", 2), ("history.write()", 2)])
+def test_an_epoch_ends_in_one_commit(tmp_path, moment):
+    """Whatever instant it dies at, after resuming history, best and last weights tell the checkpoint's story."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=3, Init_lr=5e-3, best_by="'val_loss'", save_period=1)
+    make_data(folder, train=48, test=12)
+    ends_at(folder, moment)
+    run = run_of(folder)
+    saved = load_checkpoint(run)
+    rows = saved["history"]["rows"]
+    assert len(rows) == saved["epoch"] == (2 if moment[0] == "history.write()" else 1)
+    text = (folder / "utils/fit.py").read_text()
+    (folder / "utils/fit.py").write_text(text.replace("    first_step = position.step\n", "    raise SystemExit(3)\n", 1))
+    train(folder, "--resume", run.name, code=3)  # resumed, and nothing trained yet
+    (folder / "utils/fit.py").write_text(text)
+    assert [row["val_loss"] for row in history(run)] == pytest.approx([row["val_loss"] for row in rows])
+    assert same(weights(run), saved["model"]) and same(weights(run, "best_epoch_weights.pth"), saved["best"])
+    assert len(list(run.glob("ep00?-*.pth"))) == len(rows)
+    train(folder, "--resume", run.name)
+    assert [row["epoch"] for row in history(run)] == [1, 2, 3]
+
+
+def test_lists_that_change_under_a_run(tmp_path):
+    folder = make_project(tmp_path, UnFreeze_Epoch=2, save_minutes=1 / 6000, num_workers=1)
+    make_data(folder, train=160, test=12)
+    process = start(folder)
+    while not list(folder.glob("logs/*/last_checkpoint.pth")):
+        pass
+    kill_group(process, 15)
+    process.communicate(timeout=60)
+    state = load_checkpoint(run_of(folder))
+    assert process.returncode == 143 and state["step"]
+    shutil.copytree(folder, tmp_path / "copy")
+    path = folder / "model_data/cls_train.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-8]))
+    out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", state["epoch"] + 1)
+    assert f"epoch {state['epoch'] + 1} begins again, as its order depends on the training list" in out
+    test = folder / "model_data/cls_test.txt"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[:-6]))
+    out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", state["epoch"] + 2)
+    assert "the best epoch is sought anew, as the test list changed" in out and "begins again" not in out
+    rows = history(run_of(folder))
+    assert rows[-1]["scored"] == 6 and f"(epoch {state['epoch'] + 2}) in" in out.splitlines()[-1]
+    assert same(weights(run_of(folder), "best_epoch_weights.pth"), weights(run_of(folder)))
+
+
+def test_epochs_that_lie_behind(tmp_path):
+    folder = make_project(tmp_path, UnFreeze_Epoch=8, Init_Epoch=5, save_minutes=1 / 6000)
+    make_data(folder, train=160, test=6)
+    process = start(folder)
+    while not list(folder.glob("logs/*/last_checkpoint.pth")):
+        pass
+    kill_group(process, 15)
+    process.communicate(timeout=60)
+    edit(folder, Init_Epoch=0)
+    _, err = train(folder, "--resume", True, "--UnFreeze_Epoch", 3, code=1)
+    assert "raise UnFreeze_Epoch" in err and "Traceback" not in err
+    assert '"finished": false' in (run_of(folder) / "config.json").read_text()
+    (folder / "logs/foreign").mkdir()
+    for content in ("{}", "[]", '{"settings": 3}', "\0", "[" * 100000):
+        (folder / "logs/foreign/config.json").write_text(content)
+        _, err = train(folder, "--resume", "foreign", code=1)
+        assert "foreign" in err and "Traceback" not in err and err.count("error: ") == 1
+    out, _ = train(folder, "--resume", True, "--UnFreeze_Epoch", 6)
+    assert "continuing" in out and "foreign" not in out

@@ -43,14 +43,15 @@ def sums_of(loss, scores, targets):
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
     right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
     pictures = torch.full((), len(labels), dtype=torch.float64, device=scores.device)
-    return {"pictures": pictures, "loss": loss.double() * pictures,
+    sums = {"pictures": pictures, "loss": loss.double() * pictures,
             "top1": right[:, 0].sum().double(), "top5": right.sum().double()}
+    return sums
 
 
 def figures_of(sums):
     """{name: number} from the added sums of sums_of. Whatever stands here is in the history, with 'train_' for training's."""
-    pictures = sums["pictures"].item()
-    return {name: sums[name].item() / pictures for name in ("loss", "top1", "top5")}
+    figures = {name: (sums[name] / sums["pictures"]).item() for name in ("loss", "top1", "top5")}
+    return figures
 
 
 def figure_names(num_classes):

@@ -23,7 +23,10 @@ def step(lr, min_lr, total, epoch):
     return lr * rate ** (math.floor(epoch) // (total / 10))
 
 
-LR_DECAYS = {"cos": cosine, "step": step}  # lr_decay_type: function of (highest rate, lowest rate, all epochs, epoch)
+LR_DECAYS = {  # lr_decay_type: function of the highest rate, the lowest, the number of epochs, and the epoch (0 …, parts too)
+    "cos": cosine,
+    "step": step,
+}
 
 
 def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):

@@ -2,6 +2,9 @@
 import os
 import pickle
 import re
+import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 import train as trainer
 from nets import get_model
-from tests.helpers import make_data, make_project, train
+from tests.helpers import make_data, make_project, start, train
 from utils import lists, settings as rules
 from utils.dataloader import DataGenerator
 from utils.errors import UserError
@@ -31,17 +34,20 @@ WRONG = [
     (dict(Init_lr=0), "Init_lr"), (dict(Init_lr=float("nan")), "Init_lr"), (dict(Init_lr="0.1"), "Init_lr = '0.1'"),
     (dict(momentum=1.0), "momentum"), (dict(weight_decay=-1), "weight_decay"), (dict(input_shape=[64]), r"\[height, width\]"),
     (dict(input_shape=64), "input_shape"), (dict(input_shape=[0, 64]), "input_shape"), (dict(backbone=18), "backbone"),
-    (dict(fp16=1), "fp16 = 1 must be True or False"), (dict(num_workers=-1), "num_workers"), (dict(num_workers=1.5), "num_workers"),
+    (dict(fp16=1), "fp16 = 1 is none of its choices: True, False"), (dict(num_workers=-1), "num_workers"), (dict(num_workers=1.5), "num_workers"),
     (dict(save_period=0), "save_period"), (dict(seed=-1), "seed"), (dict(augmentation="flop"), "did you mean 'flip'"),
     (dict(label_smoothing=1.0), "label_smoothing"), (dict(random_erasing=2), "random_erasing"), (dict(mixup_alpha=-1), "mixup_alpha"),
     (dict(class_weights=True), "class_weights"), (dict(ema_decay=1), "ema_decay"), (dict(accumulate=0), "accumulate"),
     (dict(early_stop=-1), "early_stop"), (dict(val_crop=0), "val_crop"), (dict(crop_scale=2), "crop_scale"),
+    (dict(seed=2 ** 63), "seed = 9223372036854775808 must be"), (dict(mixup_alpha=1e-300), "from 0.01 to 1000"),
+    (dict(UnFreeze_Epoch=10 ** 400), "UnFreeze_Epoch = 1000"), (dict(UnFreeze_Epoch=10 ** 5000), "thousands of digits"),
+    (dict(save_dir="a\udc80"), "in UTF-8"), (dict(save_dir="a\0b"), "save_dir"), (dict(fp16="yes"), "True, False, 'auto'"),
     (dict(resume=3), "resume"), (dict(save_dir=""), "save_dir"), (dict(sync_bn=True), "set sync_bn = False"),
     (dict(distributed=True), "torchrun"), (dict(classes_path=None), "classes_path"), (dict(model_path=None), "model_path"),
 ]
 
 
-@pytest.mark.parametrize("change, sentence", WRONG, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize("change, sentence", WRONG, ids=lambda v: str(next(iter(v))) if isinstance(v, dict) else "")
 def test_settings(change, sentence):
     rules.check_settings(settings_with())
     with pytest.raises(UserError, match=sentence) as caught:
@@ -73,6 +79,7 @@ def lines_of(text, classes=3):
 @pytest.mark.parametrize("text, sentence", [
     ("0;a\nno separator\n", "list.txt:2 is not"), ("0;a\n\nx;a\n", "list.txt:3: the class id 'x'"), ("-1;a\n", "class id -1 is outside 0 … 2"),
     ("3;a\n", "class id 3 is outside.*classes.txt"), ("1.0;a\n", "whole number"), ("0;\n", "list.txt:1 is not"), (";a\n", "''"),
+    ("0_0;a\n", "whole number"), ("+0;a\n", "whole number"), ("٠;a\n", "whole number"), ("9" * 5000 + ";a\n", "whole number"),
     ("0;a\n1;gone\n2;gone too\n0;b\n1;3\n1;4\n", "5 of 6 pictures do not exist.*list.txt:2 gone; list.txt:3 gone too; .*; …")])
 def test_annotation_lines(tmp_path, monkeypatch, text, sentence):
     monkeypatch.chdir(tmp_path)
@@ -107,10 +114,12 @@ def test_text_files(tmp_path, monkeypatch, content, sentence):
             lists.check_text_file(name, "list.txt", "python -m utils.annotation writes it")
 
 
-def test_class_files(tmp_path):
+def test_class_files(tmp_path, capsys):
     path = tmp_path / "classes.txt"
     path.write_bytes("\ufeffcat\r\n\r\ndog house\r\n".encode())
     assert lists.get_classes(path) == (["cat", "dog house"], 2)
+    path.write_text("cat\n\ndog\n")
+    assert lists.get_classes(path) == (["cat", "dog"], 2) and "classes.txt:2 is blank" in capsys.readouterr().out
     path.write_text("cat\ndog\ncat\n")
     with pytest.raises(UserError, match="more than once: cat"):
         lists.get_classes(path)
@@ -156,8 +165,11 @@ def test_command_line():
     assert values["Init_lr"] == 0.02 and values["Min_lr"] == pytest.approx(0.0002) and values["backbone"] == "resnet50"
     assert values["input_shape"] == [96, 128] and values["Freeze_Train"] is True and values["resume"] == "logs/2026_01_01"
     assert values["save_dir"] == "123" and values["momentum"] == 0.9
+    assert given_words("--resume", "2026_11_24_21_45_25")["resume"] == "2026_11_24_21_45_25"
+    assert [given_words("--fp16", word)["fp16"] for word in ("auto", "True", "False")] == ["auto", True, False]
+    assert given_words("--backbone", "'resnet18'", "--augmentation", "none")["backbone"] == "resnet18"
     for words, sentence in ((["--Init_lrr", "1"], "did you mean 'Init_lr'"), (["Init_lr"], "no setting"), (["--seed"], "--seed: expected one argument"),
-                            (["--seed", "a"], "seed = 'a' must be"), (["--Cuda", "yes"], "True or False")):
+                            (["--seed", "a"], "seed = 'a' must be"), (["--Cuda", "yes"], "True or False"), (["--seed", "9" * 5000], "seed = ")):
         with pytest.raises(UserError, match=sentence):
             given_words(*words)
 
@@ -236,3 +248,79 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     finally:
         lists.os.path.isfile = real
     assert not calls
+
+
+SCRIPT = """
+gamma: float = 2.0  # my own
+steps = 3  # a number
+name = "a"  # a text
+free = None  # anything
+size = [1, 2]  # a list
+half: float = gamma / 2  # follows
+bare: int
+"""
+
+
+def test_settings_of_ones_own(tmp_path):
+    """Without a rule, the default's type is the rule; annotated ones are settings as well."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+
+    def given_words(*words):
+        script = {"__file__": str(path), "__doc__": ""}
+        exec(SCRIPT, script)
+        return rules.command_line(script, [str(word) for word in words])
+    assert given_words() == {"gamma": 2.0, "steps": 3, "name": "a", "free": None, "size": [1, 2], "half": 1.0}
+    found = given_words("--gamma", 3, "--free", "[1]", "--size", "(4,)", "--name", 5)
+    assert found == {"gamma": 3, "steps": 3, "name": "5", "free": [1], "size": (4,), "half": 1.5}
+    for words in (("--gamma", "abc"), ("--gamma", "True"), ("--steps", 2.5), ("--steps", "True"), ("--size", 3)):
+        with pytest.raises(UserError, match=f"{words[0][2:]} = .* must be "):
+            given_words(*words)
+
+
+def test_a_rule_whose_constant_is_gone_is_passed_over():
+    for name in rules.RULES:
+        given = settings_with()
+        del given[name]
+        rules.check_settings(given)
+
+
+def test_best_by():
+    rules.check_best_by("val_loss", 3)
+    with pytest.raises(UserError, match="best_by = 'top_1' is no figure.*'top1'"):
+        rules.check_best_by("top_1", 3)
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        for read in (lambda: load_weights(path), lambda: lists.check_text_file("classes_path", path), lambda: lists.get_classes(path)):
+            with pytest.raises(UserError, match="no regular file"):
+                read()
+
+
+def test_few_files_may_be_open(tmp_path):
+    """ulimit -n 24: a sentence, whatever it is that cannot be opened."""
+    folder = make_project(tmp_path, num_workers=4)
+    make_data(folder, train=24, test=6)
+    process = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "too many open files" in err and "ulimit -n" in err and "Traceback" not in err, err
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    folder = make_project(tmp_path)
+    make_data(folder, train=24, test=6)
+    (folder / "dangling").symlink_to("nowhere")
+    for name in ("dangling", "x" * 300, "train.py"):
+        _, err = train(folder, "--save_dir", name, code=1)
+        assert "save_dir = " in err and "Traceback" not in err and len(err) < 400
+
+
+def test_interrupt_while_importing(tmp_path):
+    folder = make_project(tmp_path)
+    process = start(folder)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err

@@ -42,13 +42,14 @@ def check_files(classes_path, train_annotation_path, test_annotation_path):
 
 
 def get_classes(classes_path):
-    """(class names, their number) from a text file, one name a line; blank lines may stand at its end only."""
+    """(class names, their number) from a text file, one name a line; blank lines are passed over, and it is said."""
     check_text_file("classes_path", classes_path, "write one class name a line")
     with open(classes_path, encoding="utf-8-sig") as file:
         names = [line.strip() for line in file.read().rstrip().split("\n")]
-    if "" in names:
-        raise UserError(f"{classes_path}:{names.index('') + 1} is blank, which would shift the ids of the classes after it: "
-                        f"remove the line, or give the class a name")
+    if "" in names and rank() == 0:
+        print(f"WARNING: {classes_path}:{names.index('') + 1} is blank: ids count the names alone, so the class after it has "
+              f"the id of the blank line")
+    names = [name for name in names if name]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"{classes_path} names a class more than once: {', '.join(twice[:5])}")

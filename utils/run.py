@@ -87,12 +87,14 @@ def find_run(resume, save_dir):
             raise UserError(f"{run} cannot be continued before the process that trains it has ended")
         return run
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not (resume or restarted):
+        return None
     for path in sorted(Path(save_dir).glob("*/config.json"), key=lambda p: p.parent.name, reverse=True):
         try:
             config = read_config(path.parent)
         except UserError:
             continue  # many programs have a config.json
-        ours = resume or (restarted and config.get("launch") == launch_id())
+        ours = resume or config.get("launch") == launch_id()
         if ours and not config["finished"] and lock(path.parent):
             return str(path.parent)
     if resume:

@@ -8,10 +8,11 @@ import torch
 from nets import get_model, head_layers
 from tests.helpers import edit, history, make_data, make_project, run_of, same, start, train, weights
 from tests.test_resume import kill_group
-from utils.checkpoint import BEFORE, LAST, Checkpoint, load_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.loss_history import LossHistory
 from utils.recipe import get_optimizer
+from utils.state import BEFORE, LAST, load_checkpoint
 
 
 def checkpoint_in(folder, **options):
@@ -101,15 +102,15 @@ def test_changed_options_of_the_optimizer_train(tmp_path):
 
 
 def ends_at(folder, moment):
-    """train.py that dies, as by SIGKILL, right before its n-th `moment`, a call in utils/checkpoint.py."""
-    text = (folder / "utils/checkpoint.py").read_text()
+    """train.py that dies, as by SIGKILL, right before its n-th `moment`, a call in utils/state.py."""
+    text = (folder / "utils/state.py").read_text()
     name, count = moment
     assert name in text
-    (folder / "utils/checkpoint.py").write_text(text.replace(
+    (folder / "utils/state.py").write_text(text.replace(
         name, f"die_at({count}); {name}") + "\n\ncalls = []\n\n\ndef die_at(count):\n    calls.append(1)\n"
         "    if len(calls) == count:\n        import os\n        os._exit(77)\n")
     train(folder, code=77)
-    (folder / "utils/checkpoint.py").write_text(text)
+    (folder / "utils/state.py").write_text(text)
 
 
 @pytest.mark.parametrize("moment", [("save_tensors(fresh, state)", 2), ("fresh.replace(target)", 2), ("history.write()", 2)])

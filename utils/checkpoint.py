@@ -1,4 +1,4 @@
-"""Where an epoch stands, the steps that lead through it, and what is saved on the way.
+"""Where an epoch stands, and the steps that lead through it.
 
 Before each step the processes agree by one number, the largest wish of all: so none enters a step that another one leaves
 out. Wishes travel while the step before computes, and nothing waits for them.
@@ -6,17 +6,14 @@ out. Wishes travel while the step before computes, and nothing waits for them.
 import signal
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from utils import processes
 from utils.errors import UserError
-from utils.files import check_sums, load_tensors, save_tensors
 from utils.processes import rank
-from utils.recipe import restore_optimizer
+from utils.state import RunState
 
-LAST, BEFORE = "last_checkpoint.pth", "last_checkpoint_previous.pth"
 GO_ON, SAVE, GIVE_UP = 0, 1, 2  # wishes; 128 + a signal's number is the wish to save and end
 
 
@@ -24,7 +21,7 @@ GO_ON, SAVE, GIVE_UP = 0, 1, 2  # wishes; 128 + a signal's number is the wish to
 class Position:
     """How far this process is in an epoch's training, or in its validation."""
     epoch: int
-    device: object
+    device: torch.device
     allowed: float  # unreadable pictures of all processes
     step: int = 0  # global batches done
     sums: dict = field(default_factory=dict)  # of recipe.sums_of, on the device, so that no step waits for figures
@@ -36,152 +33,31 @@ class Position:
     def __post_init__(self):
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def add(self, sums):
-        """Add a batch's sums of recipe.sums_of."""
-        for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def note_loss(self, loss):
-        """Remember the first step whose loss is not finite, without waiting for the device."""
+    def add(self, loss, sums):
+        """Add a batch's loss and its sums of recipe.sums_of; without waiting for the device."""
         bad = torch.isfinite(loss).logical_not() & (self.bad_step == 0)
         self.bad_step = torch.where(bad, self.step, self.bad_step)
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()}
 
     def totals(self):
-        """(added sums of all processes, on the CPU; unreadable pictures of all). Collective."""
-        return added(processes.gather_objects(self.mine()))
-
-    def mine(self):
-        return {name: value.cpu() for name, value in self.sums.items()}, self.unreadable
-
-
-def added(everyone):
-    """(sums, unreadable) of every process → those of all, in the order of ranks."""
-    total, unreadable = {}, 0
-    for sums, count in everyone:
-        unreadable += count
-        for name, value in sums.items():
-            total[name] = total[name] + value if name in total else value
-    return total, unreadable
+        """({name: sum of all processes, on the CPU}, unreadable pictures of all). Collective."""
+        everyone = processes.gather_objects(({name: value.cpu() for name, value in self.sums.items()}, self.unreadable))
+        names = dict.fromkeys(name for sums, _ in everyone for name in sums)
+        return {name: sum(sums[name] for sums, _ in everyone if name in sums) for name in names}, sum(n for _, n in everyone)
 
 
-def differing(old, new):
-    """Names whose values are others than they were; what was not recorded is taken for unchanged."""
-    return [name for name, value in new.items() if (old or {}).get(name, value) != value]
+class Checkpoint(RunState):
+    """Leads the processes through the steps together, and saves the run's state when it is time, or when they have to end."""
 
-
-def load_checkpoint(run):
-    """The newest sound checkpoint of a run; None when it never wrote one; UserError when none can be read."""
-    paths = [p for p in (Path(run, LAST), Path(run, BEFORE)) if p.exists()]
-    for path in paths:
-        try:
-            check_sums(path, "resume")
-            state = load_tensors(path, "resume")
-            if not (type(state.get("epoch")) is type(state.get("step")) is int and isinstance(state.get("model"), dict)
-                    and isinstance(state.get("optimizer"), dict) and isinstance(state.get("history"), dict)):
-                raise UserError(f"resume: {str(path)!r} is no checkpoint of a run")
-            return state
-        except UserError as error:
-            print(f"WARNING: {error}; trying the checkpoint before it")
-    if paths:
-        raise UserError(f"{run} has no readable checkpoint left: start anew with resume = False, "
-                        f"perhaps from model_path = {str(Path(run, 'last_epoch_weights.pth'))!r}")
-    return None
-
-
-def check_finite(model, where):
-    """UserError when a weight is NaN or infinite."""
-    floating = [t for t in model.state_dict().values() if t.is_floating_point()]
-    if not torch.stack([torch.isfinite(t).all() for t in floating]).all():
-        raise UserError(f"the weights are not finite any more {where}: lower Init_lr, or set clip_grad_norm; "
-                        f"the files saved before are intact")
-
-
-class Checkpoint:
-    """Saves all that resuming needs, and leads the processes through the steps together.
-
-    parts: {name: object with state_dict()/load_state_dict() or None}: model, optimizer, scaler, ema, history.
-    order: what the order of an epoch's pictures depends on, {name: value}; when it has changed, a resumed run begins its
-    interrupted epoch again. judge: what the best epoch depends on; when it has changed, the best is sought anew.
-    """
-
-    def __init__(self, run, parts, save_minutes=0, order=None, judge=None):
-        self.run, self.parts, self.save_minutes = run, parts, save_minutes
-        self.order, self.judge = order or {}, judge or {}
-        self.best = None  # the best epoch's weights, on the CPU: with the history they make one story
-        self.resumed, self.position = {}, None
-        self.signal = self.signalled_at = 0
-        self.saved_at, self.looked_at, self.failure, self.named = time.monotonic(), 0, None, set()
-
-    # -- saving and loading
-
-    def load(self, state):
-        """Give every part its own back, taking it out of `state`: it would fill memory for the rest of the run."""
-        for name, part in self.parts.items():
-            kept = state.pop(name, None)
-            if part is not None and kept is not None:
-                try:
-                    restore_optimizer(part, kept) if name == "optimizer" else part.load_state_dict(kept)
-                except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise UserError(f"{self.run} cannot be continued, its {name} is of another network or optimizer: "
-                                    f"{(str(error).splitlines() or [''])[0]}") from error
-        self.best = state.pop("best", None)
-        changed = differing(state.get("order"), self.order)
-        if state["totals"] is not None and not isinstance(state["totals"], tuple):
-            changed.append("the program's version")
-        if changed and state["step"]:
-            state.update(step=0, totals=None)
-            if rank() == 0:
-                print(f"  epoch {state['epoch'] + 1} begins again, as its order depends on {' and '.join(changed)}")
-        changed = differing(state.get("judge"), self.judge)
-        if changed:
-            self.best = None
-            if self.parts.get("history"):
-                self.parts["history"].seek_best_anew()
-                print(f"  the best epoch is sought anew, as {' and '.join(changed)} changed: the scores do not compare")
-        self.resumed = state
-
-    def save(self, epoch, step=0, totals=None):
-        """Write last_checkpoint.pth on rank 0, keeping the one before it; the other processes wait. Collective.
-
-        UserError when the weights are not finite, or the disk is full; the files saved before are then intact.
-        """
-        def write():
-            for name in ("model", "ema"):
-                if self.parts.get(name):
-                    check_finite(self.parts[name], f"in epoch {epoch + 1}, step {step}" if step else f"after epoch {epoch}")
-            state = {name: part and part.state_dict() for name, part in self.parts.items()}
-            state.update(best=self.best, epoch=epoch, step=step, totals=totals, order=self.order, judge=self.judge)
-            target = Path(self.run, LAST)
-            fresh = target.with_name(f".{LAST}.new")
-            save_tensors(fresh, state)
-            if target.exists():
-                target.replace(target.with_name(BEFORE))
-            fresh.replace(target)
-        processes.on_rank_0(write)
-        self.saved_at = time.monotonic()
-
-    def publish(self, save_period, last_epoch, with_last=True, with_best=True):
-        """Rank 0: bring the files that people read in line with the checkpoint: history.csv, curves, weight files.
-
-        with_last: the model stands at the end of the history's last epoch.
-        """
-        history, judged = self.parts["history"], self.parts.get("ema") or self.parts["model"]
-        history.write()
-        if with_best and self.best is not None:
-            save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
-        if with_last and history.rows:
-            row, weights = history.rows[-1], getattr(judged, "module", judged).state_dict()
-            save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
-            if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:
-                name = "ep%03d-loss%.3f-val_loss%.3f.pth" % (row["epoch"], row["train_loss"], row["val_loss"])
-                save_tensors(Path(self.run, name), weights)
-
-    # -- the steps
+    def __init__(self, run, parts, save_minutes=0, **options):
+        super().__init__(run, parts, **options)
+        self.save_minutes, self.position, self.signal, self.signalled_at = save_minutes, None, 0, 0
+        self.looked_at, self.failure, self.named = 0, None, set()
 
     def catch_signals(self):
         """From now on SIGTERM, Ctrl-C and SIGHUP are noted and obeyed after the current step; a second Ctrl-C ends at once."""
         def note(number, frame):
-            if number == self.signal == signal.SIGINT and time.monotonic() - self.signalled_at > 1:  # torchrun repeats the first
+            if self.signal and number == signal.SIGINT and time.monotonic() - self.signalled_at > 1:  # torchrun repeats the first
                 if rank() == 0:
                     print(f"\nended at once: {self.run} is as it was saved last", flush=True)
                 processes.end(128 + number)
@@ -259,26 +135,23 @@ class Checkpoint:
         """Do what the processes have agreed on: go on, save, give up with a sentence, or save and end. Collective."""
         if wish == GO_ON:
             return
-        training = self.position
-        told = processes.gather_objects((training.mine(), position.unreadable, position.bad_step.item(), self.failure))
+        training, validating = self.position, position is not self.position
         where = f"epoch {training.epoch + 1}, step {training.step}"
-        bad_step = max(bad for _, _, bad, _ in told)
+        told = processes.gather_objects((position.bad_step.item(), self.failure))
+        bad_step, failure = max(bad for bad, _ in told), next((failure for _, failure in told if failure), None)
         if bad_step:
             raise UserError(f"the loss is not finite in epoch {training.epoch + 1}, step {bad_step}, at lr {training.lr:.3g}: "
                             f"lower Init_lr, or set clip_grad_norm; the files saved before it are intact")
-        unreadable, of_test = sum(count for _, count, _, _ in told), position is not training
-        if unreadable > position.allowed and not of_test:
-            raise UserError(f"{unreadable} pictures of epoch {training.epoch + 1} cannot be read, more than 1 % of them: "
-                            f"python -m utils.annotation DATASETS --check lists them")
+        totals, (_, unreadable) = training.totals(), position.totals()
+        too_many = f"{unreadable} pictures of {'the test list' if validating else f'epoch {training.epoch + 1}'} cannot be read, more than 1 %"
+        if unreadable > position.allowed and not validating:
+            raise UserError(f"{too_many} of them: python -m utils.annotation DATASETS --check lists them")
         position.cleared = position.unreadable
-        self.save(training.epoch, training.step, added(mine for mine, _, _, _ in told))
+        self.save(training.epoch, training.step, totals)
         if unreadable > position.allowed:
-            raise UserError(f"{unreadable} pictures of the test list cannot be read, more than 1 % of them, and a score of "
-                            f"the others would not be comparable. The state up to {where} is saved: continue with "
-                            f"resume = {self.run!r}, which repeats the validation alone")
-        failures = [failure for _, _, _, failure in told if failure]
-        if failures:
-            raise UserError(f"{failures[0]}. The state up to {where} is saved: continue with resume = {self.run!r}")
+            failure = f"{too_many}, and a score of the others would not compare: mend them, and the validation alone is repeated"
+        if failure:
+            raise UserError(f"{failure}. The state up to {where} is saved: continue with resume = {self.run!r}")
         if wish > 128:
             if rank() == 0:
                 print(f"\n{signal.Signals(wish - 128).name}: saved at {where}; continue with "

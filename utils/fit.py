@@ -72,8 +72,7 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, position)
             scaler.scale(loss / len(batches)).backward()
         with torch.no_grad():
             position.step += 1
-            position.note_loss(loss)
-            position.add(sums_of(loss, scores, targets))
+            position.add(loss, sums_of(loss, scores, targets))
 
 
 def optimizer_step(optimizer, scaler, clip_grad_norm):
@@ -122,7 +121,8 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
         for images, targets, _ in batches:
             if len(targets):
                 scores, targets = score_batch(model, images, targets, Cuda, fp16)
-                position.add(sums_of(recipe.val_criterion(scores, targets), scores, targets))
+                loss = recipe.val_criterion(scores, targets)
+                position.add(loss, sums_of(loss, scores, targets))
     sums, unreadable = position.totals()
     if not sums:
         raise UserError("no picture of the test list can be read, so there is no score")

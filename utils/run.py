@@ -12,11 +12,11 @@ import PIL
 import torch
 import torchvision
 
-from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, shown
 from utils.files import check_regular, save_text
 from utils.processes import world_size
 from utils.settings import check_value
+from utils.state import load_checkpoint
 
 try:
     import fcntl

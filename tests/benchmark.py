@@ -234,10 +234,10 @@ def bench_launch(folder):
 
 def bench_evaluate(folder):
     from utils.evaluate import score
-    from utils.predict import Run
+    from utils.trained import TrainedRun
     torch.set_num_threads(os.cpu_count())
     paths = photos(folder, 256, 500, 375)
-    run = Run.__new__(Run)
+    run = TrainedRun.__new__(TrainedRun)
     run.Cuda, run.fp16, run.class_names = False, False, [str(i) for i in range(10)]
     lines = [f"{i % 10};{p}" for i, p in enumerate(paths)]
     for name in ("resnet18", "resnet50"):
@@ -253,7 +253,7 @@ def bench_evaluate(folder):
                 for _ in range(8):
                     run.model(normalize(images, "cpu")).softmax(1)
         def ours():
-            score(run, lines, 32, 2)
+            score(run, data, 32, 2)
         ours(), decode(), forward()
         times = [(seconds(ours), seconds(decode), seconds(forward)) for _ in range(5)]
         ours_s, decode_s, forward_s = (statistics.median(column) for column in zip(*times))

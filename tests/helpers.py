@@ -114,3 +114,19 @@ def weights(run, name="last_epoch_weights.pth"):
 def same(a, b):
     """Whether two state_dicts are bit-identical."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def make_run(folder, names, backbone="squeezenet1_1", **settings):
+    """A run's folder with untrained weights, for what commands do with any; returns it. Settings as train.py's."""
+    import train as trainer
+    from nets import get_model
+    from utils.run import write_config
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: value for name, value in vars(trainer).items() if type(value) in (bool, int, float, str, list)
+              and not name.startswith("_")}
+    values.update(backbone=backbone, input_shape=[32, 32], Unfreeze_batch_size=8, fp16=False, Cuda=False, **settings)
+    write_config(folder, {"settings": values, "class_names": list(names), "finished": True})
+    torch.manual_seed(0)
+    torch.save(get_model(backbone, len(names), values["input_shape"]).state_dict(), folder / "best_epoch_weights.pth")
+    return folder

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.checkpoint import save_text
-from utils.checks import get_classes
-from utils.errors import UserError, one_sentence_errors
+from utils.files import save_text
+from utils.lists import get_classes
+from utils.errors import UserError
+from utils.processes import one_sentence_errors
 from utils.sample_data import DEFAULT_PATHS
 
 FEW = 10  # a class with fewer training pictures is warned about

@@ -100,14 +100,10 @@ class Checkpoint(RunState):
         """The next `number` batches, or fewer at the end; a loader that fails is remembered as this process's failure."""
         got = []
         try:
-            while len(got) < number and (batch := next(batches, None)) is not None:
+            while len(got) < number and (batch := next_batch(batches)) is not None:
                 got.append(batch)
-        except UserError as error:  # a worker's error comes with its traceback as text, the sentence last
-            self.failure = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
-        except (RuntimeError, OSError, EOFError) as error:
-            self.failure = loader_failure(error)
-            if not self.failure:
-                raise
+        except UserError as error:
+            self.failure = str(error)
         return got
 
     def note_unreadable(self, batches, gen, position):
@@ -166,6 +162,18 @@ def in_this_process(gen):
     if gen.num_workers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return batches
+
+
+def next_batch(batches):
+    """The next batch, or None at the end. UserError: the sentence for a worker that has failed."""
+    try:
+        return next(batches, None)
+    except UserError as error:  # a worker's error comes with its traceback as text, the sentence last
+        raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        if loader_failure(error):
+            raise UserError(loader_failure(error)) from error
+        raise
 
 
 def loader_failure(error):

@@ -3,45 +3,44 @@
 RUN/model.pt2 is a torch.export program: uint8 (N, 3, H, W) pictures of the run's input_shape → (N, classes)
 probabilities; with onnx and onnxscript installed, RUN/model.onnx is the same.
 """
-import argparse
-import importlib.util
 import io
 import json
-from pathlib import Path
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib.util import find_spec
 
 import torch
 
-from utils.checkpoint import save_file
-from utils.errors import one_sentence_errors
+from utils import recipe
+from utils.files import save_file, writable
 from utils.pictures import normalize
-from utils.predict import Run
+from utils.processes import one_sentence_errors
+from utils.trained import TrainedRun
 
 
 class Program(torch.nn.Module):
-    """Normalisation, network and softmax in one."""
+    """Normalisation, network and probabilities in one."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, images):
-        return self.model(normalize(images, images.device, channels_last=False)).softmax(1)
+        return recipe.probabilities(self.model(normalize(images, images.device)))
 
 
 def export(run, weights=None):
     """Write RUN/model.pt2, and RUN/model.onnx where its packages are installed; returns the paths."""
-    loaded = Run(run, weights)
+    loaded = TrainedRun(run, weights)
+    written = [writable(run, "the program would stand there") / "model.pt2"]
     module = Program(loaded.model.cpu().to(memory_format=torch.contiguous_format)).eval()
-    example = torch.zeros(2, 3, *loaded.settings["input_shape"], dtype=torch.uint8)
-    program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    memory = io.BytesIO()
+    example, sizes = torch.zeros(2, 3, *loaded.settings["input_shape"], dtype=torch.uint8), ({0: torch.export.Dim("batch")},)
+    program, memory = torch.export.export(module, (example,), dynamic_shapes=sizes), io.BytesIO()
     torch.export.save(program, memory, extra_files={"class_names.json": json.dumps(loaded.class_names)})
-    written = [Path(run, "model.pt2")]
     save_file(written[0], lambda file: file.write(memory.getbuffer()))
-    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
+    if find_spec("onnx") and find_spec("onnxscript"):
         onnx = torch.onnx.export(module, (example,), dynamo=True, verbose=False, input_names=["images"],
-                                 output_names=["probabilities"], dynamic_shapes=({0: torch.export.Dim("batch")},))
-        written.append(Path(run, "model.onnx"))
+                                 output_names=["probabilities"], dynamic_shapes=sizes)
+        written.append(written[0].with_suffix(".onnx"))
         save_file(written[1], lambda file: file.write(onnx.model_proto.SerializeToString()))
     else:
         print("no ONNX file: pip install onnx onnxscript for one")
@@ -49,13 +48,11 @@ def export(run, weights=None):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m utils.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("python -m utils.export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, logs/…")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
-    options = parser.parse_args(arguments)
-    one_sentence_errors()
-    for path in export(options.run, options.weights):
+    one_sentence_errors(must_print=True)
+    for path in export(**vars(parser.parse_args(arguments))):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

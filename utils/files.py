@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import stat
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def save_tensors(path, state):
     memory = io.BytesIO()
     torch.save(state, memory)
     save_file(path, lambda file: file.write(memory.getbuffer()))
+
+
+def writable(folder, remedy):
+    """The folder's Path, made where it is missing; a UserError, before any work, when no file can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be written ({getattr(error, 'strerror', None) or error}): {remedy}") from None
+    return Path(folder)
 
 
 def check_regular(path, name):

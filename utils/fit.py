@@ -94,14 +94,13 @@ def seed_step(seed, epoch, step, Cuda):
 
 
 @contextlib.contextmanager
-def memory_advice():
+def memory_advice(settings="Unfreeze_batch_size (Freeze_batch_size in the frozen phase), or input_shape"):
     """Out of memory → a sentence with the settings to lower."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase), or input_shape "
-                            f"({str(error).splitlines()[0]})") from error
+            raise UserError(f"out of memory: lower {settings} ({str(error).splitlines()[0]})") from error
         raise
 
 

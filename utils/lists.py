@@ -92,6 +92,12 @@ def check_lines(lines, path, num_classes, classes_path):
     return kept
 
 
+def difference(was, now, before, after):
+    """'' or the beginning of a sentence: the first class that has another name in the list `now` than in `was`."""
+    return next((f"class {number} is {old!r} in {before}, but {new!r} in {after}"
+                 for number, (old, new) in enumerate(zip(was, now)) if old != new), "")
+
+
 def warn_shared(train_lines, val_lines):
     """Print how many pictures stand in both lists."""
     shared = {split_line(line)[1] for line in val_lines}

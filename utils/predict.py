@@ -2,143 +2,136 @@
 
 From Python: from utils.predict import Classifier; classify = Classifier("logs/…"); classify("picture.jpg")
 """
-import argparse
 import json
 import os
 import signal
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from nets import get_model
+from utils import recipe
 from utils.annotation import endings, pictures_below
 from utils.charts import font
-from utils.checkpoint import load_weights, save_image
-from utils.errors import UserError, one_sentence_errors
-from utils.fit import autocast
-from utils.pictures import centre_box, normalize, read_crop, to_rgb
-from utils.run import read_config
+from utils.files import save_image, writable
+from utils.pictures import centre_box, read_crop, to_rgb
+from utils.processes import one_sentence_errors
+from utils.trained import TrainedRun, cores
 
 
-class Run:
-    """A trained run: model (in evaluation mode, on the GPU where the run used one), settings, class_names."""
+class Pictures:
+    """A run's data set of paths. Item (number, path) → what detection_collate takes, the number for the class id."""
 
-    def __init__(self, run, weights=None):
-        config = read_config(run)
-        self.folder, self.settings, self.class_names = run, config["settings"], config["class_names"]
-        s = self.settings
-        self.Cuda = s["Cuda"] and torch.cuda.is_available()
-        self.fp16 = s["fp16"] and self.Cuda == s["Cuda"]  # float16's stand-in on a CPU would give other figures
-        self.model = get_model(s["backbone"], len(self.class_names), s["input_shape"])
-        path = weights or Path(run, "best_epoch_weights.pth")
+    def __init__(self, settings):
+        self.shape, self.share = tuple(settings["input_shape"]), settings["val_crop"]
+
+    def crop(self, picture):
+        """uint8 (H, W, 3) of a path, a file's bytes or a Pillow image, as in validation; raises what read_crop raises."""
+        return read_crop(picture, self.shape, partial(centre_box, self.shape, self.share))
+
+    def __getitem__(self, item):
+        number, path = item
         try:
-            self.model.load_state_dict(load_weights(path))
-        except RuntimeError as error:
-            raise UserError(f"{path} holds the weights of another network than {s['backbone']} with "
-                            f"{len(self.class_names)} classes ({str(error).splitlines()[1].strip()[:200]})") from error
-        layout = torch.channels_last if s["channels_last"] else torch.contiguous_format
-        self.model = self.model.eval().to("cuda" if self.Cuda else "cpu", memory_format=layout)
-
-    def probabilities(self, images):
-        """uint8 (N, 3, H, W) pictures of the run's size → float32 (N, classes)."""
-        with torch.no_grad(), autocast(self.Cuda, self.fp16):
-            images = normalize(images, next(self.model.parameters()).device, self.settings["channels_last"])
-            return self.model(images).float().softmax(1).cpu()
+            if os.path.isdir(path):
+                raise IsADirectoryError("a folder without a picture")
+            return self.crop(path), number, []
+        except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+            return None, number, [(number, f"{type(error).__name__}: {error}".replace("\n", " "))]
 
 
-class Classifier(Run):
+class Classifier(TrainedRun):
     """Classifier(run)(picture) → [(class name, probability)], the best five first; safe to call from several threads."""
 
     def __call__(self, picture):
         """picture: a path, a file's bytes or a Pillow image. Raises what Pillow raises for an unreadable one."""
-        return self.best([self.crop(picture)])[0]
+        best, = self.best(self.scores(Pictures(self.settings).crop(picture).permute(2, 0, 1)[None]))
+        if isinstance(best, str):
+            raise ValueError(best)
+        return best
 
-    def crop(self, picture):
-        """uint8 (3, H, W) of a picture, cropped as in validation."""
-        shape = tuple(self.settings["input_shape"])
-        return read_crop(picture, shape, partial(centre_box, shape, self.settings["val_crop"])).permute(2, 0, 1)
-
-    def best(self, crops):
-        """For each crop [(class name, probability)], the best five first."""
-        found = self.probabilities(torch.stack(crops)).topk(min(5, len(self.class_names)))
-        return [[(self.class_names[index], value) for value, index in zip(*row)]
-                for row in zip(found.values.tolist(), found.indices.tolist())]
+    def best(self, scores):
+        """For each row of scores [(class name, probability)], the best five first, or why there are none."""
+        shown = recipe.probabilities(scores)
+        found = shown.topk(min(5, len(self.class_names)))
+        return [[(self.class_names[index], value) for value, index in zip(*row)] if finite
+                else "the network's scores for it are not finite"
+                for finite, *row in zip(shown.isfinite().all(1).tolist(), found.values.tolist(), found.indices.tolist())]
 
 
-def predictions(classify, paths, size):
-    """Yield (path, what `classify` returns, or the exception that the picture raised), `size` pictures at a time."""
-    paths = iter(paths)
-    while chunk := list(islice(paths, size)):
-        found = {}
-        for path in chunk:
-            try:
-                found[path] = classify.crop(path)
-            except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-                found[path] = error
-        readable = [path for path in found if isinstance(found[path], torch.Tensor)]
-        if readable:
-            found.update(zip(readable, classify.best([found[path] for path in readable])))
-        yield from ((path, found[path]) for path in chunk)
+def predictions(classify, paths, size, num_workers=0):
+    """Yield (path, [(class name, probability)], or a text that says why there is none) in order, from `size` at a time."""
+    sampler, order = tee(enumerate(paths))
+    for scores, numbers, unreadable in classify.scored(Pictures(classify.settings), size, num_workers, sampler):
+        found = dict(unreadable) if scores is None else dict([*unreadable, *zip(numbers.tolist(), classify.best(scores))])
+        yield from ((path, found[number]) for number, path in islice(order, len(found)))
 
 
 def listed(words):
-    """The picture paths that files, folders and '-' (a list on standard input) name."""
+    """The picture paths that files, folders and '-' (a list on standard input) name; a folder without any is its own."""
     for word in words:
         if word == "-":
-            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-        elif os.path.isdir(word):
-            yield from pictures_below(word, endings(), Counter())
+            yield from listed(os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer if line.strip())
         else:
-            yield word
+            yield from (os.path.isdir(word) and pictures_below(word, endings(), Counter())) or [word]
 
 
-def save_labelled(path, label, target):
+def show(path, found, as_json, utf8):
+    """Print one answer; JSON is escaped where a name is no text, or the terminal cannot show it."""
+    if isinstance(found, str):
+        print(f"unreadable picture: {path} ({found})", file=sys.stderr)
+    if as_json:
+        answer = {"error": found} if isinstance(found, str) else {
+            "top5": [{"class": name, "probability": round(p, 6)} for name, p in found]}
+        print(json.dumps({"picture": path, **answer}, ensure_ascii=not (utf8 and path.isprintable())), flush=True)
+    elif not isinstance(found, str):
+        print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in found), flush=True)
+
+
+def save_labelled(path, best, target):
+    """A copy of the picture, its longer side at most 1,024 pixels, with the best class on it."""
     with Image.open(path) as image:
         image = to_rgb(ImageOps.exif_transpose(image))
     image.thumbnail((1024, 1024))
-    size = max(14, image.height // 20)
-    draw = ImageDraw.Draw(image)
-    draw.rectangle(draw.textbbox((4, 4), label, font(size)), "white")
-    draw.text((4, 4), label, "black", font(size))
-    target.parent.mkdir(exist_ok=True)
+    draw, label, letters = ImageDraw.Draw(image), f"{best[0]} {best[1]:.0%}", font(max(14, image.height // 20))
+    draw.rectangle(draw.textbbox((4, 4), label, letters), "white")
+    draw.text((4, 4), label, "black", letters)
     save_image(target, image)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m utils.predict", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("python -m utils.predict", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, logs/…")
     parser.add_argument("pictures", nargs="+", help="files, folders, or - for a list on standard input")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--save", action="store_true", help="draw the label on a copy in RUN/predictions")
     options = parser.parse_args(arguments)
-    one_sentence_errors()
+    one_sentence_errors(must_print=True)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
-    classify, failed = Classifier(options.run, options.weights), 0
-    size = 1 if "-" in options.pictures else 32  # another program may wait for each answer
-    for number, (path, best) in enumerate(predictions(classify, listed(options.pictures), size)):
-        if isinstance(best, Exception):
-            failed += 1
-            print(f"unreadable picture: {path} ({type(best).__name__}: {best})", file=sys.stderr)
-            if options.json:
-                print(json.dumps({"picture": path, "error": str(best)}, ensure_ascii=False), flush=True)
-            continue
-        if options.json:
-            print(json.dumps({"picture": path, "top5": [{"class": name, "probability": round(p, 6)} for name, p in best]},
-                             ensure_ascii=False), flush=True)
-        else:
-            print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in best), flush=True)
-        if options.save:
-            name = f"{number:05d}_{Path(path).stem}.png"
-            save_labelled(path, f"{best[0][0]} {best[0][1]:.0%}", Path(options.run, "predictions", name))
-    raise SystemExit(1 if failed else 0)
+    utf8 = str(sys.stdout.encoding).lower() in ("utf-8", "utf8")
+    if utf8 and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a name that is no text leaves as it came
+    classify, paths, size, workers = Classifier(options.run, options.weights), listed(options.pictures), 1, 0
+    if "-" not in options.pictures:  # there, another program may wait for each answer
+        paths, size = list(paths), 32
+        workers = min(cores(), len(paths) // size)
+    copies, failed, number = options.save and writable(Path(options.run, "predictions"), "--save needs it"), False, -1
+    for number, (path, found) in enumerate(predictions(classify, paths, size, workers)):
+        show(path, found, options.json, utf8)
+        failed |= isinstance(found, str)
+        if copies and not isinstance(found, str):
+            stem = os.fsencode(Path(path).stem)[:200].decode("utf-8", "ignore")  # most file systems hold 255 bytes
+            try:
+                save_labelled(path, found[0], copies / f"{number:05d}_{stem}.png")
+            except (OSError, ValueError) as error:  # UserError is one, from the OSError that it tells of
+                failed = True
+                print(f"no labelled copy of {path} ({error.__cause__ or error})", file=sys.stderr)
+    raise SystemExit("error: standard input names no picture" if number < 0 else int(failed))
 
 
 if __name__ == "__main__":

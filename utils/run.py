@@ -1,4 +1,5 @@
 """A run is a folder: which one to continue, how a new one is made, and its config.json."""
+import ast
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import torchvision
 from utils.errors import UserError, shown
 from utils.files import check_regular, save_text
 from utils.processes import world_size
-from utils.settings import check_value
+from utils.settings import check_value, constants
 from utils.state import load_checkpoint
 
 try:
@@ -31,6 +32,15 @@ def launch_id():
     """The same for all processes of one launch, also after torchrun has restarted them."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"
+
+
+def default_of(name):
+    """What train.py sets, for a run that was made before the setting was added."""
+    expression, _ = constants(Path(__file__).parent.parent / "train.py")[name]
+    try:
+        return ast.literal_eval(expression)
+    except ValueError:  # Cuda, which is computed from the machine
+        return torch.cuda.is_available()
 
 
 def read_config(run):
@@ -52,11 +62,12 @@ def read_config(run):
         if name not in config["settings"]:
             raise UserError(f"{path} is not of a run: its settings lack {name!r}")
     for name in COMMANDS_READ:
-        if name in config["settings"]:
-            try:
-                check_value(name, config["settings"][name])
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
+        if name not in config["settings"]:
+            config["settings"][name] = default_of(name)
+        try:
+            check_value(name, config["settings"][name])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     return config
 
 

@@ -1,0 +1,222 @@
+"""utils.evaluate and utils.export on runs whose weights are as they begin, and what every command says of a damaged run."""
+import csv
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics
+
+from tests.helpers import make_data, make_run, picture, weights
+from utils import evaluate as module, export, predict
+from utils.errors import UserError
+from utils.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a run of three classes and its lists."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_data(folder, train=6, test=18)
+    make_run(folder / "run", ["class0", "class1", "class2"])
+    return folder
+
+
+@pytest.fixture
+def folder(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+def write_list(path, ids):
+    """A list of the test pictures, with other class ids."""
+    Path(path).write_text("".join(f"{class_id};model_data/test{i % 18}.png\n" for i, class_id in enumerate(ids)))
+
+
+def predicted(out):
+    with open(Path(out, "predictions.csv"), newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_the_mean_leaves_out_classes_without_pictures(folder, tmp_path, capsys):
+    names = [f"class{i}" for i in range(10)]
+    make_run(tmp_path / "run", names, classes_path="none.txt")
+    ids = [0] * 3 + [4] * 10 + [7] * 5
+    write_list(tmp_path / "list.txt", ids)
+    evaluate(tmp_path / "run", annotation=tmp_path / "list.txt", num_workers=0)
+    out = capsys.readouterr().out
+    rows = predicted(tmp_path / "run")[1:]
+    truth, called = [row[1] for row in rows], [row[2] for row in rows]
+    present = sorted(set(truth))
+    assert len(present) == 3 and "mean: without 7 of 10 classes" in out
+    for label, average in (("mean", "macro"), ("weighted mean", "weighted")):
+        expected = metrics.precision_recall_fscore_support(truth, called, labels=present, average=average, zero_division=0)[:3]
+        shown = re.search(rf"^{label} +([\d.]+) +([\d.]+) +([\d.]+) +18$", out, re.M).groups()
+        assert [float(figure) for figure in shown] == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (dict(batch_size=0), "--batch-size 0 must"), (dict(batch_size=-1), "--batch-size -1 must"), (dict(batch_size=1e20), "--batch-size 1e"),
+    (dict(batch_size=10 ** 20), "--batch-size 1"), (dict(num_workers=-1), "--num-workers -1 must"), (dict(batch_size=True), "--batch-size"),
+    (dict(out="train.txt/x"), "train.txt/x cannot be written.*--out"), (dict(out="train.txt"), "train.txt cannot be written"),
+    (dict(weights="gone.pth"), "--weights: .*gone.pth"), (dict(annotation="gone.txt"), "annotation.*gone.txt"),
+    (dict(weights="other.pth"), "--weights: other.pth holds the weights of another network than squeezenet1_1 with 3 classes"),
+    (dict(weights="keys.pth"), "--weights: .*keys.pth"), (dict(weights="nan.pth"), "--weights: nan.pth holds weights that are not finite")])
+def test_what_is_wrong_is_said_before_any_work(folder, monkeypatch, options, sentence):
+    Path("train.txt").write_text("a file")
+    state = weights("run", "best_epoch_weights.pth")
+    torch.save({**state, "classifier.1.bias": torch.zeros(5)}, "other.pth")
+    torch.save({1: torch.zeros(5)}, "keys.pth")
+    torch.save({**state, "classifier.1.bias": torch.tensor([0, float("inf"), 0])}, "nan.pth")
+    monkeypatch.setattr(module, "score", None)
+    with pytest.raises(UserError, match=sentence) as caught:
+        evaluate("run", **options)
+    assert "\n" not in str(caught.value) and "model_path" not in str(caught.value)
+
+
+def test_scores_that_are_not_finite(folder, tmp_path):
+    torch.save({name: torch.full_like(tensor, 1e30) for name, tensor in weights("run", "best_epoch_weights.pth").items()},
+               tmp_path / "huge.pth")
+    with pytest.raises(UserError, match="scores are not finite, first for 0;model_data/test0.png"):
+        evaluate("run", tmp_path / "huge.pth", out=tmp_path, num_workers=0)
+
+
+def test_ids_that_mean_other_classes(folder, tmp_path, capsys):
+    for now, sentence in ((["class0", "class2", "class1"], "class 1 is 'class1' in .*run, but 'class2' in classes.txt"), (["x"], "class 0")):
+        Path("classes.txt").write_text("\n".join(now) + "\n")
+        make_run(tmp_path / "run", ["class0", "class1", "class2"], classes_path="classes.txt")
+        with pytest.raises(UserError, match=sentence) as caught:
+            evaluate(tmp_path / "run", num_workers=0)
+        assert str(caught.value).count("class2") < 2
+    evaluate(tmp_path / "run", annotation="model_data/cls_test.txt", num_workers=0)  # that list may be an older one
+    assert "WARNING: class 0 is 'class0'" in capsys.readouterr().out
+    Path("classes.txt").write_text("class0\nclass1\nclass2\na later one\n")
+    write_list("longer.txt", [0, 1, 2, 3])
+    with pytest.raises(UserError, match="longer.txt:4: class id 3 is outside 0 … 2, the 3 classes of .*run"):
+        evaluate(tmp_path / "run", annotation="longer.txt", num_workers=0)
+
+
+@pytest.mark.parametrize("number", [1, 3, 100])
+def test_few_and_many_classes(folder, tmp_path, capsys, number):
+    names = [f"name{i}" for i in range(number)]
+    run = make_run(tmp_path / "run", names, classes_path="none.txt")
+    write_list("list.txt", [i % number for i in range(max(number, 18))])
+    figures = evaluate(run, annotation="list.txt", batch_size=64, num_workers=0)
+    rows = predicted(run)
+    assert figures["scored"] == max(number, 18) and figures["confusion"].shape == (number, number)
+    assert len(rows[0]) == 2 + 2 * min(number, 5) and (number > 5 or figures["top5"] == 1)
+    best = predict.Classifier(run)("model_data/test0.png")
+    assert [name for name, _ in best] == rows[1][2::2] and [p for _, p in best] == pytest.approx([float(p) for p in rows[1][3::2]], abs=1e-5)
+    assert "inf" not in capsys.readouterr().out
+
+
+def test_figures_of_a_fork_are_printed(folder, tmp_path, monkeypatch, capsys):
+    real = module.recipe.sums_of, module.recipe.figures_of
+    monkeypatch.setattr(module.recipe, "sums_of", lambda loss, scores, targets: {
+        **real[0](loss, scores, targets), "sure": scores.softmax(1).amax(1).double().sum()})
+    monkeypatch.setattr(module.recipe, "figures_of", lambda sums: {**real[1](sums), "sureness": (sums["sure"] / sums["pictures"]).item()})
+    figures = evaluate("run", out=tmp_path, num_workers=0)
+    sure = np.mean([float(row[3]) for row in predicted(tmp_path)[1:]])
+    assert figures["sureness"] == pytest.approx(sure, abs=1e-5) and f"sureness {figures['sureness']:.6g}" in capsys.readouterr().out
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Data that are no files: (picture, class id)."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return picture(self.ids[index] % 3, np.random.default_rng(index)), self.ids[index]
+
+
+def test_data_of_ones_own(folder, tmp_path, monkeypatch):
+    names = ["class0", "class1", "class2"]
+    monkeypatch.setattr(module, "own_data", lambda settings: (names, None, Drawn([0, 1, 2, 0])))
+    assert evaluate("run", out=tmp_path, num_workers=0)["scored"] == 4
+    assert [row[:2] for row in predicted(tmp_path)[1:3]] == [["picture 0 of the data set", "class0"], ["picture 1 of the data set", "class1"]]
+    assert Image.open(tmp_path / "mistakes.png").width > 100
+    assert evaluate("run", annotation="model_data/cls_test.txt", out=tmp_path, num_workers=0)["scored"] == 18
+    for given, sentence in ((names[::-1], "class 0 is 'class0' in run, but 'class2' in own_data"), ([*names, "x"], "class id 3")):
+        monkeypatch.setattr(module, "own_data", lambda settings: (given, None, Drawn([0, 3])))
+        with pytest.raises(UserError, match=sentence):
+            evaluate("run", out=tmp_path, num_workers=0)
+
+
+def test_a_clock_that_stands_still(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
+    evaluate("run", out=tmp_path, num_workers=0)
+    assert "18000 images/s" in capsys.readouterr().out
+
+
+def test_mixed_precision_is_the_runs(folder, tmp_path):
+    """On a CPU bfloat16, whose figures differ from float32's a little."""
+    half = make_run(tmp_path / "half", ["class0", "class1", "class2"])
+    config = json.loads((half / "config.json").read_text())
+    config["settings"]["fp16"] = True
+    (half / "config.json").write_text(json.dumps(config))
+    losses = [evaluate(run, out=tmp_path / "out", num_workers=0)["loss"] for run in ("run", half)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+DAMAGED = [("", "config.json"), ("{", "config.json"), ("[]", "settings"), ("{}", "settings"), ('{"settings": 3}', "settings"),
+           (dict(class_names=None), "class_names"), (dict(class_names=[]), "class_names"), (dict(class_names=[1]), "class_names"),
+           (dict(class_names=["a"] * 4), "4 classes"), (dict(finished="no"), "finished"), (dict(backbone=7), "backbone"),
+           (dict(backbone="resnet81"), "resnet81"), (dict(input_shape=[32]), "input_shape"), (dict(input_shape=None), "input_shape"),
+           (dict(Cuda="yes"), "Cuda"), (dict(fp16=None), "fp16"), (dict(val_crop="all"), "val_crop"), (dict(val_crop=0), "val_crop")]
+
+
+@pytest.mark.parametrize("change, sentence", DAMAGED, ids=str)
+def test_a_damaged_config_is_one_sentence_in_every_command(folder, tmp_path, change, sentence):
+    """utils.run.read_config must say it."""
+    config = json.loads(Path("run/config.json").read_text())
+    if isinstance(change, str):
+        text = change
+    else:
+        text = json.dumps({**config, **{k: v for k, v in change.items() if k in config},
+                           "settings": {**config["settings"], **{k: v for k, v in change.items() if k not in config}}})
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "best_epoch_weights.pth").write_bytes(Path("run/best_epoch_weights.pth").read_bytes())
+    for command in (lambda: evaluate(tmp_path), lambda: predict.Classifier(tmp_path), lambda: export.export(tmp_path)):
+        with pytest.raises(UserError, match=sentence) as caught:
+            command()
+        assert "\n" not in str(caught.value)
+
+
+def test_settings_that_a_config_lacks_are_those_of_train(folder, tmp_path):
+    """utils.run.read_config must fill them in: a fork adds settings, and has runs that were made before."""
+    run = make_run(tmp_path / "run", ["class0", "class1", "class2"])
+    config = json.loads((run / "config.json").read_text())
+    for name in ("val_crop", "channels_last", "label_smoothing", "test_annotation_path"):
+        del config["settings"][name]
+    (run / "config.json").write_text(json.dumps(config))
+    assert evaluate(run, num_workers=0)["scored"] == 18
+
+
+def test_a_run_without_an_epoch_has_no_weights(folder, tmp_path):
+    run = make_run(tmp_path / "run", ["a"])
+    (run / "best_epoch_weights.pth").unlink()
+    with pytest.raises(UserError, match="best_epoch_weights.pth' does not exist"):
+        predict.Classifier(run)
+
+
+def test_what_scores_mean_is_said_once(folder, tmp_path, monkeypatch):
+    """Another meaning of scores in recipe.py is in each command's probabilities."""
+    run = predict.Classifier(make_run(tmp_path / "run", ["a", "b"], classes_path="none.txt"))
+    monkeypatch.setattr(module.recipe, "probabilities", torch.sigmoid)
+    images = torch.stack([predict.Pictures(run.settings).crop(f"model_data/test{i}.png").permute(2, 0, 1) for i in range(3)])
+    expected = torch.sigmoid(run.scores(images))
+    write_list("list.txt", [0, 1, 0])
+    evaluate(run.folder, annotation="list.txt", num_workers=0)
+    for i, row in enumerate(predicted(run.folder)[1:]):
+        best = expected[i].sort(descending=True)
+        assert [float(p) for p in row[3::2]] == pytest.approx(best.values.tolist(), abs=2e-6)
+        assert [p for _, p in run(f"model_data/test{i}.png")] == pytest.approx(best.values.tolist(), abs=2e-6)
+    torch.testing.assert_close(export.Program(run.model)(images), expected, rtol=1e-4, atol=1e-5)

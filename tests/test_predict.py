@@ -1,0 +1,193 @@
+"""utils.predict on folders, lists and odd names, on a run whose weights are as they begin."""
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import ROOT, environment, make_run, picture, weights
+from utils import predict
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a run, 70 pictures of which two are broken, and an empty folder."""
+    folder = tmp_path_factory.mktemp("predict")
+    make_run(folder / "run", ["a", "b", "c"])
+    (folder / "empty/none").mkdir(parents=True)
+    (folder / "empty/notes.txt").write_text("no picture")
+    rng = np.random.default_rng(0)
+    (folder / "many").mkdir()
+    for i in range(70):
+        picture(i % 3, rng, (40, 36)).save(folder / f"many/{i:02d}.png")
+    for i in (5, 40):
+        (folder / f"many/{i:02d}.png").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def call(folder, monkeypatch, capfd):
+    """call(words…) runs the command in this process; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delattr(signal, "SIGPIPE")  # its handling is left to the tests' own process
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def call(*words, text=b""):
+        with open("stdin", "wb+") as file, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            file.write(text)
+            file.seek(0)
+            patch.setattr(sys, "stdin", open(file.fileno(), closefd=False, encoding="utf-8"))
+            predict.main([*map(str, words)])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return (1, out, err + code) if isinstance(code, str) else (code, out, err)
+    return call
+
+
+def begin(folder, *words, encoding="utf-8"):
+    """The command as a process of its own, in a group of its own; its streams are bytes."""
+    return subprocess.Popen([sys.executable, "-m", "utils.predict", *map(str, words)], cwd=folder, start_new_session=True, env={
+        **environment(), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+
+
+def test_a_folder_is_answered_in_order_by_several_processes(folder, call, monkeypatch):
+    if multiprocessing.get_start_method() == "fork":  # others would not see what is patched here
+        def noting(source, *rest, real=predict.read_crop):
+            Path(folder, "readers").open("a").write(f"{os.getpid()}\n")
+            return real(source, *rest)
+        monkeypatch.setattr(predict, "read_crop", noting)
+        monkeypatch.setattr(predict, "cores", lambda: 2, raising=False)
+    code, out, err = call("run", "many", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and [row["picture"] for row in rows] == [f"many/{i:02d}.png" for i in range(70)]
+    assert [i for i, row in enumerate(rows) if "error" in row] == [5, 40] and err.count("unreadable picture: many/") == 2
+    if multiprocessing.get_start_method() == "fork":
+        readers = set(Path(folder, "readers").read_text().split())
+        assert len(readers) == 2 and str(os.getpid()) not in readers
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    classify = predict.Classifier("run")
+    for row in (rows[0], rows[33], rows[69]):
+        best = classify(row["picture"])
+        assert [item["class"] for item in row["top5"]] == [name for name, _ in best]
+        assert [item["probability"] for item in row["top5"]] == pytest.approx([p for _, p in best], abs=1e-5)
+
+
+@pytest.mark.parametrize("words, text", [(["empty"], b""), (["empty/none", "--json"], b""), (["-"], b""), (["-", "--json"], b"\n \n")])
+def test_nothing_to_name_is_said(call, words, text):
+    code, out, err = call("run", *words, text=text)
+    assert code == 1 and ("a folder without a picture" in err or "standard input names no picture" in err)
+    for line in out.splitlines():
+        assert set(json.loads(line)) == {"picture", "error"}
+
+
+def test_an_empty_folder_does_not_end_the_rest(call):
+    code, out, err = call("run", "empty", "many/00.png")
+    assert code == 1 and out.startswith("many/00.png: ") and "empty" in err
+    assert call("run", "many/00.png")[0] == 0
+
+
+def test_labelled_copies(folder, call):
+    rng = np.random.default_rng(0)
+    names = ["x" * 245 + ".png", "é" * 120 + ".png", "short.png"]
+    for name in names:
+        picture(0, rng).save(folder / name)
+    code, out, err = call("run", *names, "--save")
+    assert code == 0 and len(out.splitlines()) == 3 and not err
+    copies = sorted(path.name for path in (folder / "run/predictions").iterdir())
+    assert len(copies) == 3 and copies[0].startswith("00000_xxx") and copies[1].startswith("00001_ééé") and copies[2] == "00002_short.png"
+    for copy in copies:
+        Image.open(folder / "run/predictions" / copy).verify()
+    (folder / "run/predictions/00000_short.png").mkdir()
+    code, out, err = call("run", "short.png", "many/00.png", "--save")
+    assert code == 1 and len(out.splitlines()) == 2 and "no labelled copy of short.png" in err and "resume" not in err
+
+
+def test_copies_that_cannot_be_written_are_found_before_any_work(folder, tmp_path, monkeypatch):
+    make_run(tmp_path / "run", ["a"])
+    (tmp_path / "run/predictions").write_text("a file")
+    with pytest.raises(UserError, match="run/predictions cannot be written"):
+        monkeypatch.delattr(signal, "SIGPIPE")
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        predict.main([str(tmp_path / "run"), str(folder / "many/00.png"), "--save"])
+
+
+def test_names_that_are_no_text(folder):
+    """A Latin-1 name comes in and leaves as its bytes; JSON escapes what it cannot hold, and all on an ASCII terminal."""
+    name = b"caf\xe9.png"
+    with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+        file.write((folder / "many/00.png").read_bytes())
+    Path(folder, "naïve.png").write_bytes((folder / "many/00.png").read_bytes())
+    given = name + b"\ngone\xff.png\n" + "naïve.png\n".encode()
+    out, err = begin(folder, "run", "-").communicate(given, timeout=60)
+    assert out.startswith(name + b": ") and "naïve.png: ".encode() in out and len(out.splitlines()) == 2 and b"Traceback" not in err
+    for encoding in ("utf-8", "ascii"):
+        out, err = (process := begin(folder, "run", "-", "--json", encoding=encoding)).communicate(given, timeout=60)
+        rows = [json.loads(line) for line in out.decode(encoding).splitlines()]
+        assert [os.fsencode(row["picture"]) for row in rows] == given.splitlines() and b"Traceback" not in err
+        assert process.returncode == 1 and "error" in rows[1] and "top5" in rows[0]
+        assert (b"na\\u00efve" if encoding == "ascii" else "naïve".encode()) in out
+
+
+def test_figures_that_are_not_finite_are_no_json(folder, call, tmp_path):
+    broken = weights(folder / "run", "best_epoch_weights.pth")
+    broken["classifier.1.bias"][1] = float("nan")
+    torch.save(broken, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match="--weights: .*nan.pth holds weights that are not finite"):
+        predict.main(["run", "many/00.png", "--weights", str(tmp_path / "nan.pth")])
+    with pytest.raises(UserError, match="--weights: .*gone.pth"):
+        predict.main(["run", "many/00.png", "--weights", "gone.pth"])
+    for key in broken:
+        broken[key] = torch.full_like(broken[key], 1e30)
+    torch.save(broken, tmp_path / "huge.pth")  # finite, but its scores are not
+    code, out, err = call("run", "many/00.png", "--json", "--weights", tmp_path / "huge.pth")
+    assert code == 1 and "not finite" in json.loads(out)["error"] and "NaN" not in out and "not finite" in err
+    with pytest.raises(ValueError, match="not finite"):
+        predict.Classifier("run", tmp_path / "huge.pth")("many/00.png")
+
+
+def test_a_list_is_answered_line_by_line_until_ctrl_c(folder):
+    process = begin(folder, "run", "-")
+    for name in (b"many/00.png", b"many/01.png"):
+        process.stdin.write(name + b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline().startswith(name + b": ")
+    asked = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and not out and b"Traceback" not in err and time.monotonic() - asked < 5, err
+
+
+def test_ctrl_c_in_a_folder(folder):
+    long = folder / "long"
+    long.mkdir()
+    for i in range(3000):
+        os.link(folder / "many/00.png", long / f"{i}.png")
+    process = begin(folder, "run", "long")
+    process.stdout.readline()
+    asked = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"Traceback" not in err and time.monotonic() - asked < 5, err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="a worker would not see what is patched here")
+def test_a_killed_worker_is_one_sentence(folder, call, monkeypatch):
+    """Slow for torch's five seconds between two looks at its workers."""
+    def die(*rest):
+        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(predict, "read_crop", die)
+    monkeypatch.setattr(predict, "cores", lambda: 2)
+    with pytest.raises(UserError, match="data-loader worker died"):
+        predict.main(["run", "many"])

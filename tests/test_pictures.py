@@ -2,12 +2,14 @@
 import io
 import os
 import socket
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from utils.charts import bars, contact_sheet, matrix, shorten
 from utils.errors import UserError
 from utils.pictures import read_crop, to_rgb
 
@@ -163,3 +165,13 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch):
 def test_rgb_as_it_is():
     image = Image.new("RGB", (2, 2))
     assert to_rgb(image) is image
+
+
+@pytest.mark.parametrize("length", [3000, 20_000])
+def test_names_of_any_length_are_drawn(length):
+    begin, names = time.monotonic(), ["漢é" * (length // 2), "short"]
+    images = [matrix(np.eye(2, dtype=int), names), bars(names, {"F1": np.ones(2)}),
+              contact_sheet([torch.zeros(4, 4, 3, dtype=torch.uint8)], [names[0]])]
+    assert max(max(image.size) for image in images) < 2000
+    assert shorten("abc", 100, 14) == "abc" and shorten("a" * 400, 60, 14).endswith("a…")
+    assert time.monotonic() - begin < 5

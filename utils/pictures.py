@@ -87,11 +87,19 @@ def exif_tags(data):
     return tags
 
 
-def without_xmp(image):
-    """The image, by whose XMP Pillow will not turn it."""
-    for key in ("xmp", "XML:com.adobe.xmp"):
-        image.info.pop(key, None)
-    return image
+def image_orientation(image):
+    """The same of a Pillow image, which is decoded by it unless it is a JPEG, and is then of the size that counts."""
+    for decoded in (False, True):
+        for key in ("xmp", "XML:com.adobe.xmp"):
+            image.info.pop(key, None)
+        if not decoded and image.format not in REDUCIBLE:
+            image.load()  # TIFF turns itself, by XMP as well; PNG's tags may come last
+    return orientation(image.getexif)
+
+
+def upright(pixels, turn):
+    """(H, W, 3) as stored → as seen."""
+    return (pixels.transpose(0, 1) if turn >= 5 else pixels).flip(MIRRORS[turn])
 
 
 def contents(source):
@@ -132,9 +140,6 @@ def read_crop(source, input_shape, choose_box):
         return ((left, top, box_width, box_height), input_shape[::-1]) if turn >= 5 else (
             (top, left, box_height, box_width), input_shape)
 
-    def upright(crop):
-        return (crop.transpose(0, 1) if turn >= 5 else crop).flip(MIRRORS[turn])
-
     source = contents(source)
     if isinstance(source, bytes):
         size, exif = jpeg_header(source)
@@ -148,12 +153,9 @@ def read_crop(source, input_shape, choose_box):
                 (top, left, height, width), shape = place(*pixels.shape[1:])
                 crop = pixels.permute(1, 2, 0)[None, top:top + height, left:left + width].contiguous().permute(0, 3, 1, 2)
                 # in channels_last memory, which the decoder wrote, it takes half the time
-                return upright(F.interpolate(crop, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0))
+                return upright(F.interpolate(crop, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0), turn)
     with Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source as image:
-        if without_xmp(image).format not in REDUCIBLE:
-            image.load()  # TIFF turns itself; PNG's tags may come last
-        turn = orientation(without_xmp(image).getexif)
-        stored = image.size
+        turn, stored = image_orientation(image), image.size
         (top, left, height, width), shape = place(*stored[::-1])
         if image.format in REDUCIBLE:
             shrink = max(1, min(height // shape[0], width // shape[1]))
@@ -161,7 +163,7 @@ def read_crop(source, input_shape, choose_box):
         image = to_rgb(image)
         x, y = image.width / stored[0], image.height / stored[1]  # below 1 where the decoder reduced
         return upright(torch.from_numpy(np.array(image.resize(shape[::-1], Image.Resampling.BILINEAR, box=(
-            left * x, top * y, (left + width) * x, (top + height) * y)))))
+            left * x, top * y, (left + width) * x, (top + height) * y)))), turn)
 
 
 def centre_box(input_shape, share, height, width):

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from nets import get_model
-from utils.annotation import endings, pictures_below
+from utils.annotation import pictures_below
 from utils.charts import font
 from utils.checkpoint import load_weights, save_image
 from utils.errors import UserError, one_sentence_errors
@@ -92,7 +91,7 @@ def listed(words):
         if word == "-":
             yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         elif os.path.isdir(word):
-            yield from pictures_below(word, endings(), Counter())
+            yield from pictures_below(word)
         else:
             yield word
 

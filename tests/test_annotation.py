@@ -185,16 +185,17 @@ def fragile(path):
 
 
 def test_a_killed_process_costs_its_picture_alone(capsys):
-    items = [f"{i}" for i in range(40)] + ["deadly 1"] + [f"{i}" for i in range(40, 60)] + ["wrong", "deadly 2"]
+    items = [f"{i}" for i in range(40)] + ["deadly"] + [f"{i}" for i in range(40, 60)] + ["wrong"]
     done = on_all_cores(fragile, items, "tried")
     assert done == {f"{i}": f"{i}" for i in range(60)}
     out, err = capsys.readouterr()
-    assert [line.partition(" (")[0] for line in out.splitlines()] == ["unreadable: deadly 1", "unreadable: wrong", "unreadable: deadly 2"]
-    assert "ended the process" in out and "tried 63 of 63, 3 unreadable, 00:00:00 left" in err
+    assert [line.partition(" (")[0] for line in out.splitlines()] == ["unreadable: deadly", "unreadable: wrong"]
+    assert "ended the process" in out and "tried 62 of 62, 2 unreadable, 00:00:00 left" in err
 
 
+@pytest.mark.slow
 def test_processes_that_all_die_end_it():
-    with pytest.raises(UserError, match="ten pictures in a row"):
+    with pytest.raises(UserError, match="five pictures in a row"):
         on_all_cores(fragile, [f"deadly {i}" for i in range(12)], "tried")
 
 
@@ -233,7 +234,7 @@ def test_ctrl_c_ends_a_check_at_once(when):
     begin = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(10) == 130
-    while group():  # the one that the others are forked from may still be importing
+    while group():
         assert time.monotonic() - begin < 20
         time.sleep(0.1)
     assert Path("out.txt").read_text() == ""

@@ -1,133 +1,94 @@
 """The same work on many pictures on all cores; reduced copies of large ones."""
-import multiprocessing
 import os
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
 from utils.pictures import image_orientation, to_rgb, upright
-from utils.workers import stop_workers
+from utils.workers import ignore_signals, stop_workers
 
 MARK = ".reduced-copies"  # a file that says whose the folder is
 PAYS = 1.25  # a copy of less than this times its size would save less than a third of the pixels
 
-# Processes are forked from one that has imported everything, where the system can: a new one then costs nothing
-CONTEXT = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-if CONTEXT.get_start_method() == "forkserver":
-    CONTEXT.set_forkserver_preload(["torchvision", __name__])
 
+class Attempts(Dataset):
+    """Index → (item, work(item), None), or (item, None, why not)."""
 
-def begin_worker():
-    """Ctrl-C is the parent's to heed, and an orphan would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    def __init__(self, work, items):
+        self.work, self.items = work, items
 
+    def __len__(self):
+        return len(self.items)
 
-def attempt(work, items):
-    """[(work(item), None) or (None, why not)]; a UserError ends everything."""
-    found = []
-    for item in items:
+    def __getitem__(self, index):
+        item = self.items[index]
         try:
-            found.append((work(item), None))
-        except UserError:
-            raise
+            return item, self.work(item), None
+        except UserError as error:
+            return item, None, error
         except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-            found.append((None, f"{type(error).__name__}: {error}"))
-    return found
+            return item, None, f"{type(error).__name__}: {error}"
 
 
-class Pool:
-    """Processes that do `work`; new ones when one was killed."""
-
-    def __init__(self, work):
-        self.work, self.killed = work, 0
-        self.renew()
-
-    def renew(self):
-        self.executor = ProcessPoolExecutor(mp_context=CONTEXT, initializer=begin_worker)
-        if CONTEXT.get_start_method() == "forkserver":  # born deaf to Ctrl-C, as it would speak of it while it imports
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            forkserver.ensure_running()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            CONTEXT.Process(target=int).start()  # returns when all is imported; a worker born after Ctrl-C would complain
-
-    def submit(self, items):
-        return self.executor.submit(attempt, self.work, items)
-
-    def alone(self, item):
-        """(work(item), None) or (None, why not), while nothing else runs."""
-        try:
-            found, = self.submit([item]).result()
-            self.killed = 0
-            return found
-        except BrokenProcessPool:
-            self.renew()
-            self.killed += 1
-            if self.killed == 10:
-                raise UserError(f"ten pictures in a row ended their processes, the last one {item}: is there memory left?") from None
-            return None, "it ended the process that decoded it, most likely for lack of memory"
+def parcels(work, items, size, workers):
+    """Lists of what Attempts gives, in order. RuntimeError when a worker is killed, at the next parcel and not amid other work."""
+    loader = iter(DataLoader(Attempts(work, items), size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals))
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader
 
 
 def results(work, items):
-    """Yield (item, work(item), None) or (item, None, why not), in order.
-
-    When a process is killed, all that was under way is done again one by one: so the one whose fault it was is found.
-    """
-    cores = os.cpu_count() or 1
-    size = max(1, min(16, len(items) // (8 * cores)))  # of a parcel, as sending each item costs more than a small picture
-    parcels = deque(items[i:i + size] for i in range(0, len(items), size))
-    pool, waiting = Pool(work), deque()
-    try:
-        while parcels or waiting:
-            try:
-                while parcels and len(waiting) < 4 * cores:
-                    waiting.append((parcels[0], pool.submit(parcels[0])))
-                    parcels.popleft()
-                found = waiting[0][1].result()
-            except BrokenProcessPool:
-                pool.renew()
-                suspects = [item for parcel, _ in waiting for item in parcel]
-                waiting.clear()
-                yield from ((item, *pool.alone(item)) for item in suspects)
-            else:
-                yield from ((item, *result) for item, result in zip(waiting.popleft()[0], found))
-    finally:
-        stop_workers()
+    """What Attempts gives, one by one. What was under way when a worker was killed is done again, each alone: one is to blame."""
+    cores, at, killed = os.cpu_count() or 1, 0, 0
+    size = max(1, min(16, len(items) // (8 * cores)))
+    while at < len(items):
+        try:
+            for parcel in parcels(work, items[at:], size, cores):
+                at += len(parcel)
+                yield from parcel
+        except RuntimeError:
+            for item in items[at:at + 2 * cores * size]:  # a loader fetches two parcels for each worker in advance
+                try:
+                    (found,), = parcels(work, [item], 1, 1)
+                    killed = 0
+                except RuntimeError:
+                    found, killed = (item, None, "it ended the process that read it, most likely for lack of memory"), killed + 1
+                    if killed == 5:
+                        raise UserError(f"five pictures in a row ended their processes, {item} the last: is there memory left?")
+                at += 1
+                yield found
 
 
 def on_all_cores(work, items, title):
     """{item: work(item)} of the items that raise nothing; the others are printed. Progress and the time left go to stderr."""
-    terminal, begin, done, bad = sys.stderr.isatty(), time.monotonic(), {}, 0
+    terminal, begin, done = sys.stderr.isatty(), time.monotonic(), {}
     clear, shown = "\r\033[K" if terminal else "", begin
     try:
         for number, (item, result, reason) in enumerate(results(work, items), 1):
+            if isinstance(reason, UserError):
+                raise reason
             if reason:
-                bad += 1
                 print(f"{clear}unreadable: {item} ({reason})", flush=True)
             else:
                 done[item] = result
             now, last = time.monotonic(), number == len(items)
             if last or now - shown > (0.5 if terminal else 30):
                 shown, left = now, time.strftime("%H:%M:%S", time.gmtime((now - begin) / number * (len(items) - number)))
-                print(f"{clear}{title} {number} of {len(items)}, {bad} unreadable, {left} left", file=sys.stderr, flush=True,
-                      end="" if terminal and not last else "\n")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None  # an ordinary end, in which multiprocessing clears up
+                print(f"{clear}{title} {number} of {len(items)}, {number - len(done)} unreadable, {left} left", file=sys.stderr,
+                      end="" if terminal and not last else "\n", flush=True)
+    finally:
+        stop_workers()
     return done
 
 

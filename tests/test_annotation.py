@@ -50,12 +50,13 @@ def test_links_that_lead_back_are_not_followed(capsys):
     os.symlink(".", "ds/self")
     os.symlink("cat", "ds/kitty")
     os.symlink(Path.cwd().parent, "ds/dog/above")
+    os.symlink("/", "ds/dog/root")
     os.symlink("nowhere", "ds/dog/broken")
     os.symlink("round.png", "ds/dog/round.png")
     annotate(["ds"])
     assert classes() == ["cat", "dog"]
     assert listed() == Counter([*(f"0;ds/cat/{i}.png" for i in range(5)), *(f"1;ds/dog/{i}.png" for i in range(5))])
-    assert "left out: 6 links to folders that are read anyway" in capsys.readouterr().out
+    assert "left out: 7 links to folders that are read anyway" in capsys.readouterr().out
 
 
 def test_links_to_folders_elsewhere_are_followed_once(capsys):
@@ -83,6 +84,15 @@ def test_each_file_is_listed_once(capsys):
     assert "left out: 3 links to pictures that are listed anyway" in capsys.readouterr().out
     assert pictures_below("ds/train/cat") == [f"ds/train/cat/{i}.png" for i in range(5)] + [
         "ds/train/cat/a copy.png", "ds/train/cat/dog.png"]
+
+
+def test_names_that_no_list_can_hold(capsys):
+    numbered("ds/cat", "ds/dog")
+    for name in (b"line\nfeed.png", b"latin \xe9.png"):
+        tree("odd.png")
+        os.rename("odd.png", os.path.join(b"ds/cat", name))
+    annotate(["ds"])
+    assert sum(listed().values()) == 10 and "left out: 2 names that no text file can hold" in capsys.readouterr().out
 
 
 def test_only_regular_files_are_listed(capsys):

@@ -40,8 +40,9 @@ class Folders:
     def is_new(self, path):
         """Whether to enter a folder: once, and not by a link that leads back, into the data set or to a folder around others."""
         real = os.path.realpath(path)
+        inside, around = os.path.join(self.root, ""), os.path.join(real, "")
         if real in self.seen or os.path.islink(path) and (
-                real.startswith(self.root + os.sep) or any(other.startswith(real + os.sep) for other in self.seen)):
+                real.startswith(inside) or any(other.startswith(around) for other in self.seen)):
             self.left_out["links to folders that are read anyway"] += 1
             return False
         self.seen.add(real)
@@ -65,7 +66,7 @@ class Folders:
                 self.left_out[f"files ({ending or 'no ending'}) that Pillow does not open"] += 1
             elif not os.path.isfile(path) if link else not entry.is_file():
                 self.left_out["pictures' names that are no regular files"] += 1
-            elif "\n" in path or "\r" in path or not is_text(path):
+            elif not is_line(path):
                 self.left_out["names that no text file can hold"] += 1
             else:
                 pictures.append((path, link))
@@ -86,8 +87,9 @@ class Folders:
                 yield from self.pictures(path)
 
 
-def is_text(name):
-    return name.isprintable() or name.encode("utf-8", "replace") == name.encode("utf-8", "surrogateescape")
+def is_line(name):
+    """Whether a line of UTF-8 text can hold it."""
+    return name.isprintable() or not {"\n", "\r"} & {*name} and name.encode("utf-8", "replace") == os.fsencode(name)
 
 
 def pictures_below(folder):
@@ -147,7 +149,7 @@ def collect(datasets, test_share, seed):
     names = sorted(train_folders)
     if not names:
         raise UserError(f"{datasets!r} has no class folders: make one folder of pictures for each class")
-    bad = [name for name in names if name != name.strip("\ufeff").strip() or "\n" in name or "\r" in name or not is_text(name)]
+    bad = [name for name in names if name != name.strip("\ufeff").strip() or not is_line(name)]
     if bad:
         raise UserError(f"the folder {bad[0]!r} cannot be a class name: rename it")
     found = once([(split, number, *picture) for split, folders in enumerate((train_folders, test_folders or {}))

@@ -2,6 +2,7 @@
 
     python -m utils.annotation DATASETS        DATASETS/train/<class>/… and DATASETS/test/<class>/… (or val, valid)
     python -m utils.annotation DATASETS --test-share 0.2        DATASETS/<class>/…, split class by class
+    python -m utils.annotation DATASETS --shrink 512        lists copies in DATASETS-512/ of the large ones, which read faster
 """
 import argparse
 import os
@@ -38,7 +39,7 @@ class Folders:
         self.seen = {self.root}
 
     def is_new(self, path):
-        """Whether to enter a folder: once, and not by a link that leads back, into the data set or to a folder around others."""
+        """Whether to enter a folder: once, and not by a link that leads into the data set or to a folder around others."""
         real = os.path.realpath(path)
         inside, around = os.path.join(self.root, ""), os.path.join(real, "")
         if real in self.seen or os.path.islink(path) and (
@@ -98,7 +99,7 @@ def pictures_below(folder):
 
 
 def find_split(data, datasets, test_share):
-    """({class: folder} for training, the same for test or None). A folder called train is a class where others stand beside it."""
+    """({class: folder} for training, the same for test or None). A folder called train may be a class, if others stand by it."""
     if not os.path.isdir(datasets):
         raise UserError(f"{datasets!r} is not a folder")
     folders = {Path(path).name: path for path, _ in Folders(datasets).entries(datasets)[0]}
@@ -110,8 +111,8 @@ def find_split(data, datasets, test_share):
     if not splits or classes and not deep:
         return {**others, **splits}, None
     if classes:
-        raise UserError(f"{datasets!r} holds {deep[0]!r}, a folder of folders, beside {classes[0]!r}, a folder of pictures: as one "
-                        f"cannot see whether {deep[0]!r} is a class, move or rename one of them")
+        raise UserError(f"{datasets!r} holds {deep[0]!r}, a folder of folders, beside {classes[0]!r}, which holds pictures: as "
+                        f"one cannot see whether {deep[0]!r} is a class, move or rename one of them")
     tests = [name for name in deep if name != "train"]
     if "train" not in deep or test_share is None and not tests and len(splits) > 1:
         raise UserError(f"{datasets!r} holds {' and '.join(map(repr, splits))}, but no class folders in "
@@ -152,8 +153,9 @@ def collect(datasets, test_share, seed):
     bad = [name for name in names if name != name.strip("\ufeff").strip() or not is_line(name)]
     if bad:
         raise UserError(f"the folder {bad[0]!r} cannot be a class name: rename it")
-    found = once([(split, number, *picture) for split, folders in enumerate((train_folders, test_folders or {}))
-                  for number, name in enumerate(names) if name in folders for picture in data.pictures(folders[name])], data.left_out)
+    found = [(split, number, *picture) for split, folders in enumerate((train_folders, test_folders or {}))
+             for number, name in enumerate(names) if name in folders for picture in data.pictures(folders[name])]
+    found = once(found, data.left_out)
     lists = [[pair for part, *pair in found if part == split] for split in (0, 1)]
     if test_folders is None:
         lists = split_by_class(lists[0], names, 0.2 if test_share is None else test_share, seed)
@@ -200,7 +202,7 @@ def main(arguments=None):
     parser.add_argument("--test-share", type=float, help="share of each class for the test list (0.2 without a test folder)")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--check", action="store_true", help="decode every picture and leave out the unreadable ones")
-    parser.add_argument("--shrink", type=int, metavar="512", help="list copies of large pictures whose shorter side is so long")
+    parser.add_argument("--shrink", type=int, metavar="512", help="list copies of large pictures, with this shorter side")
     parser.add_argument("--force", action="store_true", help="overwrite a class file with other ids")
     for name, default in zip(("--classes", "--train", "--test"), DEFAULT_PATHS):
         parser.add_argument(name, default=default, help=f"file to write ({default})")

@@ -117,8 +117,8 @@ def contents(source):
         return image
     shape, dtype = tuple(getattr(source, "shape", ())), str(getattr(source, "dtype", type(source).__name__))
     if not dtype.endswith("uint8") or 0 in shape or not (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3)):
-        raise UserError("a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape (H, W), (H, W, 1) or "
-                        f"(H, W, 3), not {dtype}" + (f" of shape {shape}" if shape else ""))
+        raise UserError("a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape (H, W), "
+                        f"(H, W, 1) or (H, W, 3), not {dtype}" + (f" of shape {shape}" if shape else ""))
     array = np.asarray(source.cpu() if isinstance(source, torch.Tensor) else source)
     return Image.fromarray(array[..., 0] if shape[2:] == (1,) else array)
 

@@ -41,15 +41,15 @@ class Attempts(Dataset):
 
 
 def parcels(work, items, size, workers):
-    """Lists of what Attempts gives, in order. RuntimeError when a worker is killed, at the next parcel and not amid other work."""
+    """Lists of what Attempts gives, in order; RuntimeError at the next one when a worker is killed."""
     loader = iter(DataLoader(Attempts(work, items), size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals))
-    if hasattr(signal, "SIGCHLD"):
+    if hasattr(signal, "SIGCHLD"):  # else torch would raise it amid whatever is done with the results
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return loader
 
 
 def results(work, items):
-    """What Attempts gives, one by one. What was under way when a worker was killed is done again, each alone: one is to blame."""
+    """What Attempts gives, one by one. Whatever was under way when a worker was killed is done again, each alone."""
     cores, at, killed = os.cpu_count() or 1, 0, 0
     size = max(1, min(16, len(items) // (8 * cores)))
     while at < len(items):
@@ -63,9 +63,10 @@ def results(work, items):
                     (found,), = parcels(work, [item], 1, 1)
                     killed = 0
                 except RuntimeError:
-                    found, killed = (item, None, "it ended the process that read it, most likely for lack of memory"), killed + 1
+                    killed += 1
                     if killed == 5:
-                        raise UserError(f"five pictures in a row ended their processes, {item} the last: is there memory left?")
+                        raise UserError(f"five pictures in a row ended their processes, at last {item}: is there memory left?")
+                    found = item, None, "it ended the process that read it, most likely for lack of memory"
                 at += 1
                 yield found
 
@@ -85,8 +86,8 @@ def on_all_cores(work, items, title):
             now, last = time.monotonic(), number == len(items)
             if last or now - shown > (0.5 if terminal else 30):
                 shown, left = now, time.strftime("%H:%M:%S", time.gmtime((now - begin) / number * (len(items) - number)))
-                print(f"{clear}{title} {number} of {len(items)}, {number - len(done)} unreadable, {left} left", file=sys.stderr,
-                      end="" if terminal and not last else "\n", flush=True)
+                print(f"{clear}{title} {number} of {len(items)}, {number - len(done)} unreadable, {left} left",
+                      end="" if terminal and not last else "\n", file=sys.stderr, flush=True)
     finally:
         stop_workers()
     return done
@@ -100,7 +101,7 @@ def decode(path):
 
 
 def copies_folder(datasets, size):
-    """The folder for the reduced copies, beside the data set's: photos-512. UserError where it is not ours, or cannot be made."""
+    """The folder for the copies, beside the data set's: photos-512. UserError where it is not ours, or cannot be made."""
     base = Path(datasets) if Path(datasets).name not in ("", "..") else Path(datasets).resolve()
     folder = base.with_name(f"{base.name}-{size}")
     try:
@@ -109,13 +110,13 @@ def copies_folder(datasets, size):
         folder.mkdir(exist_ok=True)
         Path(folder, MARK).touch()
     except OSError as error:
-        raise UserError(f"the reduced copies cannot be written into {folder} ({error.strerror}): link {base} to a place beside "
-                        f"which there is room, and name the link") from None
+        raise UserError(f"reduced copies cannot be written into {folder} ({error.strerror}): link {base} to a place that has "
+                        f"room for them, and name the link") from None
     return folder
 
 
 def copy_path(path, datasets, folder):
-    """Where a picture's copy lies: as in the data set, with .jpg behind a name that does not say so; never two at one place."""
+    """Where a picture's copy lies: as in the data set, with .jpg behind other names; never two at one place."""
     name, ending = os.path.splitext(path)
     jpeg = ending.lower() in (".jpg", ".jpeg") and not os.path.splitext(name)[1]
     return Path(folder, Path(path).relative_to(datasets)).as_posix() + ("" if jpeg else ".jpg")
@@ -154,7 +155,8 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
         os.utime(draft, ns=(time_ns, time_ns))
         os.replace(draft, copy)
     except OSError as error:
-        raise UserError(f"{copy} could not be written ({error.strerror or error}): make room, then the same command goes on") from None
+        raise UserError(f"{copy} could not be written ({error.strerror or error}): make room, then the same command "
+                        f"goes on") from None
     return copy
 
 

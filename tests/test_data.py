@@ -1,8 +1,11 @@
+import errno
 import io
 import math
+import os
 import pickle
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +16,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop, v2
 
 from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate, ignore_signals
-from utils.pictures import MEAN, STD, centre_box, jpeg_pixels, normalize, random_box, read_crop
-from utils.sample_data import SHAPES, draw_set
+from utils.errors import UserError
+from utils.pictures import MEAN, STD, centre_box, jpeg_header, normalize, random_box, read_crop
+from utils.sample_data import DEFAULT_PATHS, SHAPES, data_paths, draw_set
 
 
 def photo(width, height, seed=0):
@@ -73,11 +77,11 @@ def test_pixels_of_a_jpeg(tmp_path):
     for progressive in (False, True):
         file = io.BytesIO()
         photo(300, 200).save(file, "JPEG", progressive=progressive, comment=thumbnail.getvalue())
-        assert jpeg_pixels(file.getvalue()) == 300 * 200
-        assert all(jpeg_pixels(file.getvalue()[:end]) in (math.inf, 300 * 200) for end in range(5000))
+        assert jpeg_header(file.getvalue())[0] == 300 * 200
+        assert all(jpeg_header(file.getvalue()[:end])[0] in (math.inf, 300 * 200) for end in range(5000))
     file = io.BytesIO()
     photo(64, 48).save(file, "PNG")
-    assert jpeg_pixels(file.getvalue()) == jpeg_pixels(b"") == jpeg_pixels(b"\xff\xd8" + 99 * b"\xff") == math.inf
+    assert jpeg_header(file.getvalue())[0] == jpeg_header(b"")[0] == jpeg_header(b"\xff\xd8" + 99 * b"\xff")[0] == math.inf
 
 
 def corner_picture(width, height):
@@ -275,6 +279,30 @@ def test_sample_set(tmp_path, monkeypatch):
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert len(files) == 63 and len(SHAPES) >= 10
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize("place", ["a full disk", "a read-only disk"])
+def test_the_sample_cannot_be_drawn(tmp_path, monkeypatch, place):
+    """One sentence, and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    def fail(*where, **options):
+        number = errno.ENOSPC if place == "a full disk" else errno.EROFS
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr("utils.sample_data.draw_set" if place == "a full disk" else "tempfile.mkdtemp", fail)
+    with pytest.raises(UserError, match="model_data.*(No space left|Read-only)"):
+        data_paths(*DEFAULT_PATHS)
+    assert not list(Path("model_data").iterdir())
+
+
+def test_the_sample_may_be_drawn_by_two_at_once(tmp_path, monkeypatch):
+    """The later one takes what the earlier has moved into place."""
+    monkeypatch.chdir(tmp_path)
+    def draw(folder):
+        Path("model_data/shapes").mkdir()
+        Path("model_data/shapes/train.txt").write_text("the other one's")
+    monkeypatch.setattr("utils.sample_data.draw_set", draw)
+    assert Path(data_paths(*DEFAULT_PATHS)[1]).read_text() == "the other one's"
+    assert [path.name for path in Path("model_data").iterdir()] == ["shapes"]
 
 
 def test_the_sample_is_no_task_for_a_linear_classifier(tmp_path):

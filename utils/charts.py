@@ -1,25 +1,29 @@
 """Pictures that the program draws, with Pillow alone."""
 import math
+from bisect import bisect
+from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40))
 GREY, BLACK = (225, 225, 225), (40, 40, 40)
 
 
-def font(size):
-    return ImageFont.load_default(size)
+font = cache(ImageFont.load_default)  # font(size in pixels)
 
 
 def shorten(text, width, size):
     """`text`, cut with an ellipsis to `width` pixels."""
     measure = font(size).getlength
-    if measure(text) <= width:
+    if len(text) <= width and measure(text) <= width:
         return text
-    while text and measure(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    return text[:bisect(range(1, min(len(text), width)), width, key=lambda n: measure(text[:n] + "…"))] + "…"
+
+
+def widest(names, size, limit):
+    """Pixels that the longest name takes, at most `limit`."""
+    return round(max(min(limit, font(size).getlength(name[:limit])) for name in names))
 
 
 def ticks(low, high, number=5):
@@ -72,10 +76,6 @@ def line_chart(panels, width=640, height=420):
     return image
 
 
-def to_image(picture):
-    return Image.fromarray(picture.numpy())
-
-
 def contact_sheet(pictures, labels, columns=8, cell=112, caption=18):
     """uint8 (H, W, 3) tensors in a grid, each with one or more caption lines (a string with newlines) under it."""
     lines = max((label.count("\n") + 1 for label in labels), default=1)
@@ -83,11 +83,10 @@ def contact_sheet(pictures, labels, columns=8, cell=112, caption=18):
     high = cell + lines * caption + 4
     sheet = Image.new("RGB", (min(columns, max(1, len(pictures))) * (cell + 4), rows * high), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, label) in enumerate(zip(map(to_image, pictures), labels)):
+    for i, (picture, label) in enumerate(zip(pictures, labels)):
         x, y = i % columns * (cell + 4) + 2, i // columns * high + 2
-        scale = cell / max(picture.size)
-        size = [max(1, round(side * scale)) for side in picture.size]
-        sheet.paste(picture.resize(size), (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
+        picture = ImageOps.contain(Image.fromarray(picture.numpy()), (cell, cell))
+        sheet.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
         for row, line in enumerate(label.split("\n")):
             draw.text((x + cell / 2, y + cell + row * caption + caption / 2), shorten(line, cell, 14), BLACK, font(14),
                       anchor="mm")
@@ -107,13 +106,12 @@ def matrix(counts, names):
     cell = max(1, min(56, 1000 // number))
     size = min(18, max(10, cell - 4))
     named = cell >= 12  # room for a name beside each row; otherwise every so many rows are numbered
-    margin = round(min(220, max(font(size).getlength(n) for n in names) + 16)) if named else 60
+    margin = widest(names, size, 204) + 16 if named else 60
     image = Image.new("RGB", (max(margin + cell * number + 30, margin + 300), margin + cell * number + 50), "white")
     draw = ImageDraw.Draw(image)
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
-    grid = Image.fromarray(shades).resize((cell * number, cell * number), Image.Resampling.NEAREST)
-    image.paste(grid, (margin, margin))
+    image.paste(Image.fromarray(shades).resize((cell * number, cell * number), Image.Resampling.NEAREST), (margin, margin))
     draw.rectangle([margin - 1, margin - 1, margin + cell * number, margin + cell * number], outline=BLACK)
     for i in (range(number) if named else ticks(0, number - 1, 10)):
         middle = margin + int(i) * cell + cell / 2
@@ -123,14 +121,10 @@ def matrix(counts, names):
         ImageDraw.Draw(label).text((4, label.height / 2), text, 255, font(size if named else 14), anchor="lm")
         label = label.rotate(90, expand=True)
         image.paste(BLACK, (round(middle - label.width / 2), margin - label.height - 2), label)
-    if cell >= 24:
-        for row in range(number):
-            for column in range(number):
-                if counts[row, column]:
-                    ink = "white" if shares[row, column] > 0.5 else BLACK
-                    text = str(counts[row, column])
-                    fit = min(size, int(cell * 1.5 / len(text)))
-                    draw.text((margin + (column + .5) * cell, margin + (row + .5) * cell), text, ink, font(fit), anchor="mm")
+    for row, column in np.argwhere(counts) if cell >= 24 else ():
+        text, ink = str(counts[row, column]), "white" if shares[row, column] > 0.5 else BLACK
+        draw.text((margin + (column + .5) * cell, margin + (row + .5) * cell), text, ink,
+                  font(min(size, int(cell * 1.5 / len(text)))), anchor="mm")
     draw.text((margin, image.height - 24), "rows: true class, columns: predicted class", BLACK, font(14), anchor="lm")
     return image
 
@@ -138,7 +132,7 @@ def matrix(counts, names):
 def bars(names, figures):
     """Every class's figures (name → values from 0 to 1) as horizontal bars, in columns of up to 100 classes."""
     rows = min(len(names), 100)
-    label = round(min(200, max(font(13).getlength(n) for n in names) + 12))
+    label = widest(names, 13, 188) + 12
     high, width = 11 * len(figures) + 8, label + 230
     image = Image.new("RGB", (math.ceil(len(names) / rows) * width + 20, rows * high + 50), "white")
     draw = ImageDraw.Draw(image)

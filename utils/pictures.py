@@ -2,11 +2,15 @@
 import io
 import math
 import os
+import stat
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
+
+from utils.errors import UserError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -14,7 +18,10 @@ except ImportError:  # torchvision has announced that its decoders will go; Pill
     decode_jpeg = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
+REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quarter, an eighth
 FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a JPEG that are followed by its size
+# EXIF orientation: the axes to mirror, after exchanging rows and columns from 5 on
+MIRRORS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
 
 def normalize(images, device):
@@ -27,72 +34,136 @@ def normalize(images, device):
 
 
 def to_rgb(image):
-    """Any mode that Pillow reads → RGB: 16-bit and float greys are scaled, transparency is laid on white."""
+    """Any mode that Pillow reads → RGB: greys of more than 8 bits are scaled, transparency is laid on white.
+
+    16 bits are always 0 … 65535, however dark. Of 32-bit whole numbers white is 255 or 65535, of floats 1, 255 or 65535: the
+    first whose double no finite value reaches, as filters overshoot; beyond them it is the largest value. NaN is black.
+    """
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, np.float32)
-        if image.mode != "F":
-            grey = grey / 257  # 65535 → 255
-        elif grey.max() <= 1:
-            grey = grey * 255
-        return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        grey, whites = np.asarray(image, np.float32), {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+        whites = (65535,) if image.format == "PPM" else whites  # which Pillow reads into 32 bits
+        peak = grey.max(initial=0, where=np.isfinite(grey))
+        white = next((white for white in whites if peak < 2 * white or len(whites) == 1), peak)
+        grey = np.nan_to_num(grey * (255 / white)).clip(0, 255).round()
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def jpeg_pixels(source):
-    """Height times width in a JPEG's frame header (ITU-T T.81, B.2.2), infinite where there is none.
+def jpeg_header(source):
+    """(height times width, EXIF bytes) that stand before a JPEG's pixels (ITU-T T.81, B.2.2); infinite where none stands.
 
     Pillow would say it too, but opening a picture to choose its decoder takes a twentieth of a small one's time.
     """
-    if not isinstance(source, bytes) or not source.startswith(b"\xff\xd8"):
-        return math.inf
-    at = 2
-    while at + 9 <= len(source) and source[at] == 0xFF:  # segments: 0xFF, a marker, the length of the rest
-        if source[at + 1] in FRAME_HEADERS:
-            return int.from_bytes(source[at + 5:at + 7], "big") * int.from_bytes(source[at + 7:at + 9], "big")
-        at += 2 + int.from_bytes(source[at + 2:at + 4], "big")
-    return math.inf
+    at, exif = 2, b""
+    while source.startswith(b"\xff\xd8") and at + 9 <= len(source) and source[at] == 0xFF:
+        marker, end = source[at + 1], at + 2 + int.from_bytes(source[at + 2:at + 4], "big")
+        if marker in FRAME_HEADERS:
+            return int.from_bytes(source[at + 5:at + 7], "big") * int.from_bytes(source[at + 7:at + 9], "big"), exif
+        if marker == 0xE1 and source[at + 4:at + 10] == b"Exif\0\0":
+            exif = exif or source[at + 4:end]
+        at = end
+    return math.inf, exif
+
+
+def orientation(read_tags):
+    """How a file's rows and columns lie, 1 … 8. read_tags() → its EXIF tags.
+
+    The rule for every format, size and decoder: EXIF's tag 0x0112 counts where it is a whole number from 1 to 8, everything
+    else is 1, upright. XMP does not count.
+    """
+    try:
+        value = read_tags().get(0x0112)
+    except Exception:  # Pillow raises nearly anything for broken tags
+        value = None
+    return int(value) if value in range(1, 9) else 1
+
+
+def exif_tags(data):
+    tags = Image.Exif()
+    tags.load(data)
+    return tags
+
+
+def image_orientation(image):
+    """The same of a Pillow image, which is decoded by it unless it is a JPEG, and is then of the size that counts."""
+    for decoded in (False, True):
+        for key in ("xmp", "XML:com.adobe.xmp"):
+            image.info.pop(key, None)
+        if not decoded and image.format not in REDUCIBLE:
+            image.load()  # TIFF turns itself, by XMP as well; PNG's tags may come last
+    return orientation(image.getexif)
+
+
+def upright(pixels, turn):
+    """(H, W, 3) as stored → as seen."""
+    return (pixels.transpose(0, 1) if turn >= 5 else pixels).flip(MIRRORS[turn])
+
+
+def contents(source):
+    """What read_crop takes → a file's bytes, or a Pillow image that may be changed."""
+    if isinstance(source, (str, os.PathLike)):
+        if not stat.S_ISREG(os.stat(source).st_mode):  # asked before, as opening a FIFO waits for ever
+            raise OSError(f"{os.fspath(source)!r} is no regular file")
+        with open(source, "rb") as file:
+            return file.read()
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, Image.Image):
+        image = source.copy()
+        image.format = source.format
+        return image
+    shape, dtype = tuple(getattr(source, "shape", ())), str(getattr(source, "dtype", type(source).__name__))
+    if not dtype.endswith("uint8") or 0 in shape or not (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3)):
+        raise UserError("a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape (H, W), "
+                        f"(H, W, 1) or (H, W, 3), not {dtype}" + (f" of shape {shape}" if shape else ""))
+    array = np.asarray(source.cpu() if isinstance(source, torch.Tensor) else source)
+    return Image.fromarray(array[..., 0] if shape[2:] == (1,) else array)
 
 
 def read_crop(source, input_shape, choose_box):
     """Decode a picture and resize the box that `choose_box(height, width)` → (top, left, height, width) names.
 
-    source: a path, the file's bytes, or a Pillow image. Returns uint8 (H, W, 3). EXIF orientation is applied before
-    the box is chosen. Large JPEGs are decoded no larger than the crop needs (libjpeg's 1/2, 1/4, 1/8), never smaller
-    than input_shape. Raises whatever Pillow raises for a file that is no readable picture.
+    source: a path, a file's bytes, a Pillow image, or a uint8 array or tensor (H, W), (H, W, 1) or (H, W, 3). The box counts
+    in the upright picture's full size. Returns uint8 (H, W, 3) of input_shape. A JPEG is decoded no larger than the crop
+    needs (libjpeg's 1/2, 1/4, 1/8), never smaller than input_shape. Raises UserError for any other source, OSError for a path
+    that is no regular file, and whatever Pillow raises for a file that is no readable picture.
     """
-    if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
-            source = file.read()
-    if decode_jpeg and jpeg_pixels(source) < 16 * input_shape[0] * input_shape[1]:
-        try:  # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
-            pixels = decode_jpeg(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB,
-                                 apply_exif_orientation=True)
-        except RuntimeError:
-            pass  # a broken file, which Pillow names
-        else:
-            top, left, height, width = choose_box(*pixels.shape[1:])
-            crop = pixels.permute(1, 2, 0)[None, top:top + height, left:left + width].contiguous().permute(0, 3, 1, 2)
-            # in channels_last memory, which the decoder wrote, it takes half the time
-            return F.interpolate(crop, input_shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    with source.copy() if isinstance(source, Image.Image) else Image.open(io.BytesIO(source)) as image:
-        reducible = image.format in ("JPEG", "MPO")
-        if reducible:
-            turned = image.getexif().get(0x0112, 1) >= 5  # by a quarter: the sides change places
-            sides = image.size[::-1] if turned else image.size
-            box = choose_box(*sides[::-1])
-            shrink = max(1, min(box[2] // input_shape[0], box[3] // input_shape[1]))
-            image.draft(image.mode, (image.width // shrink, image.height // shrink))
-        ImageOps.exif_transpose(image, in_place=True)
+    def place(height, width):
+        """(top, left, height, width) of the box and the size to resize it to, in the file's own rows and columns."""
+        sides = (width, height) if turn >= 5 else (height, width)
+        top, left, box_height, box_width = choose_box(*sides)
+        top = sides[0] - top - box_height if 0 in MIRRORS[turn] else top
+        left = sides[1] - left - box_width if 1 in MIRRORS[turn] else left
+        return ((left, top, box_width, box_height), input_shape[::-1]) if turn >= 5 else (
+            (top, left, box_height, box_width), input_shape)
+
+    source = contents(source)
+    if isinstance(source, bytes):
+        size, exif = jpeg_header(source)
+        if decode_jpeg and size < 16 * input_shape[0] * input_shape[1]:
+            try:  # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
+                pixels = decode_jpeg(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB)
+            except RuntimeError:
+                pass  # a broken file, which Pillow names
+            else:
+                turn = orientation(partial(exif_tags, exif))
+                (top, left, height, width), shape = place(*pixels.shape[1:])
+                crop = pixels.permute(1, 2, 0)[None, top:top + height, left:left + width].contiguous().permute(0, 3, 1, 2)
+                # in channels_last memory, which the decoder wrote, it takes half the time
+                return upright(F.interpolate(crop, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0), turn)
+    with Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source as image:
+        turn, stored = image_orientation(image), image.size
+        (top, left, height, width), shape = place(*stored[::-1])
+        if image.format in REDUCIBLE:
+            shrink = max(1, min(height // shape[0], width // shape[1]))
+            image.draft(image.mode, (stored[0] // shrink, stored[1] // shrink))
         image = to_rgb(image)
-        if not reducible:
-            sides, box = image.size, choose_box(image.height, image.width)
-        top, left, height, width = box
-        x, y = image.width / sides[0], image.height / sides[1]  # below 1 where the decoder reduced
-        return torch.from_numpy(np.array(image.resize(input_shape[::-1], Image.Resampling.BILINEAR, box=(
-            left * x, top * y, (left + width) * x, (top + height) * y))))
+        x, y = image.width / stored[0], image.height / stored[1]  # below 1 where the decoder reduced
+        return upright(torch.from_numpy(np.array(image.resize(shape[::-1], Image.Resampling.BILINEAR, box=(
+            left * x, top * y, (left + width) * x, (top + height) * y)))), turn)
 
 
 def centre_box(input_shape, share, height, width):

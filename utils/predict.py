@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import Counter
 from functools import partial
 from itertools import islice, tee
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 from utils import recipe
-from utils.annotation import endings, pictures_below
+from utils.annotation import pictures_below
 from utils.charts import font
 from utils.files import save_image, writable
 from utils.pictures import centre_box, read_crop, to_rgb
@@ -76,7 +75,7 @@ def listed(words):
         if word == "-":
             yield from listed(os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer if line.strip())
         else:
-            yield from (os.path.isdir(word) and pictures_below(word, endings(), Counter())) or [word]
+            yield from (os.path.isdir(word) and pictures_below(word)) or [word]
 
 
 def show(path, found, as_json, utf8):

@@ -1,5 +1,4 @@
 """A run is a folder: which one to continue, how a new one is made, and its config.json."""
-import ast
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ import torchvision
 from utils.errors import UserError, shown
 from utils.files import check_regular, save_text
 from utils.processes import world_size
-from utils.settings import check_value, constants
+from utils.settings import check_value
 from utils.state import load_checkpoint
 
 try:
@@ -24,23 +23,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 locks = []  # their files stay open, as closing one would give its lock back
-COMMANDS_READ = ("backbone", "input_shape", "Cuda", "fp16", "channels_last", "val_crop", "Unfreeze_batch_size", "UnFreeze_Epoch",
-                 "classes_path", "test_annotation_path")
+COMMANDS_READ = {  # settings that a finished run's commands need, and what they were before a fork or a version had them
+    "backbone": None, "input_shape": None, "Cuda": False, "fp16": False, "channels_last": True, "val_crop": 1.0,
+    "Unfreeze_batch_size": 32, "UnFreeze_Epoch": 1, "classes_path": "classes.txt", "test_annotation_path": "test.txt"}
 
 
 def launch_id():
     """The same for all processes of one launch, also after torchrun has restarted them."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"
-
-
-def default_of(name):
-    """What train.py sets, for a run that was made before the setting was added."""
-    expression, _ = constants(Path(__file__).parent.parent / "train.py")[name]
-    try:
-        return ast.literal_eval(expression)
-    except ValueError:  # Cuda, which is computed from the machine
-        return torch.cuda.is_available()
 
 
 def read_config(run):
@@ -61,11 +52,9 @@ def read_config(run):
     for name in ("backbone", "input_shape"):
         if name not in config["settings"]:
             raise UserError(f"{path} is not of a run: its settings lack {name!r}")
-    for name in COMMANDS_READ:
-        if name not in config["settings"]:
-            config["settings"][name] = default_of(name)
+    for name, default in COMMANDS_READ.items():
         try:
-            check_value(name, config["settings"][name])
+            check_value(name, config["settings"].setdefault(name, default))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     return config

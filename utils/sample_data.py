@@ -2,12 +2,12 @@
 import math
 import os
 import random
-import shutil
 import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from utils.errors import UserError
 from utils.processes import rank
 
 DEFAULT_PATHS = ("model_data/cls_classes.txt", "model_data/cls_train.txt", "model_data/cls_test.txt")
@@ -102,20 +102,18 @@ def data_paths(classes_path, train_annotation_path, test_annotation_path):
     given = (classes_path, train_annotation_path, test_annotation_path)
     if given != DEFAULT_PATHS or any(os.path.exists(path) for path in given):
         return given
+    if rank() == 0:
+        print(f"{train_annotation_path} is absent: " + (f"training on the sample pictures in {FOLDER}" if FOLDER.exists() else
+              f"drawing {TRAIN} + {TEST} sample pictures into {FOLDER}"), flush=True)
     if not FOLDER.exists():
-        if rank() == 0:
-            print(f"{train_annotation_path} is absent: drawing {TRAIN} + {TEST} sample pictures into {FOLDER}", flush=True)
-        FOLDER.parent.mkdir(exist_ok=True)
-        draft = tempfile.mkdtemp(prefix=".shapes", dir=FOLDER.parent)
         try:
-            draw_set(draft)
-            os.chmod(draft, 0o755)
-            os.rename(draft, FOLDER)  # at once, so that an interrupted drawing leaves no half set
-        except OSError:
-            if not FOLDER.exists():
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)  # gone already, unless another process was first
-    elif rank() == 0:
-        print(f"{train_annotation_path} is absent: training on the sample pictures in {FOLDER}", flush=True)
+            FOLDER.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".shapes", dir=FOLDER.parent, ignore_cleanup_errors=True) as draft:
+                draw_set(draft)
+                os.chmod(draft, 0o755)
+                os.rename(draft, FOLDER)  # at once, so that an interrupted drawing leaves no half set
+        except OSError as error:
+            if not FOLDER.exists():  # else another process was first
+                raise UserError(f"the sample pictures could not be drawn into {FOLDER} ({error.strerror or error}): make "
+                                f"{FOLDER.parent} writable and some room in it, or name lists of your own pictures") from error
     return tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))

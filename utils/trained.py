@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from nets import get_model
+from nets import get_model, lay_out
 from utils.checkpoint import in_this_process, next_batch
 from utils.dataloader import detection_collate, ignore_signals
 from utils.errors import UserError
@@ -32,8 +32,7 @@ class TrainedRun:
         self.fp16 = fp16 and self.Cuda == s["Cuda"]  # float16's stand-in on a CPU would give other figures
         self.model = get_model(s["backbone"], len(self.class_names), s["input_shape"])
         self.load(weights or Path(run, "best_epoch_weights.pth"), "--weights" if weights else "the run's best weights")
-        layout = torch.channels_last if s["channels_last"] else torch.contiguous_format
-        self.model = self.model.eval().to("cuda" if self.Cuda else "cpu", memory_format=layout)
+        self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu", s["channels_last"])
 
     def load(self, path, name):
         """Give the model the weights of a file, which messages call `name`."""

@@ -1,0 +1,177 @@
+"""What a picture file can be: its orientation, its depth, its kind, and what else can be handed over as a picture."""
+import io
+import os
+import socket
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from utils.charts import bars, contact_sheet, matrix, shorten
+from utils.errors import UserError
+from utils.pictures import read_crop, to_rgb
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def seen_size(path, size):
+    """(width, height) of the upright picture as read_crop takes it, read to a square of `size`."""
+    seen = []
+    read_crop(path, (size, size), lambda h, w: seen.append((w, h)) or (0, 0, h, w))
+    return seen[0]
+
+
+def half_red(width, height):
+    """Red above, blue below."""
+    image = Image.new("RGB", (width, height), "red")
+    image.paste("blue", (0, height // 2, width, height))
+    return image
+
+
+def ascii_exif(text):
+    """EXIF whose orientation is stored as text."""
+    return b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02" + len(text).to_bytes(4, "big") + text.ljust(4, b"\0") + bytes(4)
+
+
+@pytest.mark.parametrize("size", [8, 64], ids=["Pillow decodes it", "torchvision decodes it"])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+def test_orientation_in_xmp_alone_does_not_count(tmp_path, kind, size):
+    path = tmp_path / f"photo.{kind}"
+    options = dict(xmp=XMP)
+    if kind == "png":
+        options = dict(pnginfo=PngImagePlugin.PngInfo())
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP.decode())
+    elif kind == "tif":
+        options = dict(tiffinfo={700: XMP})
+    half_red(120, 80).save(path, **options)
+    with Image.open(path) as image:
+        assert image.getexif().get(0x0112) == 6  # Pillow itself would turn it
+    assert seen_size(path, size) == (120, 80)
+
+
+@pytest.mark.parametrize("size", [8, 64], ids=["Pillow decodes it", "torchvision decodes it"])
+@pytest.mark.parametrize("exif", [ascii_exif(b"6\0"), ascii_exif(b"\0\x06\0\x06"), b"Exif\0\0MM\0*\0\0\xff\xff\xff", b"Exif\0\0",
+                                  b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0" + bytes(4)],
+                         ids=["text", "bytes of a number", "cut", "empty", "9"])
+def test_odd_orientations_are_upright(tmp_path, size, exif):
+    half_red(120, 80).save(tmp_path / "photo.jpg", exif=exif)
+    assert seen_size(tmp_path / "photo.jpg", size) == (120, 80)
+
+
+@pytest.mark.parametrize("size", [8, 64], ids=["Pillow decodes it", "torchvision decodes it"])
+def test_orientation_as_a_long_number(tmp_path, size):
+    """Four bytes where two are usual, most significant first."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x04\0\0\0\x01\0\0\0\x08" + bytes(4)
+    half_red(120, 80).save(tmp_path / "photo.jpg", exif=exif)
+    assert seen_size(tmp_path / "photo.jpg", size) == (80, 120)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [16, 64], ids=["Pillow decodes it", "torchvision decodes it"])
+def test_boxes_count_in_the_upright_picture(tmp_path, orientation, size):
+    """The same box of a picture stored in any of the eight ways is the same crop."""
+    rng = np.random.default_rng(0)
+    upright = Image.fromarray(rng.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((180, 120), Image.Resampling.BICUBIC)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.jpg", exif=exif, quality=100, subsampling=0)
+    crop = read_crop(tmp_path / "photo.jpg", (size, size * 3 // 4), lambda h, w: (40, 30, 64, 48)).float()
+    expected = upright.crop((30, 40, 78, 104)).resize((size * 3 // 4, size), Image.Resampling.BILINEAR)
+    assert crop.shape == (size, size * 3 // 4, 3)
+    assert (crop - torch.from_numpy(np.array(expected)).float()).abs().mean() < 4
+
+
+RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
+
+
+def levels(array):
+    """uint8 grey levels of an array that was saved as TIFF and read again."""
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "TIFF")
+    return read_crop(file.getvalue(), array.shape, lambda h, w: (0, 0, h, w)).numpy()[..., 0].astype(int)
+
+
+@pytest.mark.parametrize("kind, white", [(np.float32, 1), (np.float32, 255), (np.float32, 65535), (np.float32, 1e6), (np.int32, 255),
+                                         (np.int32, 65535), (np.int32, 2 ** 31 - 1), (np.uint16, 65535)])
+def test_greys_of_every_depth_keep_their_levels(kind, white):
+    assert np.abs(levels((RAMP * white).astype(kind)) - RAMP * 255).max() <= 1
+
+
+def test_greys_that_are_not_stretched_or_blackened():
+    assert levels(np.full((8, 8), 200, np.uint16)).max() == 1  # a dark picture of 16 bits stays dark
+    pgm = b"P5 8 8 65535\n" + np.full((8, 8), 200, ">u2").tobytes()
+    assert read_crop(pgm, (8, 8), lambda h, w: (0, 0, h, w)).max() == 1
+    assert read_crop(Image.open(io.BytesIO(pgm)), (8, 8), lambda h, w: (0, 0, h, w)).max() == 1
+    assert levels(np.zeros((8, 8), np.float32)).max() == 0
+    for white in (1, 255, 65535):
+        odd = (RAMP * white).astype(np.float32)
+        odd[0, 10], odd[1, 10], odd[2, 10], odd[3] = np.nan, np.inf, -np.inf, 1.2 * odd[3]
+        found = levels(odd)
+        assert found[:3, 10].tolist() == [0, 255, 0] and np.abs(found[4:] - RAMP[4:] * 255).max() <= 1
+    assert levels(np.full((8, 8), np.nan, np.float32)).max() == 0
+
+
+def whole(height, width):
+    return 0, 0, height, width
+
+
+def test_arrays_and_tensors_are_pictures():
+    colours = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    expected = read_crop(Image.fromarray(colours), (20, 30), whole)
+    assert (expected.numpy() == colours).all()
+    for source in (colours, torch.from_numpy(colours), np.asfortranarray(colours), colours[:, ::-1][:, ::-1]):
+        assert torch.equal(read_crop(source, (20, 30), whole), expected)
+    grey = colours[..., 0]
+    for source in (grey, grey[..., None], torch.from_numpy(grey.copy()), torch.from_numpy(grey.copy())[..., None]):
+        assert (read_crop(source, (20, 30), whole).numpy() == grey[..., None]).all()
+    assert read_crop(bytearray(png()), (4, 4), whole).shape == (4, 4, 3)
+
+
+def png():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("source, words", [
+    (np.zeros((4, 4, 3), np.float32), r"float32 of shape \(4, 4, 3\)"), (np.zeros((3, 8, 9), np.uint8), r"uint8 of shape \(3, 8, 9\)"),
+    (torch.zeros(3, 8, 9, dtype=torch.uint8), r"uint8 of shape \(3, 8, 9\)"), (torch.zeros(8, 9), r"float32 of shape \(8, 9\)"),
+    (np.zeros((0, 4), np.uint8), r"uint8 of shape \(0, 4\)"), (np.zeros((2, 4, 4, 3), np.uint8), "shape"), (None, "NoneType"), (3, "int"),
+    ([1, 2], "list"), (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)")])
+def test_what_is_no_picture_is_said(source, words):
+    with pytest.raises(UserError, match=words) as caught:
+        read_crop(source, (4, 4), whole)
+    assert "(H, W, 3)" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_only_regular_files_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    server = socket.socket(socket.AF_UNIX)
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    server.bind("socket.jpg")
+    (tmp_path / "link.jpg").symlink_to("fifo.jpg")
+    for path in ("fifo.jpg", tmp_path / "link.jpg", "socket.jpg", "/dev/zero", tmp_path):
+        with pytest.raises(OSError, match="is no regular file"):
+            read_crop(path, (4, 4), whole)
+    server.close()
+    with pytest.raises(FileNotFoundError):
+        read_crop(tmp_path / "gone.jpg", (4, 4), whole)
+
+
+def test_rgb_as_it_is():
+    image = Image.new("RGB", (2, 2))
+    assert to_rgb(image) is image
+
+
+@pytest.mark.parametrize("length", [3000, 20_000])
+def test_names_of_any_length_are_drawn(length):
+    begin, names = time.monotonic(), ["漢é" * (length // 2), "short"]
+    images = [matrix(np.eye(2, dtype=int), names), bars(names, {"F1": np.ones(2)}),
+              contact_sheet([torch.zeros(4, 4, 3, dtype=torch.uint8)], [names[0]])]
+    assert max(max(image.size) for image in images) < 2000
+    assert shorten("abc", 100, 14) == "abc" and shorten("a" * 400, 60, 14).endswith("a…")
+    assert time.monotonic() - begin < 5

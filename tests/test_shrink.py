@@ -1,0 +1,154 @@
+"""Reduced copies of large pictures: what they show, when they are made, and what is never touched."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from tests.helpers import environment
+from tests.test_data import photo
+from utils.annotation import main as annotate
+from utils.errors import UserError
+from utils.shrink import copy_path
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save(path, image, **options):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def listed():
+    return {line.partition(";")[2] for name in ("train", "test") for line in Path(f"model_data/cls_{name}.txt").read_text().splitlines()}
+
+
+def snapshot(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def test_copies(capsys):
+    """Large pictures of any kind get a copy, small ones stay, unreadable ones are left out; a second run does what is new."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    save("photos/cat/a.JPG", photo(400, 300), exif=exif, icc_profile=profile)
+    save("photos/cat/b.png", photo(300, 400, 1).convert("RGBA"))
+    save("photos/cat/b.png.jpg", photo(300, 400, 2))
+    save("photos/cat/deep er/c.tif", Image.fromarray((np.asarray(photo(200, 210).convert("L")).astype(np.uint16) * 257)))
+    save("photos/dog/small.jpg", photo(90, 79))
+    save("photos/dog/tiny.png", photo(20, 10))
+    save("photos/dog/wide.jpg", photo(800, 100))
+    Path("photos/dog/cut.jpg").write_bytes(Path("photos/cat/a.JPG").read_bytes()[:9000])
+    Path("photos/dog/text.png").write_text("no picture")
+    before = snapshot("photos")
+    annotate(["photos", "--shrink", "64"])
+    assert snapshot("photos") == before
+    copies = {"cat/a.JPG": (64, 85), "cat/b.png.jpg": (64, 85), "cat/b.png.jpg.jpg": (64, 85), "cat/deep er/c.tif.jpg": (64, 67),
+              "dog/wide.jpg": (512, 64)}
+    assert listed() == {f"photos-64/{name}" for name in copies} | {"photos/dog/small.jpg", "photos/dog/tiny.png"}
+    for name, size in copies.items():
+        with Image.open(f"photos-64/{name}") as copy:
+            assert copy.size == size and copy.mode == "RGB" and copy.format == "JPEG" and copy.getexif().get(0x0112) is None
+            assert (copy.info.get("icc_profile") is not None) == (name == "cat/a.JPG")
+    original = photo(400, 300).transpose(Image.Transpose.ROTATE_270).resize((64, 85), Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(original, float) - np.asarray(Image.open("photos-64/cat/a.JPG"), float)).mean() < 4
+    out = capsys.readouterr().out
+    assert "unreadable: photos/dog/cut.jpg" in out and "unreadable: photos/dog/text.png" in out and "5 of 9 pictures" in out
+    assert not [path for path in Path("photos-64").rglob(".*") if path.name != ".reduced-copies"]
+
+    old = snapshot("photos-64")
+    save("photos/cat/b.png", photo(300, 400, 5))
+    save("photos/dog/new.jpg", photo(200, 200))
+    os.utime("photos/dog/wide.jpg", ns=(1, 1))  # older than its copy, and yet another file
+    Path("photos-64/cat/b.png.jpg.jpg").write_bytes(b"")
+    annotate(["photos", "--shrink", "64"])
+    new = snapshot("photos-64")
+    changed = {path.as_posix() for path in new if new[path] != old.get(path) and path.suffix}
+    assert changed == {"photos-64/cat/b.png.jpg", "photos-64/dog/new.jpg", "photos-64/dog/wide.jpg"}
+    assert "shrunk 8 of 8" in capsys.readouterr().err  # three of them, one that was emptied, and four without a copy
+
+
+def test_another_size_has_another_folder():
+    save("photos/cat/a.jpg", photo(400, 300))
+    save("photos/cat/b.jpg", photo(400, 300))
+    for size in (64, 32):
+        annotate(["photos/", "--shrink", str(size)])
+        assert listed() == {f"photos-{size}/cat/a.jpg", f"photos-{size}/cat/b.jpg"}
+        assert Image.open(f"photos-{size}/cat/a.jpg").height == size
+    os.chdir("photos")
+    annotate([".", "--shrink", "16"])
+    assert listed() == {str(Path("../photos-16/cat", name).resolve()) for name in ("a.jpg", "b.jpg")}
+
+
+def test_no_two_copies_at_one_place():
+    names = ["p/a.jpg", "p/a.png", "p/a.png.jpg", "p/a.jpg.jpg", "p/a.jpeg", "p/a.JPG", "p/a.png.jpg.jpg", "p/a.tif", "p/a.b.jpg"]
+    copies = [copy_path(name, "p", "q") for name in names]
+    assert len(set(copies)) == len(names) and copies[0] == "q/a.jpg" and all(copy.lower().endswith((".jpg", ".jpeg")) for copy in copies)
+
+
+def test_a_folder_that_is_not_ours_is_not_written_to():
+    save("photos/cat/a.jpg", photo(400, 300))
+    save("photos/cat/b.jpg", photo(400, 300))
+    save("photos-64/cat/a.jpg", photo(80, 70))
+    before = snapshot("photos-64")
+    with pytest.raises(UserError, match="photos-64 holds other things"):
+        annotate(["photos", "--shrink", "64"])
+    Path("photos-32").write_text("a file")
+    with pytest.raises(UserError, match="photos-32.*link photos"):
+        annotate(["photos", "--shrink", "32"])
+    with pytest.raises(UserError, match="1 or more"):
+        annotate(["photos", "--shrink", "0"])
+    assert snapshot("photos-64") == before and not os.path.exists("model_data/cls_train.txt")
+
+
+def test_a_copy_that_cannot_be_written_is_one_sentence():
+    save("photos/cat/a.jpg", photo(400, 300))
+    save("photos/cat/b.jpg", photo(400, 300))
+    Path("photos-64").mkdir()
+    Path("photos-64/.reduced-copies").touch()
+    Path("photos-64/cat").write_text("in the way")
+    with pytest.raises(UserError, match="photos-64/cat/.*could not be written"):
+        annotate(["photos", "--shrink", "64"])
+
+
+def test_small_pictures_are_decoded_if_asked(capsys):
+    save("photos/cat/a.jpg", photo(60, 60))
+    save("photos/cat/b.jpg", photo(60, 60))
+    save("photos/cat/c.jpg", photo(60, 60, 3))
+    Path("photos/cat/c.jpg").write_bytes(Path("photos/cat/c.jpg").read_bytes()[:1200])
+    annotate(["photos", "--shrink", "64", "--check"])
+    assert listed() == {"photos/cat/a.jpg", "photos/cat/b.jpg"} and "unreadable: photos/cat/c.jpg" in capsys.readouterr().out
+
+
+def test_stopped_and_continued():
+    """Ctrl-C leaves whole copies and no lists; the same command does the rest."""
+    save("photos/cat/0.png", Image.effect_noise((2000, 1500), 50), compress_level=1)
+    for i in range(1, 60):
+        shutil.copy("photos/cat/0.png", f"photos/cat/{i}.png")
+    words = [sys.executable, "-m", "utils.annotation", "photos", "--shrink", "32"]
+    root = Path(__file__).resolve().parent.parent
+    with open("out.txt", "w") as out:
+        process = subprocess.Popen(words, env={**environment(), "PYTHONPATH": str(root)}, stdout=out, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+    while len(list(Path("photos-32").rglob("*.jpg"))) < 3:
+        assert process.poll() is None, Path("out.txt").read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(10) == 130 and Path("out.txt").read_text() == ""
+    early = snapshot("photos-32/cat")
+    assert len(early) < 60 and not os.path.exists("model_data/cls_train.txt") and not list(Path("photos-32").glob(".drafts*"))
+    for path in early:
+        Image.open(path).load()
+    annotate(words[3:])
+    late = snapshot("photos-32/cat")
+    assert len(listed()) == len(late) == 60 and all(late[path] == early[path] for path in early)

@@ -212,7 +212,7 @@ def test_processes_that_all_die_end_it():
 SLOW = """
 import sys, time
 from utils.annotation import main
-from utils.errors import one_sentence_errors
+from utils.processes import one_sentence_errors
 import utils.shrink
 def work(path):
     open("begun", "w").close()

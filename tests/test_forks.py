@@ -70,12 +70,12 @@ def test_all_forks_at_once(tmp_path):
     folder = forked(tmp_path / "a", NAMES)
     out, _ = train(folder, *WORDS)
     run, rows = run_of(folder), history(run_of(folder))
-    assert "recall" in out and f"best recall" in out.splitlines()[-1] and rows[-1]["recall"] == pytest.approx(rows[-1]["top1"])
+    assert "recall" in out and "best recall" in out.splitlines()[-1] and rows[-1]["recall"] == pytest.approx(rows[-1]["top1"])
     assert rows[-1]["train_recall"] > 0 and [row["lr"] for row in rows] == pytest.approx([3.125e-4, 1.578125e-4], rel=1e-3)
     assert "teacher's weights: 122 of 122" in out and rows[-1]["train_loss"] > rows[-1]["val_loss"]  # with the distillation
     said = command(folder, "utils.evaluate", run.relative_to(folder))
     best = max(rows, key=lambda row: row["recall"])
-    assert f"loss {best['val_loss']:.6g}"[:12] in said and f"recall" in said
+    assert f"loss {best['val_loss']:.6g}"[:12] in said and "recall" in said
 
     process = start(folder, *WORDS)  # and interrupted
     while len(runs(folder)) < 2 or not (runs(folder)[1] / "last_checkpoint.pth").exists():

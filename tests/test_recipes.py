@@ -15,7 +15,7 @@ from nets import get_model, head_layers
 from tests.helpers import ROOT, environment, history, make_data, make_project, run_of, same, train, weights
 from utils.checkpoint import Position
 from utils.fit import backward, optimizer_step
-from utils.recipe import EMA, Recipe, balanced_weights, get_criterion, get_optimizer, get_recipe, sums_of
+from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, get_recipe
 
 DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0)
 NO_SCALER = torch.amp.GradScaler("cuda", enabled=False)

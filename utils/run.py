@@ -25,7 +25,8 @@ except ImportError:  # Windows
 locks = []  # their files stay open, as closing one would give its lock back
 COMMANDS_READ = {  # settings that a finished run's commands need, and what they were before a fork or a version had them
     "backbone": None, "input_shape": None, "Cuda": False, "fp16": False, "channels_last": True, "val_crop": 1.0,
-    "Unfreeze_batch_size": 32, "UnFreeze_Epoch": 1, "classes_path": "classes.txt", "test_annotation_path": "test.txt"}
+    "Unfreeze_batch_size": 32, "UnFreeze_Epoch": 10, "classes_path": "model_data/cls_classes.txt",
+    "test_annotation_path": "model_data/cls_test.txt"}
 
 
 def launch_id():

@@ -37,7 +37,7 @@ class Run:
         self.model = get_model(s["backbone"], len(self.class_names), s["input_shape"])
         path = weights or Path(run, "best_epoch_weights.pth")
         try:
-            self.model.load_state_dict(load_weights(path))
+            self.model.load_state_dict(load_weights(path, "--weights" if weights else "run"))
         except RuntimeError as error:
             raise UserError(f"{path} holds the weights of another network than {s['backbone']} with "
                             f"{len(self.class_names)} classes ({str(error).splitlines()[1].strip()[:200]})") from error

@@ -5,13 +5,13 @@ a torch.nn.Module from (N, 3, H, W) pictures to (N, num_classes) scores, last la
 """
 import importlib
 import math
-import re
 from pathlib import Path
 
 import torch
 from torch import nn
 from torchvision import models
 
+from nets import _foreign
 from utils.errors import UserError, nearest
 
 DOCUMENTED_NAMES = {"mobilenetv2": "mobilenet_v2", "swin_transformer_tiny": "swin_t",
@@ -140,33 +140,34 @@ def pretrained_state(name):
 def load_matching(model, state, source):
     """Load what matches by name and shape, and print how much did. Returns the names that did not.
 
-    Prefixes that wrappers leave are understood, ViT position embeddings are resized by torchvision's function.
-    UserError when nothing matches.
+    timm's, Microsoft's and the documented family's names and whatever wrappers leave before them are understood
+    (nets/_foreign.py); position tables are resized. UserError when nothing matches.
     """
-    def own_name(key):
-        key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
-        return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)", r"\1\2", key)  # torchvision's older files
-    state = {own_name(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    wanted = model.state_dict()
-    position = "encoder.pos_embedding"
-    if position in wanted and position in state and state[position].shape != wanted[position].shape:
-        if state[position].dim() == 3 and state[position].shape[2] == wanted[position].shape[2]:
-            state = dict(models.vision_transformer.interpolate_embeddings(model.image_size, model.patch_size, state))
-    matching = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
+    state, prefix = _foreign.fit(model, state, source)
+    ours = model.state_dict()  # with torchvision's version marks, which a plain dictionary lacks
+    wanted = {k for k in ours if not _foreign.COMPUTED.search(k) and (k in state or not k.endswith("num_batches_tracked"))}
+    matching = {k: v for k, v in state.items() if k in wanted and v.shape == ours[k].shape}
     head = head_layers(model)
-    missed = [k for k in wanted if k not in matching]
+    missed = [k for k in ours if k in wanted and k not in matching]
     missed_backbone = [k for k in missed if k.rpartition(".")[0] not in head]
     if not any(k in matching for k, _ in model.named_parameters()):
         raise UserError(f"{source}: none of the {len(state)} tensors fits this network by name and shape; "
                         f"set backbone to the network that the weights are of")
-    model.load_state_dict(matching, strict=False)
-    print(f"{source}: {len(matching)} of {len(wanted)} tensors loaded")
+    ours.update(matching)
+    model.load_state_dict(ours)
+
+    def some(names):
+        return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+    print(f"{source}: {len(matching)} of {len(wanted)} tensors loaded" + (f", those under {prefix!r}" if prefix else ""))
     if len(missed) > len(missed_backbone):
         print("  the head starts anew, which is normal for other classes: "
               + ", ".join(k for k in missed if k not in missed_backbone))
     if missed_backbone:
         print(f"  WARNING: {len(missed_backbone)} tensors of the backbone were not in the file, which is not normal: "
-              + ", ".join(missed_backbone[:8]) + (" …" if len(missed_backbone) > 8 else ""))
+              + some(missed_backbone))
+    strangers = [k for k in state if k not in ours]
+    if strangers:
+        print(f"  {len(strangers)} tensors of the file have no place in this network: {some(strangers)}")
     return missed
 
 

@@ -1,0 +1,115 @@
+"""Checkpoints of other trainers: which entry is taken, prefixes, safetensors, and what is refused in one sentence."""
+import argparse
+import builtins
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nets import load_matching
+from tests.helpers import same
+from utils.files import load_tensors, load_weights
+from utils.errors import UserError
+
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def state(value):
+    return {k: torch.full_like(v, value) for k, v in tiny().state_dict().items()}
+
+
+def under(prefix, tensors):
+    return {prefix + k: v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("saved, entry", [
+    ({"state_dict": state(7), "args": argparse.Namespace(lr=0.1), "epoch": 3}, "state_dict"),
+    ({"model": state(7), "optimizer": {"state": {0: torch.zeros(1)}}}, "model"),
+    ({"model": state(1), "model_ema": state(7)}, "model_ema"),
+    ({"model": state(1), "model_ema": {"module": state(7)}}, "model_ema.module"),
+    ({"model": state(1), "model_ema": {**under("module.", state(7)), "n_averaged": torch.tensor(9)}}, "model_ema"),
+    ({"state_dict": state(1), "state_dict_ema": state(7)}, "state_dict_ema"),
+    ({"model": state(1), "ema": {"state_dict": state(7), "decay": 0.9}}, "ema.state_dict"),
+    ({"model": state(7), "ema": None}, "model"),
+    ({"model": state(7), "ema": {"decay": 0.9}}, "model"),
+    ({"student": state(1), "teacher": under("module.backbone.", state(7))}, "teacher"),
+    ({"student": under("module.", state(7))}, "student"),
+    ({"model": {"state_dict": under("module._orig_mod.", state(7))}}, "model.state_dict"),
+    ({"state_dict": {**under("model.", state(7)), "criterion.weight": torch.ones(2)}}, "state_dict"),
+    ({**under("encoder.", state(7)), "projector.0.weight": torch.ones(9, 4)}, None),
+    ({**state(7), "epoch": 4}, None)])
+def test_entries(saved, entry, tmp_path, capsys):
+    torch.save(saved, tmp_path / "w.pth")
+    model = tiny()
+    assert load_matching(model, load_weights(tmp_path / "w.pth"), "w.pth") == []
+    assert same(model.state_dict(), state(7))
+    assert entry is None or f"its entry {entry}\n" in capsys.readouterr().err
+
+
+def test_a_network_twice(tmp_path, capsys):
+    with pytest.raises(UserError, match="more than once.*'encoder.' and 'backbone.'|'backbone.' and 'encoder.'"):
+        load_matching(tiny(), {**under("encoder.", state(1)), **under("backbone.", state(2))}, "w.pth")
+    load_matching(tiny(), under("backbone.", state(1)), "w.pth")
+    assert "those under 'backbone.'" in capsys.readouterr().out
+
+
+def test_a_network_with_such_names():
+    """Names of one's own that look like a wrapper's stay."""
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.backbone, self.module = tiny(), tiny(), tiny()
+    source, target = Own(), Own()
+    assert load_matching(target, source.state_dict(), "own") == [] and same(source.state_dict(), target.state_dict())
+    assert load_matching(target, under("module.", source.state_dict()), "wrapped") == []
+
+
+def test_safetensors(tmp_path, monkeypatch):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(under("model.", state(7)), tmp_path / "w.safetensors")
+    model = tiny()
+    assert load_matching(model, load_weights(tmp_path / "w.safetensors"), "w") == [] and same(model.state_dict(), state(7))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:100])
+    with pytest.raises(UserError, match="cut short"):
+        load_weights(tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="does not exist"):
+        load_weights(tmp_path / "missing.safetensors")
+
+
+def test_safetensors_not_installed(tmp_path, monkeypatch):
+    (tmp_path / "w.safetensors").write_bytes(b"any")
+    plain = builtins.__import__
+
+    def without(name, *args, **options):
+        if name.startswith("safetensors"):
+            raise ImportError(name)
+        return plain(name, *args, **options)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("saved, words", [
+    ({0: torch.zeros(2)}, "no tensors by name"), ({"model": {"a": 1}}, "no tensors by name"), ({}, "no tensors by name"),
+    ({"a": torch.zeros(1), 4: torch.zeros(1)}, "called 4"), ({"epoch": 3, "best": "x"}, "no tensors by name"),
+    ({"state_dict": state(7), "best_acc": np.float64(0.5)}, r"never run \(numpy\S+scalar\)")])
+def test_no_state_dict(saved, words, tmp_path):
+    torch.save(saved, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words) as caught:
+        load_weights(tmp_path / "w.pth", "--weights")
+    message = str(caught.value)
+    assert message.startswith("--weights: ") and "model_path" not in message and "\n" not in message
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(os.path.relpath(tmp_path / "door.pth"))
+        for path in (tmp_path / "pipe.pth", tmp_path / "door.pth", "/dev/zero"):
+            with pytest.raises(UserError, match="no regular file"):
+                load_tensors(path)

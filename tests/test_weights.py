@@ -1,0 +1,236 @@
+"""Weights under other people's names: timm's, Microsoft's, older ones, and back to timm."""
+import re
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from nets import get_model, load_matching
+from nets._foreign import to_timm
+from tests.helpers import same
+from utils.files import load_weights
+from utils.errors import UserError
+
+# torchvision's name, timm's, the pictures' size: the smallest of each family, then those whose scores take long.
+SMALLEST = """densenet121 densenet121 64; resnet18 resnet18 64;
+mobilenet_v2 mobilenetv2_100 64; mobilenet_v3_small mobilenetv3_small_100 64; mnasnet0_5 mnasnet_050 64;
+efficientnet_b0 efficientnet_b0 64; efficientnet_v2_s efficientnetv2_s 64; convnext_tiny convnext_tiny 64;
+regnet_x_400mf regnetx_004_tv 64; regnet_y_400mf regnety_004 64"""
+REST = """swin_t swin_tiny_patch4_window7_224 224; swin_v2_t swinv2_tiny_window8_256 256;
+vit_b_32 vit_base_patch32_224 224; vgg11_bn vgg11_bn 224; inception_v3 inception_v3 80;
+resnet34 resnet34 64; resnet50 resnet50 64; resnet101 resnet101 64; resnet152 resnet152 64;
+resnext50_32x4d resnext50_32x4d 64; resnext101_32x8d resnext101_32x8d 64; resnext101_64x4d resnext101_64x4d 64;
+wide_resnet50_2 wide_resnet50_2 64; wide_resnet101_2 wide_resnet101_2 64; densenet161 densenet161 64;
+densenet169 densenet169 64; densenet201 densenet201 64; vgg11 vgg11 224; vgg13 vgg13 224; vgg16 vgg16 224;
+vgg19 vgg19 224; vgg13_bn vgg13_bn 224; vgg16_bn vgg16_bn 224; vgg19_bn vgg19_bn 224;
+mobilenet_v3_large mobilenetv3_large_100 64; mnasnet0_75 mnasnet_075 64; mnasnet1_0 mnasnet_100 64;
+efficientnet_b1 efficientnet_b1 64; efficientnet_b2 efficientnet_b2 64; efficientnet_b3 efficientnet_b3 64;
+efficientnet_b4 efficientnet_b4 64; efficientnet_b5 efficientnet_b5 64; efficientnet_b6 efficientnet_b6 64;
+efficientnet_b7 efficientnet_b7 64; efficientnet_v2_m efficientnetv2_m 64; efficientnet_v2_l efficientnetv2_l 64;
+convnext_small convnext_small 64; convnext_base convnext_base 64; convnext_large convnext_large 64;
+regnet_x_800mf regnetx_008 64; regnet_x_1_6gf regnetx_016 64; regnet_x_3_2gf regnetx_032 64;
+regnet_x_8gf regnetx_080 64; regnet_x_16gf regnetx_160 64; regnet_x_32gf regnetx_320 64;
+regnet_y_800mf regnety_008_tv 64; regnet_y_1_6gf regnety_016 64; regnet_y_3_2gf regnety_032 64;
+regnet_y_8gf regnety_080_tv 64; regnet_y_16gf regnety_160 64; regnet_y_32gf regnety_320 64;
+regnet_y_128gf regnety_1280 64; swin_s swin_small_patch4_window7_224 224; swin_b swin_base_patch4_window7_224 224;
+swin_v2_s swinv2_small_window8_256 256; swin_v2_b swinv2_base_window8_256 256; vit_b_16 vit_base_patch16_224 224;
+vit_b_16 deit_base_patch16_224 224; vit_l_16 vit_large_patch16_224 224; vit_l_32 vit_large_patch32_224 224;
+vit_h_14 vit_huge_patch14_224 224"""
+PAIRS = [line.split() for line in f"{SMALLEST};{REST}".split(";")]
+SLOW = {line.split()[0] for line in REST.split(";")}
+
+
+@torch.no_grad()
+def random_weights(model, size):
+    """Every scale, bias, table and statistic of `model` becomes a value of its own, the scores stay near one."""
+    for name, value in model.state_dict().items():
+        small = value.dim() <= 1 or re.search("table|embed|token|scale", name)
+        if small and value.is_floating_point() and "running" not in name:
+            value.add_(torch.randn_like(value) * 0.1)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        model.train()(torch.randn(4, 3, size, size))
+    return model.eval()
+
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm")
+
+
+@torch.no_grad()
+def check_scores(theirs, ours, size, path, capsys):
+    """timm's network's file, loaded as model_path is, gives timm's scores, and goes back under timm's names."""
+    random_weights(theirs, size)
+    torch.save({"state_dict": dict(sorted(theirs.state_dict().items()))}, path)  # the order says nothing
+    assert load_matching(ours, load_weights(path), "timm.pth") == []
+    path.unlink()
+    out = capsys.readouterr().out
+    assert "WARNING" not in out and "no place" not in out
+    eps = {m.eps for m in ours.modules() if isinstance(m, nn.BatchNorm2d)}
+    for norm in theirs.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eps, = eps  # the one difference that weights cannot undo, see test_epsilons_of_timm
+    pictures = torch.randn(2, 3, size, size)
+    given = pictures
+    if isinstance(ours, models.Inception3):  # it turns ImageNet's normalisation into that of timm's itself
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        given = (pictures * std + mean - 0.5) / 0.5
+    expected, scores = theirs(given), ours.eval()(pictures)
+    assert expected.std() > 1e-2 and (scores - expected).abs().max() < 1e-3 * max(1, expected.abs().max())
+    if isinstance(ours, (models.VisionTransformer, models.SwinTransformer)):
+        back = to_timm(ours.state_dict())
+        assert same(back, theirs.state_dict())
+        theirs.load_state_dict(back, strict=True)
+
+
+@pytest.mark.parametrize("ours, theirs, size", [
+    pytest.param(*pair, id=pair[1], marks=[pytest.mark.slow] * (pair[0] in SLOW)) for pair in PAIRS])
+def test_scores_of_timm(timm, ours, theirs, size, tmp_path, capsys):
+    torch.manual_seed(0)
+    ours = get_model(ours, 5, [int(size), int(size)])
+    check_scores(timm.create_model(theirs, num_classes=5), ours, int(size), tmp_path / "timm.pth", capsys)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "swin_v2"])
+def test_scores_of_small_transformers(timm, family, tmp_path, capsys):
+    """The same for transformers of few channels, as the real ones take long."""
+    torch.manual_seed(0)
+    if family == "vit":
+        ours = models.VisionTransformer(64, 16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5)
+        theirs = timm.models.VisionTransformer(64, 16, depth=3, num_heads=2, embed_dim=32, mlp_ratio=2, num_classes=5)
+        return check_scores(theirs, ours, 64, tmp_path / "timm.pth", capsys)
+    shape = dict(embed_dim=16, depths=[2, 2, 3, 2], num_heads=[1, 2, 4, 8], num_classes=5)
+    v2 = family == "swin_v2"
+    block, merging = ((models.swin_transformer.SwinTransformerBlockV2, models.swin_transformer.PatchMergingV2) if v2
+                      else (None, models.swin_transformer.PatchMerging))
+    ours = models.SwinTransformer([4, 4], window_size=[7, 7], block=block, downsample_layer=merging, **shape)
+    build = timm.models.swin_transformer_v2.SwinTransformerV2 if v2 else timm.models.SwinTransformer
+    check_scores(build(img_size=224, window_size=7, **shape), ours, 224, tmp_path / "timm.pth", capsys)
+
+
+def test_names_of_timm(timm, monkeypatch):
+    """Where scores take long, without memory: each tensor finds its place in its shape."""
+    empty = torch.empty
+    for ours, theirs, size in PAIRS[len(SMALLEST.split(";")):][:5]:
+        with torch.device("meta"):
+            state = timm.create_model(theirs, num_classes=5).state_dict()
+        with monkeypatch.context() as without:
+            without.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **{**options, "device": "meta"}))
+            model = get_model(ours, 5, [int(size), int(size)]).to("meta")
+        assert load_matching(model, state, ours) == [], ours
+
+
+def test_epsilons_of_timm(timm):
+    """What the README says of BatchNorm's epsilon, which no file of weights holds."""
+    def epsilon(model):
+        return {m.eps for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))}
+    for ours, theirs, differ in (("efficientnet_b0", "efficientnet_b0", False), ("convnext_tiny", "convnext_tiny", False),
+                                 ("mobilenet_v3_small", "mobilenetv3_small_100", True),
+                                 ("efficientnet_v2_s", "efficientnetv2_s", True)):
+        with torch.device("meta"):
+            assert (epsilon(models.get_model(ours)) != epsilon(timm.create_model(theirs))) == differ, ours
+
+
+# Microsoft's names, and other spellings of them
+
+
+def microsofts(state, depths):
+    """torchvision's Swin under Microsoft's names, with the buffers that its files hold as well."""
+    names = [("features.0.0.", "patch_embed.proj."), ("features.0.2.", "patch_embed.norm."),
+             *((f"features.{2 * i + 2}.", f"layers.{i}.downsample.") for i in range(3)),
+             *((f"features.{2 * i + 1}.{j}.", f"layers.{i}.blocks.{j}.") for i in range(4) for j in range(depths[i]))]
+    written = {}
+    for key, value in state.items():
+        for ours, theirs in names:
+            if key.startswith(ours):
+                key = theirs + key[len(ours):].replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
+                break
+        written[key] = value.view(49, 49) if key.endswith("relative_position_index") else value
+    written["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    return written
+
+
+def small_swin():
+    torch.manual_seed(0)
+    return models.SwinTransformer([4, 4], 16, [2, 2, 3, 2], [1, 2, 4, 8], window_size=[7, 7], num_classes=5).eval()
+
+
+@torch.no_grad()
+def test_microsofts_swin(tmp_path, capsys):
+    source, target = random_weights(small_swin(), 64), small_swin()
+    torch.save({"model": microsofts(source.state_dict(), [2, 2, 3, 2])}, tmp_path / "swin.pth")
+    assert load_matching(target, load_weights(tmp_path / "swin.pth"), "swin.pth") == []
+    out = capsys.readouterr().out
+    assert "WARNING" not in out and "no place" not in out
+    pictures = torch.randn(2, 3, 100, 64)
+    assert torch.equal(source(pictures), target(pictures))
+
+
+def test_swin_with_another_window(capsys):
+    """Offsets keep their place in the table: none in the middle, those of rows along its rows."""
+    state = microsofts(small_swin().state_dict(), [2, 2, 3, 2])
+    rows = torch.arange(-11., 12.)[:, None].expand(23, 23)
+    for key in [key for key in state if key.endswith("relative_position_bias_table")]:
+        state[key] = rows.reshape(-1, 1).repeat(1, state[key].shape[1])
+    state = {k: torch.zeros(144, 144) if k.endswith("relative_position_index") else v for k, v in state.items()}
+    target = small_swin()
+    assert load_matching(target, state, "window 12") == []
+    table = target.state_dict()["features.5.2.attn.relative_position_bias_table"].view(13, 13, -1)
+    assert table.shape[2] == 4 and table[6].abs().max() < 1e-5
+    assert torch.allclose(table, table[:, :1].expand_as(table), atol=1e-5) and (table[1:] > table[:-1]).all()
+    assert target.state_dict()["features.5.2.attn.relative_position_index"].max() == 168
+
+
+def small_vit(size=64):
+    torch.manual_seed(0)
+    return models.VisionTransformer(size, 16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5)
+
+
+def test_vit_of_another_size(capsys):
+    source, target = random_weights(small_vit(), 64), small_vit(96)
+    assert load_matching(target, to_timm(source.state_dict()), "vit") == []
+    expected = models.vision_transformer.interpolate_embeddings(96, 16, source.state_dict())["encoder.pos_embedding"]
+    assert torch.equal(target.encoder.pos_embedding, expected)
+    distilled = {**to_timm(source.state_dict()), "pos_embed": torch.zeros(1, 18, 32), "dist_token": torch.zeros(1, 1, 32)}
+    assert load_matching(target, distilled, "distilled") == ["encoder.pos_embedding"]
+    out = capsys.readouterr().out
+    assert "WARNING: 1 tensors" in out and "no place in this network: dist_token" in out
+
+
+def test_older_files_of_torchvision():
+    """Published ones too: ViT's MLP had other names, and without a version mark MNASNet refuses to load at all."""
+    source = random_weights(small_vit(), 64).state_dict()
+    old = {re.sub(r"mlp\.([03])\.", lambda m: f"mlp.linear_{1 + int(m[1]) // 3}.", k): v for k, v in source.items()}
+    target = small_vit()
+    assert old.keys() != source.keys() and load_matching(target, old, "old") == [] and same(target.state_dict(), source)
+    source = get_model("mnasnet0_5", 3, [32, 32]).state_dict()
+    target = get_model("mnasnet0_5", 3, [32, 32])
+    older = {k: v for k, v in source.items() if not k.endswith("num_batches_tracked")}
+    assert load_matching(target, older, "old") == [] and torch.equal(target.layers[0].weight, source["layers.0.weight"])
+
+
+def test_metas_convnext(capsys):
+    torch.manual_seed(0)
+    block = models.convnext.CNBlockConfig
+    source, target = (models.ConvNeXt([block(8, 16, 2), block(16, 24, 1), block(24, 32, 2), block(32, None, 1)],
+                                      num_classes=5).eval() for _ in range(2))
+    random_weights(source, 64)
+    written = {}
+    for key, value in source.state_dict().items():
+        for ours, theirs in ((r"features\.0\.(\d)", r"downsample_layers.0.\1"), (r"classifier\.0", "norm"),
+                             (r"classifier\.2", "head"), (r"block\.0", "dwconv"), (r"block\.2", "norm"),
+                             (r"block\.3", "pwconv1"), (r"block\.5", "pwconv2"), ("layer_scale", "gamma")):
+            key = re.sub(ours, theirs, key)
+        key = re.sub(r"features\.([246])", lambda m: f"downsample_layers.{int(m[1]) // 2}", key)
+        key = re.sub(r"features\.([1357])", lambda m: f"stages.{int(m[1]) // 2}", key)
+        written[key] = value.flatten() if key.endswith("gamma") else value
+    assert load_matching(target, written, "meta") == [] and same(source.state_dict(), target.state_dict())
+
+
+def test_to_timm_of_another_network():
+    with pytest.raises(UserError, match="ViT or a Swin"):
+        to_timm(nn.Linear(2, 2).state_dict())

@@ -73,7 +73,7 @@ def scene(name, rng, background):
 def bench_accuracy(folder, each=40, test=20, seeds=(11, 12, 13)):
     """Best top-1 of trainings from the originals and from the copies, with the same settings and seeds."""
     project = make_project(Path(folder, "project"), backbone="'resnet18'", input_shape=[96, 96], augmentation="'crop'",
-                           crop_scale=0.5, Unfreeze_batch_size=16, UnFreeze_Epoch=12, Init_lr=5e-2, num_workers=2, save_period=100)
+                           crop_scale=0.5, Unfreeze_batch_size=16, UnFreeze_Epoch=30, Init_lr=5e-2, num_workers=2, save_period=100)
     backgrounds = [Image.open(path).convert("RGB") for path in photos(folder, 8, 3264, 2448, grain=6)]
     for split, number in (("train", each), ("test", test)):
         for label, name in enumerate(CLASSES):

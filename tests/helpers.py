@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +90,15 @@ def train(folder, *words, launcher=(sys.executable,), code=0, timeout=90):
     return out, err
 
 
-def torchrun(port):
-    return [*TORCHRUN, f"--master_port={port}"]
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun():
+    """The launcher of two processes, on a port that nobody uses."""
+    return [*TORCHRUN, f"--master_port={free_port()}"]
 
 
 def runs(folder):

@@ -33,7 +33,7 @@ def test_data_parallel_with_float16_and_the_scaler(folder):
 
 
 def test_distributed_on_one_gpu(folder):
-    train(folder, "--sync_bn", True, launcher=[w if w != "--nproc_per_node=2" else "--nproc_per_node=1" for w in torchrun(29671)])
+    train(folder, "--sync_bn", True, launcher=[w if w != "--nproc_per_node=2" else "--nproc_per_node=1" for w in torchrun()])
     learned(folder)
 
 

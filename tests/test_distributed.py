@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import (edit, history, make_data, make_project, run_of, runs, start, torchrun, train,
+from tests.helpers import (edit, free_port, history, make_data, make_project, run_of, runs, start, torchrun, train,
                            weights, write_network)
 
 
@@ -24,8 +24,8 @@ def plain_network(folder):
                   "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)")
 
 
-LAUNCHERS = {"torchrun": torchrun(29611),
-             "launch": [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29612"]}
+LAUNCHERS = {"torchrun": torchrun(),
+             "launch": [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"]}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -52,9 +52,10 @@ def agree(ours, theirs):
 def test_two_nodes(alone):
     folder, rows, _ = alone
     edit(folder, save_dir="'nodes'")
+    port = free_port()
     def agent(node):
         return [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
-                "--master_addr=127.0.0.1", "--master_port=29613"]
+                "--master_addr=127.0.0.1", f"--master_port={port}"]
     other = start(folder, launcher=agent(1))
     out, _ = train(folder, launcher=agent(0))
     out_1, err_1 = other.communicate(timeout=60)
@@ -68,7 +69,7 @@ def test_two_nodes(alone):
 def test_validation_is_the_same_for_the_same_weights(alone):
     """With a learning rate of nearly nothing both launches validate the same weights."""
     folder, _, _ = alone
-    for name, launcher in (("one", (sys.executable,)), ("two", torchrun(29614))):
+    for name, launcher in (("one", (sys.executable,)), ("two", torchrun())):
         train(folder, "--Init_lr", 1e-3, "--backbone_lr_scale", 0.0, "--Freeze_Train", True, "--Freeze_Epoch", 1, "--model_path",
               run_of(folder) / "last_epoch_weights.pth", "--UnFreeze_Epoch", 1, "--momentum", 0.0, "--clip_grad_norm", 1e-30,
               "--weight_decay", 0.0, "--save_dir", f"{name}_val", launcher=launcher)
@@ -81,7 +82,7 @@ def test_batch_norm_network_and_freeze_under_torchrun(tmp_path):
     folder = make_project(tmp_path, backbone="'shufflenet_v2_x0_5'", Freeze_Train=True, Freeze_Epoch=1, num_workers=1,
                           ema_decay=0.9, accumulate=2)
     make_data(folder, train=36, test=11)
-    out, _ = train(folder, launcher=torchrun(29615))
+    out, _ = train(folder, launcher=torchrun())
     assert [row["scored"] for row in history(run_of(folder))] == [11, 11]
     assert len(runs(folder)) == 1 and out.count("continuing") == 0
 
@@ -89,7 +90,7 @@ def test_batch_norm_network_and_freeze_under_torchrun(tmp_path):
 def test_the_error_appears_once(tmp_path):
     folder = make_project(tmp_path, Unfreeze_batch_size=9)
     make_data(folder)
-    _, err = train(folder, launcher=torchrun(29616), code=1)
+    _, err = train(folder, launcher=torchrun(), code=1)
     assert err.count("error: ") == 1 and "set it to 8 or 10" in err
 
 

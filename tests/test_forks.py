@@ -85,7 +85,7 @@ def test_all_forks_at_once(tmp_path):
     train(folder, *WORDS, "--resume", True)
     assert same(weights(runs(folder)[1]), weights(run)) and history(runs(folder)[1])[-1]["recall"] == rows[-1]["recall"]
 
-    train(folder, *WORDS, "--save_dir", "both", launcher=torchrun(29741))
+    train(folder, *WORDS, "--save_dir", "both", launcher=torchrun())
     together = history(next((folder / "both").iterdir()))
     assert [row["scored"] for row in together] == [50, 50] and together[0]["recall"] == pytest.approx(together[0]["top1"])
 
@@ -98,6 +98,6 @@ def test_each_fork_alone(tmp_path, name):
              if {"--optimizer_type": "An optimizer", "--lr_decay_type": "A learning-rate curve", "--focal_gamma": "The loss"}.get(
                  pair[0], name) == name]
     train(folder, *words)
-    train(folder, *words, launcher=torchrun(29742))
+    train(folder, *words, launcher=torchrun())
     train(folder, *words, "--UnFreeze_Epoch", 3, "--resume", runs(folder)[0].name)
     assert len(history(runs(folder)[0])) == 3

@@ -23,9 +23,9 @@ def broken(folder, line, before="    # The run\n", rank=None):
     return "broken.py"
 
 
-def torchrun_ends(folder, port, *words, script="train.py"):
+def torchrun_ends(folder, *words, script="train.py"):
     """stderr of a torchrun launch that must fail."""
-    result = subprocess.run([*torchrun(port), script, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    result = subprocess.run([*torchrun(), script, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
     assert result.returncode != 0
     return result.stdout + result.stderr
 
@@ -35,7 +35,7 @@ def torchrun_ends(folder, port, *words, script="train.py"):
     (["--Unfreeze_batch_size", "3"], "cannot be divided by 2 processes"),  # and before
     (["--resume", "nowhere"], "not a run's folder")])  # on rank 0 alone, told to the others
 def test_a_sentence_of_all_ranks_or_of_rank_0(folder, words, sentence):
-    said = torchrun_ends(folder, 29730, *words)
+    said = torchrun_ends(folder, *words)
     assert said.count("error: ") == 1 and said.count(sentence) == 1 and "most recent call last" not in before_torchruns(said)
 
 
@@ -54,7 +54,7 @@ SENTENCE, MISTAKE = ("raise processes.UserError('mend this')", "error: mend this
                                                  (MISTAKE, CONNECTED, 0), (MISTAKE, CONNECTED, 1)])
 def test_whoever_fails_speaks_once(folder, fault, before, rank):
     line, shown = fault
-    said = torchrun_ends(folder, 29731, script=broken(folder, line, before, rank))
+    said = torchrun_ends(folder, script=broken(folder, line, before, rank))
     assert said.count(shown) == 1, said
     assert before_torchruns(said).count("Traceback") == ("NameError" in shown), said
 
@@ -65,7 +65,7 @@ def test_memory_that_one_rank_lacks(folder):
     try:
         (folder / "utils/fit.py").write_text(text.replace("            optimizer_step(", "            if rank() == 1 and position.step == 2:\n"
             "                raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n            optimizer_step(", 1))
-        said = torchrun_ends(folder, 29732)
+        said = torchrun_ends(folder)
     finally:
         (folder / "utils/fit.py").write_text(text)
     assert said.count("error: out of memory: lower Unfreeze_batch_size") == 1 and "Traceback" not in before_torchruns(said), said

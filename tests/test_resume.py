@@ -104,7 +104,7 @@ def test_signals_to_the_group(tmp_path, number, world):
     """Saved and ended within torchrun's 30 s; the resumed run ends as one that was left alone."""
     folder = make_project(tmp_path, num_workers=2, UnFreeze_Epoch=40, Unfreeze_batch_size=8)
     make_data(folder, train=64, test=16)
-    launcher = (sys.executable,) if world == 1 else torchrun(29621 + number)
+    launcher = (sys.executable,) if world == 1 else torchrun()
     process = start(folder, launcher=launcher)
     seen = wait_for(process, "epoch 2/40:")
     begin = time.monotonic()
@@ -139,7 +139,7 @@ def test_another_number_of_processes(tmp_path):
             state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
             assert state["epoch"] < 2 and process.returncode == 143
             edit(folder, resume=True)
-            train(folder, launcher=torchrun(29625))
+            train(folder, launcher=torchrun())
         else:
             train(folder)
         ends.append((history(run_of(folder)), weights(run_of(folder))))
@@ -154,9 +154,9 @@ def children(pid):
                                                  text=True).stdout.split()]
 
 
-def torchrun_kills(folder, reference_folder, port, kills, rng, seconds):
+def torchrun_kills(folder, reference_folder, kills, rng, seconds):
     """SIGKILL one worker of a torchrun group again and again; the group must restart and end as the reference."""
-    process = start(folder, launcher=[*torchrun(port), "--max-restarts=100"])
+    process = start(folder, launcher=[*torchrun(), "--max-restarts=100"])
     done = 0
     while not list(folder.glob("logs/*/last_checkpoint.pth")) and process.poll() is None:
         time.sleep(0.05)
@@ -180,14 +180,14 @@ def torchrun_reference(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("torchrun"), **ALL_ON)
     make_data(folder, train=320, test=60)
     begin = time.monotonic()
-    train(folder, launcher=torchrun(29626))
+    train(folder, launcher=torchrun())
     return folder, time.monotonic() - begin
 
 
 def test_torchrun_restarts(torchrun_reference, tmp_path):
     folder = make_project(tmp_path, **ALL_ON)
     make_data(folder, train=320, test=60)
-    assert torchrun_kills(folder, torchrun_reference[0], 29627, 1, random.Random(0), torchrun_reference[1])
+    assert torchrun_kills(folder, torchrun_reference[0], 1, random.Random(0), torchrun_reference[1])
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_torchrun_random_kills(torchrun_reference, tmp_path):
         attempt += 1
         folder = make_project(tmp_path / str(attempt), **ALL_ON)
         make_data(folder, train=320, test=60)
-        kills += torchrun_kills(folder, torchrun_reference[0], 29627 + attempt, 5, rng, torchrun_reference[1])
+        kills += torchrun_kills(folder, torchrun_reference[0], 5, rng, torchrun_reference[1])
     print(f"{kills} kills survived under torchrun")
 
 

@@ -1,14 +1,19 @@
 """The parts around train.py. Import it before torch: OpenMP reads its environment once."""
 import os
 import sys
+import time
 
 
 def others_running():
     """How many threads of other programs want a core at this moment (Linux; elsewhere the load of the last minute)."""
     try:
-        with open("/proc/stat") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("procs_running")) - 1
-    except (OSError, StopIteration):
+        found = []
+        for _ in range(3):  # the least of three, as anything runs for a moment
+            with open("/proc/stat") as file:
+                found += [int(line.split()[1]) - 1 for line in file if line.startswith("procs_running")]
+            time.sleep(0.002)
+        return min(found)
+    except (OSError, ValueError):
         return round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
 
 

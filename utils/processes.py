@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -26,28 +27,38 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def attempt() -> str:
-    """Which start of the group this is: torchrun restarts it after a crash."""
-    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-
-
 def connect(Cuda):
     """Join the launcher's processes; returns the documented local_rank. Small facts travel over gloo, gradients of GPUs over nccl."""
     global store
     local_rank = int(os.environ["LOCAL_RANK"])
     if Cuda:
         torch.cuda.set_device(local_rank)
-    shared = None
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        # on one machine torchrun keeps its store over a restart, and with it the addresses of dead processes
-        shared, _, _ = next(dist.rendezvous("env://"))
-        shared = dist.PrefixStore(attempt(), shared)
-    hook = sys.excepthook
-    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo", store=shared, rank=rank() if shared else -1,
-                            world_size=world_size() if shared else -1)
+    hook, store = sys.excepthook, group_store()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo", store=store, rank=rank(), world_size=world_size())
     sys.excepthook = hook  # torch's own would keep our sentence in memory until a return that never comes
-    store = dist.distributed_c10d._get_default_store()
     return local_rank
+
+
+def group_store():
+    """The launcher's store, under a name that only the living processes know.
+
+    torchrun keeps its store over a restart, and with it the addresses of dead processes; and neither its restart count, which
+    each node counts for itself, nor anything else tells one group from the next. So each process asks under a name that it
+    draws, and rank 0 answers with the group's name until everyone has said that it is here.
+    """
+    launchers, _, _ = next(dist.rendezvous("env://"))
+    mine = uuid.uuid4().hex
+    if rank():
+        launchers.set(f"ask {rank()}", mine)
+        group = launchers.get(f"answer {mine}").decode()
+        launchers.set(f"{group} {rank()}", "here")
+        return dist.PrefixStore(group, launchers)
+    for other in range(1, world_size()):
+        while not launchers.check([f"{mine} {other}"]):
+            if launchers.check([f"ask {other}"]):
+                launchers.set("answer " + launchers.get(f"ask {other}").decode(), mine)
+            time.sleep(0.01)
+    return dist.PrefixStore(mine, launchers)
 
 
 def connected():
@@ -173,7 +184,7 @@ def is_ours_to_say():
                                    timeout=datetime.timedelta(seconds=5))
         if claims is not None:
             claims.set_timeout(datetime.timedelta(seconds=5))
-            return claims.add(f"errors of {attempt()}", 1) == 1
+            return claims.add(f"errors of start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except Exception:  # the store ended with its process, which may have been the one to speak
         pass
     if rank():

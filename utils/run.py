@@ -87,8 +87,8 @@ def find_run(resume, save_dir):
         if not lock(run):
             raise UserError(f"{run} cannot be continued before the process that trains it has ended")
         return run
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if not (resume or restarted):
+    named = os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"  # torchrun's --rdzv_id: a node started anew belongs to it
+    if not (resume or named or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
         return None
     for path in sorted(Path(save_dir).glob("*/config.json"), key=lambda p: p.parent.name, reverse=True):
         try:

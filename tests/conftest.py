@@ -1,8 +1,13 @@
 """Markers, and the slow proofs that run only when asked for: python -m pytest tests --slow"""
+import signal
+import threading
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if threading.current_thread() is threading.main_thread():  # a shell's background job, and what it starts, would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

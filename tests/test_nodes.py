@@ -1,4 +1,4 @@
-"""Two torchrun agents play two nodes: a process, a node or the rendezvous dies, stops or disagrees, and the run goes on or says why."""
+"""Two torchrun agents play two nodes: one dies, stops or disagrees, and the run goes on or says why."""
 import os
 import signal
 import subprocess
@@ -61,8 +61,8 @@ class Nodes:
         with open(self.folder / f"node{node}.out", "a") as out:
             self.agents[node] = subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=one-launch",
-                 f"--max-restarts={self.restarts}", *where, "train.py"], stdout=out, stderr=out,
-                env={**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, cwd=self.folders[node], start_new_session=True)
+                 f"--max-restarts={self.restarts}", *where, "train.py"], stdout=out, stderr=out, start_new_session=True,
+                env={**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, cwd=self.folders[node])
 
     def process(self, node):
         """The id of a node's training process."""
@@ -190,4 +190,15 @@ def test_a_process_stops_for_ever(alone, tmp_path, node):
     with Nodes(tmp_path, "c10d", impatient=True) as nodes:
         nodes.until_it_prints("epoch 3/8:")
         os.kill(nodes.process(node), signal.SIGSTOP)
+        nodes.ends_as(alone)
+
+
+def test_a_process_stops_for_ever_where_agents_do_not_meet(alone, tmp_path):
+    """By --node_rank an agent knows nothing of the other one: the group waits until someone kills the stopped process."""
+    with Nodes(tmp_path, "static", impatient=True) as nodes:
+        nodes.until_it_prints("epoch 3/8:")
+        pid = nodes.process(1)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(25)
+        os.kill(pid, signal.SIGKILL)
         nodes.ends_as(alone)

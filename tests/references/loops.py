@@ -30,7 +30,7 @@ def usual(paths, batch):
 
 def ready(kind, network, batch, steps, device="cpu", mixed=False):
     model = torchvision.models.get_model(network, num_classes=10).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
     images = torch.randn(batch, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(0, 10, (batch,), device=device)
     lower = torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16, enabled=mixed)

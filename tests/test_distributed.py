@@ -104,3 +104,16 @@ def test_settings_that_need_a_launcher_or_a_gpu(tmp_path):
             edit(folder, **{"distributed": False, "Cuda": False, "sync_bn": False, **constants})
             _, err = train(folder, code=1)
             assert word in err and "Traceback" not in err
+
+
+def test_class_weights_do_not_depend_on_the_processes(alone):
+    """A batch's share of rare classes differs between processes; each picture must count the same."""
+    folder, _, _ = alone
+    rows = []
+    lines = (folder / "model_data/cls_train.txt").read_text().splitlines(keepends=True)
+    (folder / "model_data/uneven.txt").write_text("".join(line for i, line in enumerate(lines) if line[0] == "0" or i % 5 == 0))
+    for name, launcher in (("one", (sys.executable,)), ("two", torchrun())):
+        train(folder, "--class_weights", "balanced", "--train_annotation_path", "model_data/uneven.txt", "--save_dir", f"{name}_uneven",
+              launcher=launcher)
+        rows.append(history(next((folder / f"{name}_uneven").iterdir())))
+    agree(*rows)

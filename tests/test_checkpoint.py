@@ -1,6 +1,7 @@
 """What is saved is finite, whole and one story; what is read is what was saved."""
 import random
-import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -135,17 +136,23 @@ def test_an_epoch_ends_in_one_commit(tmp_path, moment):
     assert [row["epoch"] for row in history(run)] == [1, 2, 3]
 
 
+def stopped_in_an_epoch(folder):
+    """Train until a first checkpoint is there, then SIGTERM; the checkpoint."""
+    process = start(folder)
+    while not list(folder.glob("logs/*/last_checkpoint.pth")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    kill_group(process, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    return load_checkpoint(run_of(folder))
+
+
 def test_lists_that_change_under_a_run(tmp_path):
     folder = make_project(tmp_path, UnFreeze_Epoch=2, save_minutes=1 / 6000, num_workers=1)
     make_data(folder, train=160, test=12)
-    process = start(folder)
-    while not list(folder.glob("logs/*/last_checkpoint.pth")):
-        pass
-    kill_group(process, 15)
-    process.communicate(timeout=60)
-    state = load_checkpoint(run_of(folder))
-    assert process.returncode == 143 and state["step"]
-    shutil.copytree(folder, tmp_path / "copy")
+    state = stopped_in_an_epoch(folder)
+    assert state["step"]
     path = folder / "model_data/cls_train.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-8]))
     out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", state["epoch"] + 1)
@@ -162,11 +169,7 @@ def test_lists_that_change_under_a_run(tmp_path):
 def test_epochs_that_lie_behind(tmp_path):
     folder = make_project(tmp_path, UnFreeze_Epoch=8, Init_Epoch=5, save_minutes=1 / 6000)
     make_data(folder, train=160, test=6)
-    process = start(folder)
-    while not list(folder.glob("logs/*/last_checkpoint.pth")):
-        pass
-    kill_group(process, 15)
-    process.communicate(timeout=60)
+    stopped_in_an_epoch(folder)
     edit(folder, Init_Epoch=0)
     _, err = train(folder, "--resume", True, "--UnFreeze_Epoch", 3, code=1)
     assert "raise UnFreeze_Epoch" in err and "Traceback" not in err

@@ -17,17 +17,18 @@ from nets import get_model, head_layers, is_transformer, lay_out, load_matching,
 from utils import lists, processes
 from utils.charts import first_batch
 from utils.checkpoint import Checkpoint
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate, ignore_signals, own_data
+from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
 from utils.files import load_weights, save_image
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.precision import choose_precision
 from utils.processes import rank, world_size
 from utils.recipe import balanced_weights, get_optimizer, get_recipe
-from utils.run import open_run, show_run, write_config
+from utils.run import begin_run, open_run, write_config
 from utils.sample_data import data_paths
 from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
 from utils.settings import check_best_by, check_phases, check_settings, command_line, too_small
+from utils.workers import ignore_signals
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU
@@ -101,7 +102,6 @@ if __name__ == "__main__":
     else:
         classes_path, train_annotation_path, test_annotation_path = data_paths(
             classes_path, train_annotation_path, test_annotation_path)
-        lists.check_files(classes_path, train_annotation_path, test_annotation_path)
         class_names, num_classes = lists.get_classes(classes_path)
         with open(train_annotation_path, encoding='utf-8') as f:
             train_lines = f.readlines()
@@ -124,7 +124,6 @@ if __name__ == "__main__":
     check_best_by(best_by, num_classes)
     settings = {name: globals()[name] for name in settings}  # with the sample's paths
     save_dir, config, state = processes.on_rank_0(lambda: open_run(resume, save_dir, settings, class_names))
-    fp16 = config["settings"]["fp16"]  # of a resumed run, what it found
     loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
 
     # The network
@@ -142,11 +141,9 @@ if __name__ == "__main__":
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = lay_out(model, "cuda" if Cuda else "cpu", channels_last)
-    if fp16 == "auto":
-        fp16, config["precision"] = processes.on_rank_0(lambda: choose_precision(
-            model, Unfreeze_batch_size // world_size(), input_shape, num_classes, Cuda,
-            steps=(UnFreeze_Epoch - Init_Epoch) * num_train // Unfreeze_batch_size))
-        config["settings"]["fp16"] = fp16
+    fp16, config["precision"] = processes.on_rank_0(
+        lambda: choose_precision(config["settings"], model, num_classes, num_train))
+    config["settings"]["fp16"] = fp16
     scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
     optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
     weights = balanced_weights(train_data.class_ids(), num_classes) if class_weights == "balanced" else None
@@ -158,10 +155,8 @@ if __name__ == "__main__":
                "Unfreeze_batch_size": Unfreeze_batch_size})
     if state:
         checkpoint.load(state)
-    processes.on_rank_0(lambda: show_run(save_dir, config, parameters, flops, num_train, num_val))
-    processes.on_rank_0(lambda: write_config(save_dir, config))
-    if state:
-        processes.on_rank_0(lambda: checkpoint.publish(save_period, UnFreeze_Epoch, with_last=state["step"] == 0))
+    processes.on_rank_0(lambda: begin_run(save_dir, config, parameters, flops, num_train, num_val))
+    processes.on_rank_0(lambda: checkpoint.publish(save_period, UnFreeze_Epoch))
     checkpoint.catch_signals()
 
     UnFreeze_flag = None  # no phase is set up yet
@@ -215,7 +210,7 @@ if __name__ == "__main__":
         fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
                       UnFreeze_Epoch, Cuda, fp16, scaler, save_period, save_dir, local_rank,
                       recipe=recipe, checkpoint=checkpoint, lr_scheduler_func=lr_scheduler_func)
-        if processes.from_rank_0(rank() == 0 and 0 < early_stop <= loss_history.since_best()):
+        if processes.on_rank_0(lambda: 0 < early_stop <= loss_history.since_best()):
             break
 
     if rank() == 0:

@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 
 from nets import get_model, head_layers
 from tests.bench_tools import Reference, by_turns, pairs, photos, report, seconds
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate, ignore_signals
+from utils.dataloader import DataGenerator, EpochSampler, detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.recipe import Recipe, get_optimizer
+from utils.workers import ignore_signals
 
 
 def bench_pictures(folder):

@@ -1,6 +1,4 @@
 import errno
-import io
-import math
 import os
 import pickle
 import random
@@ -15,10 +13,11 @@ from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop, v2
 
-from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate, ignore_signals
+from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
 from utils.errors import UserError
-from utils.pictures import MEAN, STD, centre_box, jpeg_header, normalize, random_box, read_crop
+from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_crop
 from utils.sample_data import DEFAULT_PATHS, SHAPES, data_paths, draw_set
+from utils.workers import ignore_signals
 
 
 def photo(width, height, seed=0):
@@ -68,20 +67,6 @@ def test_reduced_decoding_keeps_the_resolution(tmp_path, monkeypatch):
         assert min(seen[-1]) >= 224 and min(seen[-1]) < 448
     read_crop(tmp_path / "photo.jpg", (64, 224), lambda h, w: (0, 0, 1200, 470))
     assert seen[-1][0] >= 224 and seen[-1][1] >= 64
-
-
-def test_pixels_of_a_jpeg(tmp_path):
-    """Found in the frame header, not in the one of the thumbnail that a camera puts before it; broken files do no harm."""
-    thumbnail = io.BytesIO()
-    photo(64, 48).save(thumbnail, "JPEG")
-    for progressive in (False, True):
-        file = io.BytesIO()
-        photo(300, 200).save(file, "JPEG", progressive=progressive, comment=thumbnail.getvalue())
-        assert jpeg_header(file.getvalue())[0] == 300 * 200
-        assert all(jpeg_header(file.getvalue()[:end])[0] in (math.inf, 300 * 200) for end in range(5000))
-    file = io.BytesIO()
-    photo(64, 48).save(file, "PNG")
-    assert jpeg_header(file.getvalue())[0] == jpeg_header(b"")[0] == jpeg_header(b"\xff\xd8" + 99 * b"\xff")[0] == math.inf
 
 
 def corner_picture(width, height):

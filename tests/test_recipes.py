@@ -63,7 +63,7 @@ def test_a_step_reads_no_figure():
             optimizer_step(optimizer, NO_SCALER, 1.0)
     assert waits.count == 0 and position.sums["pictures"] == 16
     with Waits() as waits:
-        position.bad_step.new_tensor(position.bad_step.item())
+        position.sums["loss"].new_tensor(position.sums["loss"].item())
     assert waits.count == 2  # it can count
 
 

@@ -3,16 +3,20 @@
 Before each step the processes agree by one number, the largest wish of all: so none enters a step that another one leaves
 out. Wishes travel while the step before computes, and nothing waits for them.
 """
+import math
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from utils import processes
 from utils.errors import UserError
 from utils.processes import rank
 from utils.state import RunState
+from utils.workers import batches_of
 
 GO_ON, SAVE, GIVE_UP = 0, 1, 2  # wishes; 128 + a signal's number is the wish to save and end
 
@@ -24,26 +28,18 @@ class Position:
     device: torch.device
     allowed: float  # unreadable pictures of all processes
     step: int = 0  # global batches done
-    sums: dict = field(default_factory=dict)  # of recipe.sums_of, on the device, so that no step waits for figures
+    sums: Counter = field(default_factory=Counter)  # of recipe.sums_of, whose update() adds; on the device, so no step waits
     unreadable: int = 0
     cleared: int = 0  # as many of them were found to be few enough, together with the other processes'
     lr: float = 0.0
-    bad_step: torch.Tensor = None  # int64 (): the first step whose loss is not finite, 0 for none
-
-    def __post_init__(self):
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
-
-    def add(self, loss, sums):
-        """Add a batch's loss and its sums of recipe.sums_of; without waiting for the device."""
-        bad = torch.isfinite(loss).logical_not() & (self.bad_step == 0)
-        self.bad_step = torch.where(bad, self.step, self.bad_step)
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()}
 
     def totals(self):
         """({name: sum of all processes, on the CPU}, unreadable pictures of all). Collective."""
         everyone = processes.gather_objects(({name: value.cpu() for name, value in self.sums.items()}, self.unreadable))
-        names = dict.fromkeys(name for sums, _ in everyone for name in sums)
-        return {name: sum(sums[name] for sums, _ in everyone if name in sums) for name in names}, sum(n for _, n in everyone)
+        total = Counter()
+        for sums, _ in everyone:
+            total.update(sums)
+        return dict(total), sum(unreadable for _, unreadable in everyone)
 
 
 class Checkpoint(RunState):
@@ -52,7 +48,7 @@ class Checkpoint(RunState):
     def __init__(self, run, parts, save_minutes=0, **options):
         super().__init__(run, parts, **options)
         self.save_minutes, self.position, self.signal, self.signalled_at = save_minutes, None, 0, 0
-        self.looked_at, self.failure, self.named = 0, None, set()
+        self.wishes, self.bad_step, self.failure, self.named = 0, 0, None, set()
 
     def catch_signals(self):
         """From now on SIGTERM, Ctrl-C and SIGHUP are noted and obeyed after the current step; a second Ctrl-C ends at once."""
@@ -74,7 +70,7 @@ class Checkpoint(RunState):
             self.position.step = self.resumed["step"]
             if rank() == 0:
                 sums, self.position.unreadable = self.resumed["totals"]
-                self.position.sums = {name: value.to(device) for name, value in sums.items()}
+                self.position.sums.update({name: value.to(device) for name, value in sums.items()})
         return self.position
 
     def steps(self, gen, position, steps, number=1):
@@ -83,24 +79,25 @@ class Checkpoint(RunState):
         The loop's body computes with them. Meanwhile the next ones are here and this process's wish travels.
         Batches that this process has no share in are left out of the list. Used for training and validation alike.
         """
-        batches = in_this_process(gen)
+        batches = batches_of(gen)
         ready = self.fetch(batches, min(number, steps))
         wish = self.wish(position)
         while steps > 0:
-            self.obey(wish.wait(), position)
+            self.obey(wish, position)
             current, steps = ready, steps - number
             ready = self.fetch(batches, min(number, steps))
-            self.note_unreadable(current, gen, position)
+            if any(batch[2] for batch in current):
+                self.note_unreadable(current, gen, position)
             wish = self.wish(position)
             yield current
-        self.obey(wish.wait(), position)
-        self.obey(self.wish(position, look=True).wait(), position)  # a loss that was not finite in the last step
+        self.obey(wish, position)
+        self.obey(self.wish(position, look=True), position)  # a loss that was not finite in the last step
 
     def fetch(self, batches, number):
         """The next `number` batches, or fewer at the end; a loader that fails is remembered as this process's failure."""
         got = []
         try:
-            while len(got) < number and (batch := next_batch(batches)) is not None:
+            while len(got) < number and (batch := next(batches, None)) is not None:
                 got.append(batch)
         except UserError as error:
             self.failure = str(error)
@@ -115,25 +112,36 @@ class Checkpoint(RunState):
             self.named.add(index)
 
     def wish(self, position, look=False):
-        """Send this process's wish on its way. A GPU has to finish its steps before its losses can be looked at: every 20th time."""
-        self.looked_at += 1
-        look = look or position.device.type == "cpu" or self.looked_at % 20 == 0
+        """Send this process's wish on its way: (int64 (1,), its journey or None).
+
+        A GPU has to finish its steps before its losses can be looked at: every 20th time.
+        """
+        self.wishes += 1
+        look = look or position.device.type == "cpu" or self.wishes % 20 == 0
         due = self.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
         # whether they are too many is seen from all processes' sum, when saving
         too_many = position.unreadable > max(position.allowed / processes.world_size(), position.cleared)
-        if self.signal:
-            return processes.Wish(128 + self.signal)
-        if self.failure or look and position.bad_step.item():
-            return processes.Wish(GIVE_UP)
-        return processes.Wish(SAVE if due or too_many else GO_ON)
+        give_up = self.failure or look and self.find_bad_step(position)
+        number = 128 + self.signal if self.signal else GIVE_UP if give_up else SAVE if due or too_many else GO_ON
+        wish = torch.tensor([number])
+        return wish, dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True) if processes.connected() else None
+
+    def find_bad_step(self, position):
+        """The training step at which the sum of losses was first seen to be not finite; 0 for none. Waits for a GPU."""
+        if not self.bad_step and not math.isfinite(position.sums["loss"]):
+            self.bad_step = position.step
+        return self.bad_step
 
     def obey(self, wish, position):
         """Do what the processes have agreed on: go on, save, give up with a sentence, or save and end. Collective."""
-        if wish == GO_ON:
+        largest, journey = wish
+        if journey:
+            journey.wait()
+        if largest == GO_ON:
             return
         training, validating = self.position, position is not self.position
         where = f"epoch {training.epoch + 1}, step {training.step}"
-        told = processes.gather_objects((position.bad_step.item(), self.failure))
+        told = processes.gather_objects((self.find_bad_step(position), self.failure))
         bad_step, failure = max(bad for bad, _ in told), next((failure for _, failure in told if failure), None)
         if bad_step:
             raise UserError(f"the loss is not finite in epoch {training.epoch + 1}, step {bad_step}, at lr {training.lr:.3g}: "
@@ -148,43 +156,9 @@ class Checkpoint(RunState):
             failure = f"{too_many}, and a score of the others would not compare: mend them, and the validation alone is repeated"
         if failure:
             raise UserError(f"{failure}. The state up to {where} is saved: continue with resume = {self.run!r}")
-        if wish > 128:
+        if largest > 128:
             if rank() == 0:
-                print(f"\n{signal.Signals(wish - 128).name}: saved at {where}; continue with "
+                print(f"\n{signal.Signals(int(largest) - 128).name}: saved at {where}; continue with "
                       f"resume = {self.run!r} (or resume = True) in train.py", flush=True)
             processes.barrier()
-            processes.end(wish)
-
-
-def in_this_process(gen):
-    """The batches of `gen`; a worker's death is found by the next fetch, not by a signal handler amid a step."""
-    batches = iter(gen)
-    if gen.num_workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return batches
-
-
-def next_batch(batches):
-    """The next batch, or None at the end. UserError: the sentence for a worker that has failed."""
-    try:
-        return next(batches, None)
-    except UserError as error:  # a worker's error comes with its traceback as text, the sentence last
-        raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from None
-    except (RuntimeError, OSError, EOFError) as error:
-        if loader_failure(error):
-            raise UserError(loader_failure(error)) from error
-        raise
-
-
-def loader_failure(error):
-    """A sentence for an error that a DataLoader raised, or None for a programming error in a worker."""
-    text = str(error)
-    if "shared memory" in text or "bus error" in text.lower():
-        return ("the data loader's workers have no shared memory left: give the container more (docker run --shm-size=2g), "
-                "lower num_workers, or set num_workers = 0")
-    if "Too many open files" in text:
-        return "too many open files: raise the limit (ulimit -n 4096), or lower num_workers"
-    if "Caught" not in text and ("DataLoader worker" in text or isinstance(error, (OSError, EOFError))):
-        return ("a data-loader worker died, most likely for lack of memory: lower num_workers or the batch size "
-                f"({(text.splitlines() or [type(error).__name__])[0]})")
-    return None
+            processes.end(int(largest))

@@ -2,10 +2,7 @@
 
 Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, index) alone.
 """
-import ctypes
 import random
-import signal
-import sys
 import zlib
 from functools import partial
 
@@ -55,10 +52,6 @@ class AnnotationLines(Dataset):
     def __getitem__(self, index):
         class_id, path = split_line(self.line(index))
         return path, int(class_id)
-
-    @property
-    def targets(self):
-        return [int(split_line(self.line(index))[0]) for index in range(len(self))]
 
 
 class DataGenerator(Dataset):
@@ -145,19 +138,6 @@ def detection_collate(batch):
     if get_worker_info():  # where default_collate does the same
         targets.share_memory_()
     return images.permute(0, 3, 1, 2), targets, [bad for item in batch for bad in item[2]]
-
-
-def ignore_signals(worker_id):
-    """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving.
-
-    On Linux a worker dies with its process, at once: an orphan would hold the sockets that it inherited, and a group that
-    torchrun restarts would connect to them and wait for ever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # of linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class EpochSampler(Sampler):

@@ -1,6 +1,7 @@
 """The one error that a user can mend, and the nearest name for a mistyped one."""
 import difflib
 
+TOO_MANY_FILES = "too many open files: raise the limit (ulimit -n 4096), or lower num_workers"
 TOO_SMALL = "数据集过小,无法继续进行训练,请扩充数据集。"  # the documented words of the documented ValueError
 
 

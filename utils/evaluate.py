@@ -8,6 +8,7 @@ import io
 import os
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 
 import numpy as np
 import torch
@@ -44,15 +45,14 @@ def pictures_of(run, annotation=None):
 @memory_advice("--batch-size")
 def score(run, data, batch_size, num_workers=None):
     """({figure: number}, float32 (N, classes) probabilities, int64 (N,) true classes, (N,) indices of what was scored)."""
-    criterion, sums, shown, truth, unreadable = recipe.get_criterion(run.settings), {}, [], [], []
+    criterion, sums, shown, truth, unreadable = recipe.get_criterion(run.settings), Counter(), [], [], []
     progress = ProgressLine("evaluating", -(-len(data) // batch_size))
     for step, (scores, targets, named) in enumerate(run.scored(data, batch_size, num_workers), 1):
         for index, reason in named:
             unreadable.append(index)
             print(f"\nunreadable picture: {data.name(index)} ({reason})")
         if scores is not None:
-            more = recipe.sums_of(criterion(scores, targets), scores, targets)
-            sums = {name: sums.get(name, 0) + value for name, value in more.items()}
+            sums.update(recipe.sums_of(criterion(scores, targets), scores, targets))  # adds to what each name has
             shown.append(recipe.probabilities(scores).cpu())
             truth.append(targets.cpu())
             progress.show(step, batch_size, lambda: "top1 {:.1%}".format(recipe.figures_of(sums).get("top1", 0)))

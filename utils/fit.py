@@ -19,25 +19,24 @@ from utils.scheduler import set_optimizer_lr
 class ProgressLine:
     """One line, redrawn in place twice a second on a terminal, printed every half minute into a log."""
 
-    def __init__(self, title, steps, first_step=0):
-        self.title, self.steps, self.first_step = title, steps, first_step
-        self.terminal = sys.stdout.isatty()
+    def __init__(self, title, steps, first_step=0, stream=None):
+        self.title, self.steps, self.first_step, self.stream = title, steps, first_step, stream or sys.stdout
+        self.terminal = self.stream.isatty()
         self.begin = self.shown = time.monotonic()
 
-    def show(self, step, images, describe):
-        """describe() reads figures off the device, so it is only called when the line is due."""
+    def show(self, step, images, describe, due=False):
+        """images: to a step. describe() reads figures off the device, so it is only called when the line is due."""
         now = time.monotonic()
-        if rank() or now - self.shown < (0.5 if self.terminal else 30):
+        if rank() or not due and now - self.shown < (0.5 if self.terminal else 30):
             return
-        self.shown = now
-        done = step - self.first_step
-        left = time.strftime("%H:%M:%S", time.gmtime((now - self.begin) / done * (self.steps - step)))
-        text = f"{self.title} {step}/{self.steps} {describe()} {images * done / (now - self.begin):.0f} images/s {left} left"
-        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+        self.shown, done, seconds = now, step - self.first_step, max(now - self.begin, 1e-3)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds / done * (self.steps - step)))
+        text = f"{self.title} {step}/{self.steps} {describe()} {images * done / seconds:.0f} images/s {left} left"
+        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", file=self.stream, flush=True)
 
     def clear(self):
         if self.terminal and not rank():
-            print("\r\033[K", end="", flush=True)
+            print("\r\033[K", end="", file=self.stream, flush=True)
 
 
 def autocast(Cuda, fp16):
@@ -72,7 +71,7 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, position)
             scaler.scale(loss / len(batches)).backward()
         with torch.no_grad():
             position.step += 1
-            position.add(loss, sums_of(loss, scores, targets))
+            position.sums.update(sums_of(loss, scores, targets))
 
 
 def optimizer_step(optimizer, scaler, clip_grad_norm):
@@ -120,8 +119,7 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
         for images, targets, _ in batches:
             if len(targets):
                 scores, targets = score_batch(model, images, targets, Cuda, fp16)
-                loss = recipe.val_criterion(scores, targets)
-                position.add(loss, sums_of(loss, scores, targets))
+                position.sums.update(sums_of(recipe.val_criterion(scores, targets), scores, targets))
     sums, unreadable = position.totals()
     if not sums:
         raise UserError("no picture of the test list can be read, so there is no score")

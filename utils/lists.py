@@ -34,13 +34,6 @@ def check_text_file(name, path, remedy=REMEDY):
         raise UserError(f"{name}: {path!r} is empty: {remedy}")
 
 
-def check_files(classes_path, train_annotation_path, test_annotation_path):
-    """The three text files exist and are UTF-8 text."""
-    check_text_file("classes_path", classes_path)
-    check_text_file("train_annotation_path", train_annotation_path)
-    check_text_file("test_annotation_path", test_annotation_path)
-
-
 def get_classes(classes_path):
     """(class names, their number) from a text file, one name a line; blank lines are passed over, and it is said."""
     check_text_file("classes_path", classes_path, "write one class name a line")

@@ -1,19 +1,10 @@
 """The run's figures: kept for the checkpoint, and written as history.csv, epoch_loss.png and TensorBoard scalars."""
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 from utils.charts import line_chart
 from utils.files import save_image, save_text
-
-
-class NoWriter:
-    """Stands for TensorBoard's SummaryWriter where tensorboard is not installed."""
-
-    def add_scalar(self, *args, **kwargs):
-        pass
-
-    def close(self):
-        pass
 
 
 class LossHistory:
@@ -28,8 +19,8 @@ class LossHistory:
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(log_dir)
-        except ImportError:
-            self.writer = NoWriter()
+        except ImportError:  # its files are all that is missing then
+            self.writer = SimpleNamespace(add_scalar=lambda *words: None, close=lambda: None)
 
     def append_loss(self, figures):
         """Add an epoch's figures; True when it is the best so far."""
@@ -67,7 +58,8 @@ class LossHistory:
         if not self.rows:
             return
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        text = [",".join(names)] + [",".join(spelled(row.get(name, math.nan)) for name in names) for row in self.rows]
+        values = [[row.get(name, math.nan) for name in names] for row in self.rows]
+        text = [",".join(names)] + [",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in row) for row in values]
         save_text(Path(self.log_dir, "history.csv"), "\n".join(text) + "\n")
         self.loss_plot()
 
@@ -83,7 +75,3 @@ class LossHistory:
 
     def load_state_dict(self, state):
         self.rows, self.best_since = state["rows"], state.get("best_since", 0)
-
-
-def spelled(value):
-    return f"{value:.8g}" if isinstance(value, float) else str(value)

@@ -3,7 +3,6 @@ import io
 import math
 import os
 import stat
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ except ImportError:  # torchvision has announced that its decoders will go; Pill
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quarter, an eighth
-FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a JPEG that are followed by its size
 # EXIF orientation: the axes to mirror, after exchanging rows and columns from 5 on
 MIRRORS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
@@ -52,49 +50,23 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def jpeg_header(source):
-    """(height times width, EXIF bytes) that stand before a JPEG's pixels (ITU-T T.81, B.2.2); infinite where none stands.
-
-    Pillow would say it too, but opening a picture to choose its decoder takes a twentieth of a small one's time.
-    """
-    at, exif = 2, b""
-    while source.startswith(b"\xff\xd8") and at + 9 <= len(source) and source[at] == 0xFF:
-        marker, end = source[at + 1], at + 2 + int.from_bytes(source[at + 2:at + 4], "big")
-        if marker in FRAME_HEADERS:
-            return int.from_bytes(source[at + 5:at + 7], "big") * int.from_bytes(source[at + 7:at + 9], "big"), exif
-        if marker == 0xE1 and source[at + 4:at + 10] == b"Exif\0\0":
-            exif = exif or source[at + 4:end]
-        at = end
-    return math.inf, exif
-
-
-def orientation(read_tags):
-    """How a file's rows and columns lie, 1 … 8. read_tags() → its EXIF tags.
+def orientation(image):
+    """How a Pillow image's rows and columns lie, 1 … 8; it is decoded by this unless it is a JPEG, and is then of the size that
+    counts.
 
     The rule for every format, size and decoder: EXIF's tag 0x0112 counts where it is a whole number from 1 to 8, everything
     else is 1, upright. XMP does not count.
     """
-    try:
-        value = read_tags().get(0x0112)
-    except Exception:  # Pillow raises nearly anything for broken tags
-        value = None
-    return int(value) if value in range(1, 9) else 1
-
-
-def exif_tags(data):
-    tags = Image.Exif()
-    tags.load(data)
-    return tags
-
-
-def image_orientation(image):
-    """The same of a Pillow image, which is decoded by it unless it is a JPEG, and is then of the size that counts."""
     for decoded in (False, True):
         for key in ("xmp", "XML:com.adobe.xmp"):
             image.info.pop(key, None)
         if not decoded and image.format not in REDUCIBLE:
             image.load()  # TIFF turns itself, by XMP as well; PNG's tags may come last
-    return orientation(image.getexif)
+    try:
+        value = image.getexif().get(0x0112)
+    except Exception:  # Pillow raises nearly anything for broken tags
+        value = None
+    return int(value) if value in range(1, 9) else 1
 
 
 def upright(pixels, turn):
@@ -141,23 +113,19 @@ def read_crop(source, input_shape, choose_box):
             (top, left, box_height, box_width), input_shape)
 
     source = contents(source)
-    if isinstance(source, bytes):
-        size, exif = jpeg_header(source)
-        if decode_jpeg and size < 16 * input_shape[0] * input_shape[1]:
+    with Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source as image:
+        turn, stored, jpeg = orientation(image), image.size, image.format in REDUCIBLE
+        (top, left, height, width), shape = place(*stored[::-1])
+        if jpeg and decode_jpeg and isinstance(source, bytes) and math.prod(stored) < 16 * math.prod(input_shape):
             try:  # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
                 pixels = decode_jpeg(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB)
             except RuntimeError:
                 pass  # a broken file, which Pillow names
             else:
-                turn = orientation(partial(exif_tags, exif))
-                (top, left, height, width), shape = place(*pixels.shape[1:])
                 crop = pixels.permute(1, 2, 0)[None, top:top + height, left:left + width].contiguous().permute(0, 3, 1, 2)
                 # in channels_last memory, which the decoder wrote, it takes half the time
                 return upright(F.interpolate(crop, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0), turn)
-    with Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source as image:
-        turn, stored = image_orientation(image), image.size
-        (top, left, height, width), shape = place(*stored[::-1])
-        if image.format in REDUCIBLE:
+        if jpeg:
             shrink = max(1, min(height // shape[0], width // shape[1]))
             image.draft(image.mode, (stored[0] // shrink, stored[1] // shrink))
         image = to_rgb(image)

@@ -6,6 +6,7 @@ import torch
 
 from utils.fit import autocast, batch_loss
 from utils.pictures import normalize
+from utils.processes import world_size
 from utils.recipe import Recipe
 
 WORTH = 1.1  # bfloat16 must be faster by this factor, as it rounds to 8 bits
@@ -21,18 +22,21 @@ def trial_step(model, images, targets, fp16):
     return time.perf_counter() - begin
 
 
-def choose_precision(model, batch_size, input_shape, num_classes, Cuda, steps):
-    """(fp16, why it is so): on a CPU, whether to train in bfloat16, and both speeds.
+def choose_precision(settings, model, num_classes, num_train):
+    """(fp16, why it is so, None where the settings say it): for 'auto' on a CPU, whether to train in bfloat16, and both speeds.
 
     Tried on a copy of the model with pictures of noise, in turn, four times each at the most, until 5 s or 2 % of the
     training's `steps` have passed. Instruction sets do not tell: bfloat16 makes some networks three times as fast and
     others half as fast on one machine.
     """
-    if Cuda:
+    if settings["fp16"] != "auto":
+        return settings["fp16"], None
+    if settings["Cuda"]:
         return True, "the default on CUDA"
+    batch_size, steps = settings["Unfreeze_batch_size"] // world_size(), settings["UnFreeze_Epoch"] * num_train // settings["Unfreeze_batch_size"]
     trial, seconds, begin = copy.deepcopy(model).train(), {False: [], True: []}, time.perf_counter()
     with torch.random.fork_rng(devices=[]):
-        images = normalize(torch.randint(0, 256, (batch_size, *input_shape, 3), dtype=torch.uint8).permute(0, 3, 1, 2), "cpu")
+        images = normalize(torch.randint(0, 256, (batch_size, *settings["input_shape"], 3), dtype=torch.uint8).permute(0, 3, 1, 2), "cpu")
         targets = torch.randint(0, num_classes, (batch_size,))
         for attempt in range(4):
             for fp16 in (False, True):

@@ -11,13 +11,15 @@ from functools import partial
 from itertools import islice, tee
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
 from utils import recipe
 from utils.annotation import pictures_below
 from utils.charts import font
 from utils.files import save_image, writable
-from utils.pictures import centre_box, read_crop, to_rgb
+from utils.pictures import centre_box, orientation, read_crop, to_rgb, upright
 from utils.processes import one_sentence_errors
 from utils.trained import TrainedRun, cores
 
@@ -93,7 +95,8 @@ def show(path, found, as_json, utf8):
 def save_labelled(path, best, target):
     """A copy of the picture, its longer side at most 1,024 pixels, with the best class on it."""
     with Image.open(path) as image:
-        image = to_rgb(ImageOps.exif_transpose(image))
+        turn = orientation(image)
+        image = Image.fromarray(upright(torch.from_numpy(np.array(to_rgb(image))), turn).numpy())
     image.thumbnail((1024, 1024))
     draw, label, letters = ImageDraw.Draw(image), f"{best[0]} {best[1]:.0%}", font(max(14, image.height // 20))
     draw.rectangle(draw.textbbox((4, 4), label, letters), "white")

@@ -1,8 +1,6 @@
 """Ranks, what processes tell each other, and how one begins and ends. All of it also works in one unconnected process."""
-import atexit
 import datetime
 import errno
-import multiprocessing
 import os
 import sys
 import time
@@ -12,7 +10,8 @@ import uuid
 import torch
 import torch.distributed as dist
 
-from utils.errors import TOO_SMALL, UserError
+from utils.errors import TOO_MANY_FILES, TOO_SMALL, UserError
+from utils.workers import stop_workers
 
 store = None  # the connected processes' own, which outlives each of them under torchrun
 
@@ -65,19 +64,6 @@ def connected():
     return dist.is_available() and dist.is_initialized()
 
 
-class Wish:
-    """A number that travels to all processes while this one computes; wait() gives the largest of all."""
-
-    def __init__(self, number):
-        self.largest = torch.tensor([number])
-        self.travel = dist.all_reduce(self.largest, dist.ReduceOp.MAX, async_op=True) if connected() else None
-
-    def wait(self):
-        if self.travel:
-            self.travel.wait()
-        return int(self.largest)
-
-
 def gather_objects(item):
     """Every process's `item`, in the order of ranks. Collective."""
     if not connected():
@@ -87,32 +73,23 @@ def gather_objects(item):
     return everyone
 
 
-def from_rank_0(item):
-    """Rank 0's `item`, on every process. Collective."""
-    if not connected():
-        return item
-    box = [item]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def on_rank_0(work):
     """work() on rank 0 alone; its result, or its error, on every process. Collective."""
     if not connected():
         return work()
-    result = problem = None
+    answer = [None, None]  # its result, or its error's kind and text: told to all, so that none waits for ever
     if rank() == 0:
         try:
-            result = work()
-        except UserError as error:  # told to all, so that none waits for ever
-            problem = UserError, str(error)
+            answer[0] = work()
+        except UserError as error:
+            answer[1] = UserError, str(error)
         except Exception:
-            problem = RuntimeError, f"on rank 0:\n{traceback.format_exc()}"
-    result, problem = from_rank_0((result, problem))
-    if problem:
-        kind, text = problem
+            answer[1] = RuntimeError, f"on rank 0:\n{traceback.format_exc()}"
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        kind, text = answer[1]
         raise kind(text)
-    return result
+    return answer[0]
 
 
 def sync_buffers(model):
@@ -123,7 +100,8 @@ def sync_buffers(model):
 
 
 def barrier():
-    Wish(0).wait()
+    if connected():
+        dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would go to a GPU
 
 
 class Unbreakable:
@@ -132,27 +110,18 @@ class Unbreakable:
     def __init__(self, stream):
         self.stream = stream
 
-    def write(self, text):
+    def attempt(self, method, *words):
         try:
-            return self.stream.write(text)
+            return getattr(self.stream, method)(*words)
         except (OSError, ValueError):
-            return self.forget()
+            self.stream = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # from now on into nothing
+            return 0
+
+    def write(self, text):
+        return self.attempt("write", text)
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.forget()
-
-    def forget(self):
-        """From now on into nothing, also what the stream still holds."""
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nothing, self.stream.fileno())
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-        os.close(nothing)
-        return 0
+        self.attempt("flush")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -198,7 +167,7 @@ def sentence(error):
     if isinstance(error, UserError) or TOO_SMALL in text:
         return text
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
-        return "too many open files: raise the limit (ulimit -n 4096), or lower num_workers"
+        return TOO_MANY_FILES
     if isinstance(error, RuntimeError) and connected() and ("gloo" in text or isinstance(error, dist.DistError)):
         return ("another process of the launch has ended, or did not answer within the time-out of torch.distributed: "
                 f"the reason stands in its own output ({text.splitlines()[0][:200]})")
@@ -218,15 +187,6 @@ def show_error(kind, error, trace):
     else:
         time.sleep(1)  # torchrun ends the group once one has ended: the process that speaks shall have finished
     end(1)
-
-
-def stop_workers():
-    """Kill this process's data-loader workers; the standard library would send them the SIGTERM that they ignore, and wait."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-atexit.register(stop_workers)  # for a program of one's own that returns from its last line
 
 
 def end(code):

@@ -4,7 +4,6 @@ import os
 import platform
 import socket
 import time
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy
@@ -14,6 +13,7 @@ import torchvision
 
 from utils.errors import UserError, shown
 from utils.files import check_regular, save_text
+from utils.lists import difference
 from utils.processes import world_size
 from utils.settings import check_value
 from utils.state import load_checkpoint
@@ -123,34 +123,25 @@ def new_run(save_dir):
     raise UserError(f"save_dir = {save_dir!r} has a thousand runs of this second")
 
 
-def check_same(run, name, was, now):
-    """UserError when a continued run would become another experiment."""
-    if isinstance(was, list) and was != now:
-        number, (was, now) = next((i, pair) for i, pair in enumerate(zip_longest(was, now)) if pair[0] != pair[1])
-        name = f"{name}, from its line {number + 1} on,"
-    if was != now:
-        raise UserError(f"{run} cannot be continued: {name} was {shown(was)} and is now {shown(now)}")
-
-
 def continue_run(run, settings, class_names):
     """The checkpoint of a run that is to go on, or None; says what has changed. Its precision is kept where fp16 is 'auto'."""
     config = read_config(run)
-    old = config["settings"]
-    for name in ("backbone", "optimizer_type"):
-        if name in old and name in settings:
-            check_same(run, name, old[name], settings[name])
-    check_same(run, "the class list", config["class_names"], class_names)
+    old, finished = config["settings"], config["finished"]
+    others = [f"{name} was {shown(old[name])} and is now {shown(settings[name])}" for name in ("backbone", "optimizer_type")
+              if name in settings and old.get(name, settings[name]) != settings[name]]
+    was, now = config["class_names"], class_names
+    others += filter(None, [difference(was, now, "the run", "the class list")])
+    others += [f"it has {len(was)} classes, the class list {len(now)}"] if len(was) != len(now) else []
+    if others:
+        raise UserError(f"{run} cannot be continued: {others[0]}")
     if settings.get("fp16") == "auto" and old.get("Cuda") == settings.get("Cuda"):
         settings["fp16"] = old.get("fp16", "auto")
-    state = load_checkpoint(run)
-    if state:
-        last, epochs = settings["UnFreeze_Epoch"], state["epoch"]
-        done = epochs + bool(state["step"])
-        if done > last or config["finished"] and epochs == last or not state["history"].get("rows") and epochs >= last:
-            raise UserError(f"{run} has {'finished' if config['finished'] else 'trained'} {done} epochs: raise UnFreeze_Epoch "
-                            f"(now {last}) to train on")
-    if config["finished"] and (state is None or old.get("UnFreeze_Epoch", 0) >= settings["UnFreeze_Epoch"]):
-        raise UserError(f"{run} has finished its {old.get('UnFreeze_Epoch')} epochs: raise UnFreeze_Epoch to train on")
+    state, last = load_checkpoint(run), settings["UnFreeze_Epoch"]
+    done = state["epoch"] + bool(state["step"]) if state else 0
+    nothing_left = done > last or done == last and not state["step"] and not state["history"].get("rows")
+    if nothing_left or finished and (state is None or old.get("UnFreeze_Epoch", 0) >= last):
+        raise UserError(f"{run} has {'finished' if finished else f'trained {done} epochs'}: raise UnFreeze_Epoch (now {last}) "
+                        f"to train on")
     place = f"epoch {state['epoch'] + 1}, step {state['step'] + 1}" if state else "its beginning"
     changed = [f"{name}: {shown(old[name])} → {shown(value)}" for name, value in settings.items()
                if name in old and old[name] != value and name != "resume"]
@@ -172,10 +163,10 @@ def open_run(resume, save_dir, settings, class_names):
     return run or new_run(save_dir), config, state
 
 
-def show_run(run, config, parameters, flops, num_train, num_val):
-    """Print what is about to be trained, as a two-column table; settings that a fork has removed are left out."""
+def begin_run(run, config, parameters, flops, num_train, num_val):
+    """Print what is about to be trained, and write config.json, which makes the folder a run."""
     s = config["settings"]
-    precision = f"{'mixed precision' if s.get('fp16') else 'float32'}" + (f" ({config['precision']})" if "precision" in config else "")
+    precision = f"{'mixed precision' if s.get('fp16') else 'float32'}" + (f" ({config['precision']})" if config.get("precision") else "")
     frozen = f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""
     rows = {"run": run, "backbone": f"{s['backbone']} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
             "input_shape": s["input_shape"],
@@ -184,5 +175,5 @@ def show_run(run, config, parameters, flops, num_train, num_val):
             "batch_size": f"{s['Unfreeze_batch_size']} over {world_size()} processes, {s.get('accumulate', 1)} to a step",
             "optimizer": f"{s['optimizer_type']}, Init_lr {s['Init_lr']:g}, {s['lr_decay_type']}",
             "device": f"{'CUDA' if s['Cuda'] else 'CPU'}, {precision}"}
-    width = max(map(len, rows))
-    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()), flush=True)
+    print("\n".join(f"  {name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()), flush=True)
+    write_config(run, config)

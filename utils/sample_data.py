@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from utils.errors import UserError
+from utils.lists import check_text_file
 from utils.processes import rank
 
 DEFAULT_PATHS = ("model_data/cls_classes.txt", "model_data/cls_train.txt", "model_data/cls_test.txt")
@@ -98,9 +99,11 @@ def draw_set(folder, seed=0):
 
 
 def data_paths(classes_path, train_annotation_path, test_annotation_path):
-    """The three paths as given; or the sample's, drawn first if need be, when they are the untouched, absent defaults."""
+    """The three paths as given, checked; or the sample's, drawn first if need be, when they are the untouched, absent defaults."""
     given = (classes_path, train_annotation_path, test_annotation_path)
     if given != DEFAULT_PATHS or any(os.path.exists(path) for path in given):
+        for name, path in zip(("classes_path", "train_annotation_path", "test_annotation_path"), given):
+            check_text_file(name, path)
         return given
     if rank() == 0:
         print(f"{train_annotation_path} is absent: " + (f"training on the sample pictures in {FOLDER}" if FOLDER.exists() else

@@ -95,23 +95,14 @@ def constants(path):
     return found
 
 
-def unquoted(text):
-    return text.strip("'\"")  # some shells leave them
-
-
-def literal(text):
-    """The Python value that `text` spells, or else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        return text
-
-
 def from_word(name, word, default):
-    """The value of a setting that a word of the command line gives."""
+    """The value of a setting that a word of the command line gives: the Python value that it spells, or else the text."""
     if isinstance(default, str) and name not in ("fp16", "resume"):
-        return unquoted(word)
-    value = literal(word)
+        return word.strip("'\"")  # some shells leave them
+    try:
+        value = ast.literal_eval(word)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return word
     return word if name == "resume" and not isinstance(value, (bool, str)) else value  # 2026_11_24 spells a number as well
 
 

@@ -1,9 +1,7 @@
 """The same work on many pictures on all cores; reduced copies of large ones."""
 import os
-import signal
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from utils.dataloader import ignore_signals
 from utils.errors import UserError
-from utils.pictures import image_orientation, to_rgb, upright
-from utils.processes import stop_workers
+from utils.fit import ProgressLine
+from utils.pictures import orientation, to_rgb, upright
+from utils.workers import batches_of, ignore_signals, stop_workers
 
 MARK = ".reduced-copies"  # a file that says whose the folder is
 PAYS = 1.25  # a copy of less than this times its size would save less than a third of the pixels
@@ -42,11 +40,8 @@ class Attempts(Dataset):
 
 
 def parcels(work, items, size, workers):
-    """Lists of what Attempts gives, in order; RuntimeError at the next one when a worker is killed."""
-    loader = iter(DataLoader(Attempts(work, items), size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals))
-    if hasattr(signal, "SIGCHLD"):  # else torch would raise it amid whatever is done with the results
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return loader
+    """Lists of what Attempts gives, in order; UserError at the next one when a worker is killed."""
+    return batches_of(DataLoader(Attempts(work, items), size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals))
 
 
 def results(work, items):
@@ -58,12 +53,12 @@ def results(work, items):
             for parcel in parcels(work, items[at:], size, cores):
                 at += len(parcel)
                 yield from parcel
-        except RuntimeError:
+        except UserError:
             for item in items[at:at + 2 * cores * size]:  # a loader fetches two parcels for each worker in advance
                 try:
                     (found,), = parcels(work, [item], 1, 1)
                     killed = 0
-                except RuntimeError:
+                except UserError:
                     killed += 1
                     if killed == 5:
                         raise UserError(f"five pictures in a row ended their processes, at last {item}: is there memory left?")
@@ -74,23 +69,20 @@ def results(work, items):
 
 def on_all_cores(work, items, title):
     """{item: work(item)} of the items that raise nothing; the others are printed. Progress and the time left go to stderr."""
-    terminal, begin, done = sys.stderr.isatty(), time.monotonic(), {}
-    clear, shown = "\r\033[K" if terminal else "", begin
+    progress, done = ProgressLine(title, len(items), stream=sys.stderr), {}
     try:
         for number, (item, result, reason) in enumerate(results(work, items), 1):
             if isinstance(reason, UserError):
                 raise reason
             if reason:
-                print(f"{clear}unreadable: {item} ({reason})", flush=True)
+                progress.clear()
+                print(f"unreadable: {item} ({reason})", flush=True)
             else:
                 done[item] = result
-            now, last = time.monotonic(), number == len(items)
-            if last or now - shown > (0.5 if terminal else 30):
-                shown, left = now, time.strftime("%H:%M:%S", time.gmtime((now - begin) / number * (len(items) - number)))
-                print(f"{clear}{title} {number} of {len(items)}, {number - len(done)} unreadable, {left} left",
-                      end="" if terminal and not last else "\n", file=sys.stderr, flush=True)
+            progress.show(number, 1, lambda: f"{number - len(done)} unreadable", due=number == len(items))
     finally:
         stop_workers()
+        print(end="\n" * progress.terminal, file=sys.stderr)
     return done
 
 
@@ -144,7 +136,7 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
                 image.load()
             return path
         profile = image.info.get("icc_profile") if image.mode == "RGB" else None
-        turn = image_orientation(image)
+        turn = orientation(image)
         wide, high = (round(side * size / min(image.size)) for side in image.size)
         image.draft(image.mode, (wide, high))
         pixels = torch.from_numpy(np.array(to_rgb(image)))

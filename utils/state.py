@@ -58,6 +58,7 @@ class RunState:
         self.order, self.judge = order or {}, judge or {}
         self.best = None  # the best epoch's weights, on the CPU: with the history they make one story
         self.resumed, self.saved_at = {}, time.monotonic()
+        self.between_epochs = True  # whether the model stands at the end of the history's last epoch
 
     def load(self, state):
         """Give every part its own back, taking it out of `state`: it would fill memory for the rest of the run."""
@@ -69,7 +70,7 @@ class RunState:
                 except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                     raise UserError(f"{self.run} cannot be continued, its {name} is of another network or optimizer: "
                                     f"{(str(error).splitlines() or [''])[0]}") from error
-        self.best = state.pop("best", None)
+        self.best, self.between_epochs = state.pop("best", None), state["step"] == 0
         changed = differing(state.get("order"), self.order)
         if state["totals"] is not None and not isinstance(state["totals"], tuple):
             changed.append("the program's version")
@@ -103,18 +104,15 @@ class RunState:
                 target.replace(target.with_name(BEFORE))
             fresh.replace(target)
         processes.on_rank_0(write)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.between_epochs = time.monotonic(), step == 0
 
-    def publish(self, save_period, last_epoch, with_last=True, with_best=True):
-        """Rank 0: bring the files that people read in line with the checkpoint: history.csv, curves, weight files.
-
-        with_last: the model stands at the end of the history's last epoch.
-        """
+    def publish(self, save_period, last_epoch, with_best=True):
+        """Rank 0: bring the files that people read in line with the checkpoint: history.csv, curves, weight files."""
         history, judged = self.parts["history"], self.parts.get("ema") or self.parts["model"]
         history.write()
         if with_best and self.best is not None:
             save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
-        if with_last and history.rows:
+        if self.between_epochs and history.rows:
             row, weights = history.rows[-1], getattr(judged, "module", judged).state_dict()
             save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
             if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:

@@ -6,12 +6,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from nets import get_model, lay_out
-from utils.checkpoint import in_this_process, next_batch
-from utils.dataloader import detection_collate, ignore_signals
+from utils.dataloader import detection_collate
 from utils.errors import UserError
 from utils.files import load_weights
 from utils.fit import score_batch
 from utils.run import read_config
+from utils.workers import batches_of, ignore_signals
 
 
 def cores():
@@ -55,9 +55,8 @@ class TrainedRun:
         Scores and targets are on the model's device; both are None where none of the batch's pictures can be read.
         """
         num_workers = cores() if num_workers is None else num_workers
-        batches = in_this_process(DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=self.Cuda,
-                                             collate_fn=detection_collate, worker_init_fn=ignore_signals))
-        while batch := next_batch(batches):
-            images, targets, unreadable = batch
+        loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=self.Cuda,
+                            collate_fn=detection_collate, worker_init_fn=ignore_signals)
+        for images, targets, unreadable in batches_of(loader):
             scored = score_batch(self.model, images, targets, self.Cuda, self.fp16) if len(targets) else (None, None)
             yield *scored, unreadable

@@ -84,6 +84,8 @@ def build(name, num_classes, input_shape):
         options.update(aux_logits=True, transform_input=True, init_weights=True)
     if name == "inception_v3" and min(height, width) < 299:
         options["aux_logits"] = False  # its auxiliary classifier has no room below 299
+    if name.startswith(("resnet", "resnext", "wide_resnet")):
+        options["zero_init_residual"] = True  # each block begins as the identity (Goyal et al., 2017): stable at high rates
     if name.startswith("vit_"):
         if height != width:
             raise UserError(f"input_shape = {list(input_shape)}: {name} takes square pictures only")

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
 
-from tests.benchmark import Usual, pairs, photos, report
+from tests.bench_tools import Reference, pairs, photos, report, seconds
 from tests.helpers import history, make_project, runs, train
 from utils.annotation import main as annotate
 from utils.dataloader import DataGenerator, detection_collate
@@ -44,14 +43,17 @@ def bench_speed(folder):
         paths = photos(str(originals), 6, 3264, 2448, grain)
         name = f"3264×2448, {np.mean([os.path.getsize(path) for path in paths]) / 1e6:.1f} MB"
         make = partial(reduced_copy, datasets=originals, folder=copies, size=SIZE, check=False, drafts=folder)
-        ratio, ours, theirs = pairs(lambda: everything(make, paths * 16), lambda: everything(limit, paths * 16), 5)
+        ratio, ours, theirs = pairs(lambda: seconds(lambda: everything(make, paths * 16)),
+                                    lambda: seconds(lambda: everything(limit, paths * 16)), 5)
         report(f"making copies of {SIZE}, {name}: share of the decoding limit, all cores", f"{ratio:.2f}", "≥ 0.9",
                f"{96 / ours:.0f} of {96 / theirs:.0f} pictures/s; a copy has "
                f"{np.mean([path.stat().st_size for path in copies.iterdir()]) / 1e3:.0f} KB")
         data = DataGenerator([f"0;{copy_path(path, originals, copies)}" for path in paths], (224, 224), True, "crop")
-        usual = Usual(paths, True)
-        ratio, ours, theirs = pairs(lambda: [detection_collate([data[epoch, i] for i in range(6)]) for epoch in range(8)],
-                                    lambda: default_collate([usual[i] for i in range(6)]), 7)
+
+        def reading():
+            return seconds(lambda: [detection_collate([data[epoch, i] for i in range(6)]) for epoch in range(8)])
+        with Reference("pictures.py", kind="training", paths=paths) as usual:
+            ratio, ours, theirs = pairs(reading, usual, 7)
         report(f"training pictures from copies against the usual pipeline, {name}", f"{8 * ratio:.1f} ×", "≥ 15",
                f"{48 / ours:.0f} against {6 / theirs:.0f} pictures/s, one core")
 
@@ -86,9 +88,7 @@ def bench_accuracy(folder, each=40, test=20, seeds=(11, 12, 13)):
     os.chdir(project)
     lists = [word for name in ("classes", "train", "test") for word in (f"--{name}", f"model_data/{name}{SIZE}.txt")]
     annotate(["photos"])
-    begin = time.perf_counter()
-    annotate(["photos", "--shrink", str(SIZE), *lists])
-    seconds = time.perf_counter() - begin
+    making = seconds(lambda: annotate(["photos", "--shrink", str(SIZE), *lists]))
     os.chdir(here)
     found = {"originals": [], "copies": []}
     for seed in seeds:
@@ -103,7 +103,7 @@ def bench_accuracy(folder, each=40, test=20, seeds=(11, 12, 13)):
         top1 = statistics.mean(top1 for top1, _ in trainings)
         report(f"top-1 from {name}, seeds {', '.join(map(str, seeds))}", f"{top1:.2%}", "the same",
                ", ".join(f"{top1:.2%}" for top1, _ in trainings) + f"; {statistics.median(s for _, s in trainings):.0f} s a training")
-    report(f"making the {len(CLASSES) * (each + test)} copies", f"{seconds:.0f} s", "")
+    report(f"making the {len(CLASSES) * (each + test)} copies", f"{making:.0f} s", "")
 
 
 def bench_shrink(folder):

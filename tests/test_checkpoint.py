@@ -67,6 +67,13 @@ def test_nothing_is_saved_that_is_not_finite(tmp_path):
     assert load_checkpoint(tmp_path)["epoch"] == 1
 
 
+def test_a_folder_at_the_checkpoints_place(tmp_path):
+    checkpoint = checkpoint_in(tmp_path)
+    (tmp_path / LAST / "inside").mkdir(parents=True)
+    with pytest.raises(UserError, match="last_checkpoint.pth could not be written"):
+        checkpoint.save(1)
+
+
 def test_weights_that_explode_in_the_last_step(tmp_path):
     """The loss of each step was finite; the last update made the weights infinite. The epoch before stays whole."""
     folder = make_project(tmp_path, UnFreeze_Epoch=3)

@@ -2,6 +2,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
-from tests.helpers import make_data, make_run, picture, weights
+from tests.helpers import ROOT, environment, make_data, make_run, picture, weights
 from utils import evaluate as module, export, predict
 from utils.errors import UserError
 from utils.evaluate import evaluate
@@ -40,6 +42,15 @@ def write_list(path, ids):
 def predicted(out):
     with open(Path(out, "predictions.csv"), newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
+
+
+def test_a_full_output_is_one_sentence(folder):
+    for command in (["utils.evaluate", "run"], ["utils.predict", "run", "model_data/test0.png"]):
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run([sys.executable, "-m", *command], stdout=full, stderr=subprocess.PIPE, text=True,
+                                   env={**environment(), "PYTHONPATH": str(ROOT)})
+        assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("error: the output cannot be written")
+        assert "Traceback" not in ended.stderr
 
 
 def test_the_mean_leaves_out_classes_without_pictures(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@ import torch
 import torchvision
 from torch import nn
 from torchvision import models
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import nets
 from nets import get_model, head_layers, load_matching, profile
@@ -98,6 +99,13 @@ def hub(tmp_path, monkeypatch):
 
 def cached(hub, name, model):
     torch.save(model.state_dict(), hub / models.get_model_weights(name).DEFAULT.url.rpartition("/")[2])
+
+
+def test_residual_blocks_begin_as_the_identity():
+    """At a rate of 0.1 a resnet18 that does not was seen to diverge within three epochs."""
+    for name in ("resnet18", "resnext50_32x4d", "wide_resnet50_2"):
+        blocks = [m for m in get_model(name, 3, [64, 64]).modules() if isinstance(m, (BasicBlock, Bottleneck))]
+        assert blocks and all(not (b.bn3 if isinstance(b, Bottleneck) else b.bn2).weight.any() for b in blocks)
 
 
 def test_pretrained(hub, capsys):

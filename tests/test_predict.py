@@ -108,6 +108,14 @@ def test_labelled_copies(folder, call):
     assert len(copies) == 3 and copies[0].startswith("00000_xxx") and copies[1].startswith("00001_ééé") and copies[2] == "00002_short.png"
     for copy in copies:
         Image.open(folder / "run/predictions" / copy).verify()
+    wide = Image.new("RGB", (60, 30), "red")
+    wide.save(folder / "xmp.jpg", xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide.save(folder / "exif.jpg", exif=exif)
+    assert call("run", "xmp.jpg", "exif.jpg", "--save")[0] == 0  # turned as the network sees them
+    sizes = [Image.open(folder / "run/predictions" / name).size for name in ("00000_xmp.png", "00001_exif.png")]
+    assert sizes == [(60, 30), (30, 60)]
     (folder / "run/predictions/00000_short.png").mkdir()
     code, out, err = call("run", "short.png", "many/00.png", "--save")
     assert code == 1 and len(out.splitlines()) == 2 and "no labelled copy of short.png" in err and "resume" not in err

@@ -80,8 +80,8 @@ def test_clip_grad_norm():
 def test_mixing():
     images, targets = torch.rand(8, 3, 12, 12), torch.arange(8) % 3
     assert get_recipe(DEFAULTS, network(), 3).mix is None
-    for name in ("mixup_alpha", "cutmix_alpha"):
-        mix = get_recipe({**DEFAULTS, name: 1.0}, network(), 3).mix
+    for name, alpha in (("mixup_alpha", 1.0), ("cutmix_alpha", 1.0), ("cutmix_alpha", 1)):
+        mix = get_recipe({**DEFAULTS, name: alpha}, network(), 3).mix
         torch.manual_seed(0)
         mixed, shares = mix(images, targets)
         assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8)) and not torch.equal(mixed, images)

@@ -34,9 +34,12 @@ def save_file(path, write):
             draft.unlink(missing_ok=True)
         except OSError:
             pass  # the folder is not writable: there is no draft either
-        raise UserError(f"{path} could not be written ({error.strerror or error}); the files saved before it are intact. "
-                        f"Free some space or choose another folder; a training continues with resume = "
-                        f"{str(path.parent)!r}") from error
+        raise not_written(path, error) from error
+
+
+def not_written(path, error):
+    return UserError(f"{path} could not be written ({error.strerror or error}); the files saved before it are intact. "
+                     f"Free some space or choose another folder (a training continues with resume = True)")
 
 
 def save_text(path, text):

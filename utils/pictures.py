@@ -7,7 +7,7 @@ import stat
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
 
@@ -95,6 +95,14 @@ def contents(source):
     return Image.fromarray(array[..., 0] if shape[2:] == (1,) else array)
 
 
+def opened(data):
+    """A Pillow image of a file's bytes; its error would name the place of the bytes in memory."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("no picture in a format that Pillow reads") from None
+
+
 def read_crop(source, input_shape, choose_box):
     """Decode a picture and resize the box that `choose_box(height, width)` → (top, left, height, width) names.
 
@@ -113,7 +121,7 @@ def read_crop(source, input_shape, choose_box):
             (top, left, box_height, box_width), input_shape)
 
     source = contents(source)
-    with Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source as image:
+    with opened(source) if isinstance(source, bytes) else source as image:
         turn, stored, jpeg = orientation(image), image.size, image.format in REDUCIBLE
         (top, left, height, width), shape = place(*stored[::-1])
         if jpeg and decode_jpeg and isinstance(source, bytes) and math.prod(stored) < 16 * math.prod(input_shape):

@@ -168,6 +168,8 @@ def sentence(error):
         return text
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         return TOO_MANY_FILES
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
+        return f"the output cannot be written ({error.strerror})"
     if isinstance(error, RuntimeError) and connected() and ("gloo" in text or isinstance(error, dist.DistError)):
         return ("another process of the launch has ended, or did not answer within the time-out of torch.distributed: "
                 f"the reason stands in its own output ({text.splitlines()[0][:200]})")

@@ -98,7 +98,7 @@ class Recipe:
 
 def get_recipe(settings, model, num_classes, weights=None):
     """The Recipe of train.py's settings, each of which may be absent; weights: float32 (classes,) or None, on the model's device."""
-    mixes = [mix(alpha=settings[name], num_classes=num_classes)
+    mixes = [mix(alpha=float(settings[name]), num_classes=num_classes)
              for name, mix in (("mixup_alpha", v2.MixUp), ("cutmix_alpha", v2.CutMix)) if settings.get(name)]
     decay = settings.get("ema_decay")
     return Recipe(

@@ -39,7 +39,7 @@ def read_config(run):
     """A run's config.json as a dictionary with at least settings, class_names and finished. UserError for any other file."""
     path = Path(run, "config.json")
     try:
-        check_regular(path, "a run's folder")
+        check_regular(path, "config.json")
         config = json.loads(path.read_text(encoding="utf-8"))
     except UserError as error:
         raise UserError(f"{str(run)!r} is not a run's folder: {error}") from None

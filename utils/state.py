@@ -6,7 +6,7 @@ import torch
 
 from utils import processes
 from utils.errors import UserError
-from utils.files import check_sums, load_tensors, save_tensors
+from utils.files import check_sums, load_tensors, not_written, save_tensors
 from utils.processes import rank
 from utils.recipe import restore_optimizer
 
@@ -100,9 +100,12 @@ class RunState:
             target = Path(self.run, LAST)
             fresh = target.with_name(f".{LAST}.new")
             save_tensors(fresh, state)
-            if target.exists():
-                target.replace(target.with_name(BEFORE))
-            fresh.replace(target)
+            try:
+                if target.is_file():
+                    target.replace(target.with_name(BEFORE))
+                fresh.replace(target)
+            except OSError as error:
+                raise not_written(target, error) from error
         processes.on_rank_0(write)
         self.saved_at, self.between_epochs = time.monotonic(), step == 0
 

@@ -117,8 +117,7 @@ if __name__ == "__main__":
     train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed, num_classes)
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes)
     del train_lines, val_lines
-    train_list, test_list = train_data.fingerprint(), val_data.fingerprint()
-    lists.check_same_everywhere(train_annotation_path=train_list, test_annotation_path=test_list)
+    lists.check_same_everywhere(train_annotation_path=train_data.fingerprint(), test_annotation_path=val_data.fingerprint())
 
     # The run
     check_best_by(best_by, num_classes)
@@ -141,17 +140,15 @@ if __name__ == "__main__":
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = lay_out(model, "cuda" if Cuda else "cpu", channels_last)
-    fp16, config["precision"] = processes.on_rank_0(
-        lambda: choose_precision(config["settings"], model, num_classes, num_train))
-    config["settings"]["fp16"] = fp16
+    fp16 = processes.on_rank_0(lambda: choose_precision(config, model, num_classes, num_train))
     scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
     optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
     weights = balanced_weights(train_data.class_ids(), num_classes) if class_weights == "balanced" else None
     recipe = get_recipe(settings, model, num_classes, weights.cuda() if weights is not None and Cuda else weights)
     checkpoint = Checkpoint(
         save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema, "history": loss_history},
-        save_minutes, judge={"the test list": test_list, "best_by": best_by},
-        order={"the training list": train_list, "seed": seed, "Freeze_batch_size": Freeze_batch_size,
+        save_minutes, judge={"the test list": val_data.fingerprint(), "best_by": best_by},
+        order={"the training list": train_data.fingerprint(), "seed": seed, "Freeze_batch_size": Freeze_batch_size,
                "Unfreeze_batch_size": Unfreeze_batch_size})
     if state:
         checkpoint.load(state)

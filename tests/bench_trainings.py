@@ -14,7 +14,8 @@ from tests.helpers import runs
 
 def scratch(args, folder, project, once):
     """README's block for training from scratch against the defaults, on a small part of Fashion-MNIST."""
-    lists = write_lists(project, write_pictures(folder / "scratch", args.per_class, source=args.source), "scratch")
+    pictures = write_pictures(folder / "scratch", args.per_class, source=args.source, test_per_class=args.test_per_class)
+    lists = write_lists(project, pictures, "scratch")
     block = {**readme_blocks()[1], **assignments(args.set)}
     for seed in args.seeds:
         forced = {**lists, "backbone": "resnet18", "input_shape": f"[{args.size}, {args.size}]", "fp16": False, "seed": seed,
@@ -27,7 +28,7 @@ def finetune(args, folder, project, once):
     """Five classes of Fashion-MNIST to learn features from, then few pictures of the other five: README's block, the same
     start with everything trained at the full rate, and no start at all."""
     first = write_lists(project, write_pictures(folder / "first", args.first_per_class, CLASSES[:5], args.source), "first")
-    few = write_lists(project, write_pictures(folder / "few", args.few, CLASSES[5:], args.source), "few")
+    few = write_lists(project, write_pictures(folder / "few", args.few, CLASSES[5:], args.source, args.test_per_class), "few")
     same = {"backbone": "resnet18", "input_shape": f"[{args.size}, {args.size}]", "fp16": False}
     block = {**readme_blocks()[0], "pretrained": False}
     block["Freeze_Epoch"] = max(1, round(int(block["Freeze_Epoch"]) / int(block["UnFreeze_Epoch"]) * args.few_epochs))
@@ -47,8 +48,8 @@ def finetune(args, folder, project, once):
 
 
 def recipes(words):
-    parser = common_parser("recipes", seeds=[1, 2], size=32, per_class=500, epochs=40, batch=128, first_per_class=1000,
-                           first_epochs=8, few=15, few_epochs=30, few_batch=16)
+    parser = common_parser("recipes", seeds=[1, 2], size=32, per_class=200, test_per_class=300, epochs=40, batch=64,
+                           first_per_class=1000, first_epochs=8, few=20, few_epochs=30, few_batch=16)
     parser.add_argument("--which", nargs="+", choices=("scratch", "finetune"), default=["scratch", "finetune"])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings in the block's rows")
     args = parser.parse_args(words)
@@ -57,7 +58,7 @@ def recipes(words):
         project = checkout(Path(folder, "project"))
         code = digest(project)
         for which in args.which:
-            data = ("per_class",) if which == "scratch" else ("first_per_class", "first_epochs", "batch", "few")
+            data = ("test_per_class", *(("per_class",) if which == "scratch" else ("first_per_class", "first_epochs", "batch", "few")))
 
             def once(system, epochs, seed, settings, before=None):
                 key = {"part": which, "system": system, "epochs": epochs, "seed": seed, "code": code,

@@ -121,9 +121,11 @@ class Checkpoint(RunState):
         due = self.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
         # whether they are too many is seen from all processes' sum, when saving
         too_many = position.unreadable > max(position.allowed / processes.world_size(), position.cleared)
-        give_up = self.failure or look and self.find_bad_step(position)
-        number = 128 + self.signal if self.signal else GIVE_UP if give_up else SAVE if due or too_many else GO_ON
-        wish = torch.tensor([number])
+        wish = torch.tensor([SAVE if due or too_many else GO_ON])
+        if self.failure or look and self.find_bad_step(position):
+            wish.fill_(GIVE_UP)
+        if self.signal:
+            wish.fill_(128 + self.signal)
         return wish, dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True) if processes.connected() else None
 
     def find_bad_step(self, position):

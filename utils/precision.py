@@ -22,17 +22,19 @@ def trial_step(model, images, targets, fp16):
     return time.perf_counter() - begin
 
 
-def choose_precision(settings, model, num_classes, num_train):
-    """(fp16, why it is so, None where the settings say it): for 'auto' on a CPU, whether to train in bfloat16, and both speeds.
+def choose_precision(config, model, num_classes, num_train):
+    """fp16, True or False, for 'auto' on a CPU found by trying; the config gets it, and why it is so.
 
     Tried on a copy of the model with pictures of noise, in turn, four times each at the most, until 5 s or 2 % of the
     training's `steps` have passed. Instruction sets do not tell: bfloat16 makes some networks three times as fast and
     others half as fast on one machine.
     """
+    settings = config["settings"]
     if settings["fp16"] != "auto":
-        return settings["fp16"], None
+        return settings["fp16"]
     if settings["Cuda"]:
-        return True, "the default on CUDA"
+        settings["fp16"], config["precision"] = True, "the default on CUDA"
+        return True
     batch_size, steps = settings["Unfreeze_batch_size"] // world_size(), settings["UnFreeze_Epoch"] * num_train // settings["Unfreeze_batch_size"]
     trial, seconds, begin = copy.deepcopy(model).train(), {False: [], True: []}, time.perf_counter()
     with torch.random.fork_rng(devices=[]):
@@ -44,4 +46,5 @@ def choose_precision(settings, model, num_classes, num_train):
             if attempt and time.perf_counter() - begin > max(5, 0.02 * steps * min(seconds[False])):
                 break
     single, half = (batch_size / min(seconds[fp16]) for fp16 in (False, True))
-    return half > WORTH * single, f"tried: float32 {single:.0f}, bfloat16 {half:.0f} images/s"
+    settings["fp16"], config["precision"] = half > WORTH * single, f"tried: float32 {single:.0f}, bfloat16 {half:.0f} images/s"
+    return settings["fp16"]

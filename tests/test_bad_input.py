@@ -62,8 +62,11 @@ def test_cuda_without_a_gpu():
 
 
 def test_batch_sizes_of_several_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="needs a launcher"):  # which would have set the others, too
+        rules.check_settings(settings_with(distributed=True))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="set it to 4 or 8"):
         rules.check_settings(settings_with(distributed=True, Unfreeze_batch_size=6))
     with pytest.raises(UserError, match="Unfreeze_batch_size = 4 leaves one picture"):

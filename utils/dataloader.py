@@ -64,7 +64,8 @@ class DataGenerator(Dataset):
 
     def __init__(self, annotation_lines, input_shape, random=True, augmentation="flip", random_erasing=0.0,
                  crop_scale=0.08, val_crop=1.0, seed=0, num_classes=None):
-        self.source = AnnotationLines(annotation_lines) if isinstance(annotation_lines, list) else annotation_lines
+        lines = isinstance(annotation_lines, list) and all(isinstance(line, str) for line in annotation_lines)
+        self.source = AnnotationLines(annotation_lines) if lines else annotation_lines
         self.input_shape, self.random, self.augmentation = tuple(input_shape), random, augmentation
         self.crop_scale, self.val_crop, self.seed, self.num_classes = crop_scale, val_crop, seed, num_classes
         steps = [POLICIES[augmentation]()] if augmentation in POLICIES else []

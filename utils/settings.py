@@ -144,7 +144,7 @@ RELATIONS = (  # settings, what must hold between them, and what is said otherwi
     (("Freeze_Epoch", "UnFreeze_Epoch", "Freeze_Train"), lambda a, b, on: a <= b or not on,
      "Freeze_Epoch = {} must be at most UnFreeze_Epoch = {}"),
     (("Min_lr", "Init_lr"), lambda a, b: a <= b, "Min_lr = {} must be at most Init_lr = {}"),
-    (("distributed",), lambda on: not on or "LOCAL_RANK" in os.environ,
+    (("distributed",), lambda on: not on or {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
      "distributed = {} needs a launcher: torchrun --nproc_per_node=2 train.py, or set distributed = False"),
     (("distributed",), lambda on: on or world_size() == 1,
      "a launcher started several processes, but distributed = {}: set it to True"),

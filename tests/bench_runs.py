@@ -3,7 +3,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -54,13 +53,6 @@ def train(project, **settings):
     rows = history(runs(project)[-1])
     return {"top1": rows[-1]["top1"], "best_top1": max(row["top1"] for row in rows), "wall": wall,
             "images_per_second": statistics.harmonic_mean([row["images_per_second"] for row in rows])}
-
-
-def readme_blocks():
-    """README's blocks of settings to paste, [{name: the value's source}]: fine-tuning, from scratch."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "backbone =" in block]
-    return [dict(re.findall(r"^(\w+) = (.*?)  #", block, re.M)) for block in blocks]
 
 
 def assignments(words):

@@ -1,4 +1,4 @@
-"""Whole trainings of this project against itself: README's blocks on and off, and the unedited job against an older revision.
+"""Whole trainings of this project against itself: recipes on and off, and the unedited job against an older revision.
 
     python -m tests.benchmark recipes --seeds 1 2 --json recipes.json
     python -m tests.benchmark main --base REVISION --seeds 11 12 13
@@ -7,32 +7,34 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from tests.bench_runs import Results, assignments, checkout, digest, print_table, readme_blocks, train
+from tests.bench_runs import Results, assignments, checkout, digest, print_table, train
 from tests.fashion import CLASSES, common_parser, write_lists, write_pictures
 from tests.helpers import runs
 
+SCRATCH = {"augmentation": "trivial", "crop_scale": 0.5, "random_erasing": 0.1, "label_smoothing": 0.1, "mixup_alpha": 0.2,
+           "cutmix_alpha": 1.0, "ema_decay": 0.99}
+FINETUNE = {"Freeze_Train": True, "Freeze_Epoch": 5, "backbone_lr_scale": 0.3, "label_smoothing": 0.1}
+
 
 def scratch(args, folder, project, once):
-    """README's block for training from scratch against the defaults, on a small part of Fashion-MNIST."""
+    """A recipe for training from scratch against the defaults, on a small part of Fashion-MNIST."""
     pictures = write_pictures(folder / "scratch", args.per_class, source=args.source, test_per_class=args.test_per_class)
     lists = write_lists(project, pictures, "scratch")
-    block = {**readme_blocks()[1], **assignments(args.set)}
+    block = {**SCRATCH, **assignments(args.set)}
     for seed in args.seeds:
         forced = {**lists, "backbone": "resnet18", "input_shape": f"[{args.size}, {args.size}]", "fp16": False, "seed": seed,
                   "Unfreeze_batch_size": args.batch, "UnFreeze_Epoch": args.epochs}
-        for system, settings in (("defaults", {}), ("README's from scratch", block)):
+        for system, settings in (("defaults", {}), ("recipe from scratch", block)):
             once(system, args.epochs, seed, {**settings, **forced})
 
 
 def finetune(args, folder, project, once):
-    """Five classes of Fashion-MNIST to learn features from, then few pictures of the other five: README's block, the same
+    """Five classes of Fashion-MNIST to learn features from, then few pictures of the other five: a recipe, the same
     start with everything trained at the full rate, and no start at all."""
     first = write_lists(project, write_pictures(folder / "first", args.first_per_class, CLASSES[:5], args.source), "first")
     few = write_lists(project, write_pictures(folder / "few", args.few, CLASSES[5:], args.source, args.test_per_class), "few")
     same = {"backbone": "resnet18", "input_shape": f"[{args.size}, {args.size}]", "fp16": False}
-    block = {**readme_blocks()[0], "pretrained": False}
-    block["Freeze_Epoch"] = max(1, round(int(block["Freeze_Epoch"]) / int(block["UnFreeze_Epoch"]) * args.few_epochs))
-    block.update(assignments(args.set))
+    block = {**FINETUNE, **assignments(args.set)}
     for seed in args.seeds:
         weights = project / f"first_{seed}.pth"
 
@@ -43,7 +45,7 @@ def finetune(args, folder, project, once):
         forced = {**few, **same, "seed": seed, "UnFreeze_Epoch": args.few_epochs, "Freeze_batch_size": args.few_batch,
                   "Unfreeze_batch_size": args.few_batch}
         for system, settings in (("from scratch", {}), ("everything at once", {"model_path": weights.name}),
-                                 ("README's fine-tuning", {**block, "model_path": weights.name})):
+                                 ("recipe for fine-tuning", {**block, "model_path": weights.name})):
             once(system, args.few_epochs, seed, {**settings, **forced}, start if "model_path" in settings else None)
 
 
@@ -51,7 +53,7 @@ def recipes(words):
     parser = common_parser("recipes", seeds=[1, 2], size=32, per_class=200, test_per_class=300, epochs=40, batch=64,
                            first_per_class=1000, first_epochs=8, few=20, few_epochs=30, few_batch=16)
     parser.add_argument("--which", nargs="+", choices=("scratch", "finetune"), default=["scratch", "finetune"])
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings in the block's rows")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings in the recipes' rows")
     args = parser.parse_args(words)
     results, done = Results(args.json), []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Ratios against the common recipe, each pair measured in turn on the same machine: python -m tests.benchmark [part …]
 
 Parts: pictures, train, launch, evaluate, memory, cuda; all of them by default. Whole trainings, each with options of its own
-(--help): fashion, against other trainers on Fashion-MNIST; recipes, README's two blocks on and off; fashion94, 94 % on all
+(--help): fashion, against other trainers on Fashion-MNIST; recipes, recipes on and off; fashion94, 94 % on all
 of Fashion-MNIST; main, the unedited train.py against an older revision. Reference recipes stand in tests/references.
 """
 import argparse

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.bench_runs import Results, assignments, checkout, digest, print_table, readme_blocks, timed, train
+from tests.bench_runs import Results, assignments, checkout, digest, print_table, timed, train
 from tests.bench_tools import REFERENCES, user_environment
 
 SOURCE = "/usr/share/datasets/fashion-mnist"
@@ -32,8 +32,8 @@ REFERENCE = {  # system: (script, the package that it needs, further words)
     "ultralytics": ("ultralytics_trainer.py", "ultralytics", []),
     "ultralytics, plain": ("ultralytics_trainer.py", "ultralytics", ["--plain"]),
 }
-SYSTEMS = ("ours", "ours, README's block", *REFERENCE)
-USUAL = [system for system in SYSTEMS if system not in ("ours, README's block", "torchvision, crops")]
+SYSTEMS = ("ours", *REFERENCE)
+USUAL = [system for system in SYSTEMS if system != "torchvision, crops"]
 
 # 94 % on the whole of Fashion-MNIST
 FASHION94 = {"backbone": "regnet_x_400mf", "input_shape": "[56, 56]", "Unfreeze_batch_size": 128, "UnFreeze_Epoch": 13,
@@ -119,8 +119,7 @@ def main(words):
                         work = lambda: reference(args.python, system, pictures, epochs, seed, args.batch, args.size)  # noqa: E731
                     else:
                         code = digest(project)
-                        block = readme_blocks()[1] if system != "ours" else {}
-                        work = lambda: train(project, **{**block, **equal})  # noqa: E731
+                        work = lambda: train(project, **equal)  # noqa: E731
                     key = {"part": "fashion", "system": system, "epochs": epochs, "seed": seed, "per_class": args.per_class,
                            "batch": args.batch, "size": args.size, "code": code}
                     done.append(results.once(key, work))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from tests import fashion
-from tests.bench_runs import Results, readme_blocks
+from tests.bench_runs import Results
 from tests.bench_tools import REFERENCES, Reference, user_environment
 
 
@@ -46,7 +46,3 @@ def test_fashion_pictures(tmp_path):
     pictures = fashion.write_pictures(tmp_path / "p", 2, fashion.CLASSES[:2], tmp_path)
     assert sorted(str(p.relative_to(pictures)) for p in pictures.rglob("*.png")) == [
         "test/t_shirt/00001.png", "test/trouser/00000.png", "train/t_shirt/00000.png", "train/t_shirt/00002.png", "train/trouser/00001.png"]
-
-
-def test_blocks_of_the_readme_are_found():
-    assert [("Freeze_Train" in block, "cutmix_alpha" in block) for block in readme_blocks()] == [(True, False), (False, True)]

@@ -1,5 +1,4 @@
 import copy
-import re
 import subprocess
 import sys
 
@@ -12,7 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import get_model, head_layers
-from tests.helpers import ROOT, environment, history, make_data, make_project, run_of, same, train, weights
+from tests.bench_trainings import FINETUNE, SCRATCH
+from tests.helpers import environment, history, make_data, make_project, run_of, same, train, weights
 from utils.checkpoint import Position
 from utils.fit import backward, optimizer_step
 from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, get_recipe
@@ -139,12 +139,9 @@ def test_early_stop(tmp_path):
     assert "finished" in err
 
 
-@pytest.mark.parametrize("block", [0, 1])
-def test_blocks_of_the_readme(tmp_path, block):
-    """Pasted into train.py as they stand, and then made small."""
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S) if "backbone =" in b]
-    folder = make_project(tmp_path, **dict(re.findall(r"^(\w+) = (.*?)  #", blocks[block], re.M)))
+@pytest.mark.parametrize("recipe", [SCRATCH, FINETUNE], ids=["scratch", "finetune"])
+def test_the_recipes_that_are_measured(tmp_path, recipe):
+    folder = make_project(tmp_path, UnFreeze_Epoch=2)
     make_data(folder, train=24, test=6)
-    train(folder, "--backbone", "squeezenet1_1", "--input_shape", "[32, 32]", "--pretrained", False, "--UnFreeze_Epoch", 2,
-          "--Freeze_Epoch", 1, "--Unfreeze_batch_size", 8)
-    assert len(blocks) == 2 and len(history(run_of(folder))) == 2
+    train(folder, *(word for name, value in {**recipe, "Freeze_Epoch": 1}.items() for word in (f"--{name}", value)))
+    assert len(history(run_of(folder))) == 2

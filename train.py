@@ -38,6 +38,7 @@ fp16 = "auto"  # mixed precision: float16 on CUDA, bfloat16 on CPU; 'auto': on C
 channels_last = True  # memory format of pictures and weights; faster for nearly every convolutional network
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = 2  # data-loader processes for each training process
+cache_mb = 500  # memory for pictures of each list, in each training process, where augmentation is 'none' or 'flip'; 0 = off
 seed = 11  # of weights, order and augmentation
 
 # The data: lines of 'class_id;path', written by python -m utils.annotation
@@ -114,8 +115,8 @@ if __name__ == "__main__":
         np.random.shuffle(train_lines)
         np.random.seed(None)
     num_train, num_val, num_classes = len(train_lines), len(val_lines), len(class_names)
-    train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed, num_classes)
-    val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes)
+    train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed, num_classes, cache_mb)
+    val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb)
     del train_lines, val_lines
     lists.check_same_everywhere(train_annotation_path=train_data.fingerprint(), test_annotation_path=val_data.fingerprint())
 

@@ -17,7 +17,7 @@ from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detecti
 from utils.errors import UserError
 from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_crop
 from utils.sample_data import DEFAULT_PATHS, SHAPES, data_paths, draw_set
-from utils.workers import ignore_signals
+from utils.workers import batches_of, ignore_signals
 
 
 def photo(width, height, seed=0):
@@ -229,6 +229,55 @@ def test_validation_counts_every_picture_once(number, world):
     shares = [[index for _, index in EpochSampler(number, 4 * world, rank, world, shuffle=False)] for rank in range(world)]
     assert sorted(sum(shares, [])) == list(range(number))
     assert [len(EpochSampler(number, 4 * world, rank, world, shuffle=False)) for rank in range(world)] == list(map(len, shares))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_that_do_not_change_are_read_once(tmp_path, workers):
+    """Also by workers, who share them; what is random stays so, and nothing differs."""
+    lines = [f"{i % 3};{tmp_path / f'{i}.png'}" for i in range(20)]
+    for i, line in enumerate(lines):
+        photo(40, 30, i).save(line.partition(";")[2])
+    def epochs(data, number):
+        sampler = EpochSampler(len(data), 4, shuffle=data.random, seed=1)
+        loader = DataLoader(data, 4, sampler=sampler, num_workers=workers, collate_fn=detection_collate,
+                            worker_init_fn=ignore_signals, persistent_workers=workers > 0)
+        for epoch in number:
+            sampler.set_epoch(epoch)
+            yield from batches_of(loader)
+    plain, cached = (DataGenerator(lines, (24, 24), True, seed=3, cache_mb=size) for size in (0, 1))
+    expected, first = list(epochs(plain, range(3))), epochs(cached, range(3))
+    got = [next(first) for _ in range(len(lines) // 4)]
+    assert cached.share_cached() == 1 and not plain.share_cached()
+    for line in lines:
+        os.remove(line.partition(";")[2])
+    got += first
+    assert all(torch.equal(a, b) for old, new in zip(expected, got, strict=True) for a, b in zip(old[:2], new[:2]))
+    assert not any(batch[2] for batch in got) and len({flip.numpy().tobytes() for flip, _, _ in got}) == len(got)
+
+
+def test_the_cache_has_its_limits(lines, monkeypatch):
+    data = DataGenerator(lines, (300, 300), False, cache_mb=1)  # room for three
+    kept = [data[i] for i in range(len(lines))]
+    assert data.share_cached() == 3 / len(lines) and all(image.is_contiguous() for image, _, _ in kept)
+    data.source = None
+    assert all(torch.equal(data[i][0], kept[i][0]) and data[i][1] == kept[i][1] for i in range(3))
+    assert not len(pickle.loads(pickle.dumps(DataGenerator(lines, (8, 8), cache_mb=1))).cache.class_ids)  # spawned workers have none
+    for augmentation in AUGMENTATIONS:
+        fixed = DataGenerator(lines, (8, 8), True, augmentation, cache_mb=1)
+        fixed[0, 0]
+        assert bool(fixed.share_cached()) == (augmentation in ("none", "flip"))
+    def no_memory(*size):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    monkeypatch.setattr("mmap.mmap", no_memory)
+    data = DataGenerator(lines, (8, 8), False, cache_mb=1)
+    assert torch.equal(data[0][0], data[0][0]) and not data.share_cached()
+
+
+def test_an_unreadable_picture_is_not_cached(tmp_path):
+    data = DataGenerator([f"1;{tmp_path / 'later.png'}"], (8, 8), False, cache_mb=1)
+    assert data[0][0] is None and data[0][2] and not data.share_cached()
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "later.png")
+    assert data[0][0] is not None and data[0][1] == 1 and data.share_cached() == 1
 
 
 def test_dataset_travels_to_other_processes(lines):

@@ -76,7 +76,7 @@ def test_loss_that_is_not_finite(tmp_path):
 
 
 def test_a_worker_dies(tmp_path):
-    folder = make_project(tmp_path, UnFreeze_Epoch=1000, num_workers=1)
+    folder = make_project(tmp_path, UnFreeze_Epoch=1000, num_workers=1, cache_mb=0)
     make_data(folder, train=64, test=16)
     process = start(folder)
     wait_for(process, "epoch 2/1000")
@@ -162,7 +162,7 @@ def test_printing_decides_nothing(tmp_path, where):
 
 def test_the_second_interrupt_ends_at_once(tmp_path):
     """While a worker is stuck, no step ends, and so none is saved."""
-    folder = make_project(tmp_path, UnFreeze_Epoch=1000, num_workers=1)
+    folder = make_project(tmp_path, UnFreeze_Epoch=1000, num_workers=1, cache_mb=0)
     make_data(folder, train=64, test=16)
     process = start(folder)
     wait_for(process, "epoch 2/1000")

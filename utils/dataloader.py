@@ -2,6 +2,8 @@
 
 Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, index) alone.
 """
+import math
+import mmap
 import random
 import zlib
 from functools import partial
@@ -16,7 +18,8 @@ from utils.lists import split_line
 from utils.pictures import MEAN, centre_box, random_box, read_crop
 
 POLICIES = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment, "auto": v2.AutoAugment, "aug_mix": v2.AugMix}
-AUGMENTATIONS = ("none", "flip", "crop", *POLICIES)
+FIXED = ("none", "flip")  # augmentations whose crop of a picture is the same in every epoch
+AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
 
 
 def own_data(settings):
@@ -54,19 +57,51 @@ class AnnotationLines(Dataset):
         return path, int(class_id)
 
 
+class CropCache:
+    """Crops by index: uint8 (N, H, W, 3), and int64 (N,) class ids, -1 for one that is not here yet.
+
+    Forked workers share it; it does not travel to spawned ones. It is anonymous memory, which is taken up as it is filled, and
+    not from /dev/shm, of which containers have little. Where there is no memory it holds nothing.
+    """
+
+    def __init__(self, number, input_shape):
+        size = math.prod(input_shape) * 3
+        try:
+            memory = mmap.mmap(-1, number * (8 + size) or 1)
+        except (OSError, OverflowError):
+            number, memory = 0, bytearray()
+        self.class_ids = torch.from_numpy(np.frombuffer(memory, np.int64, number)).fill_(-1)
+        self.crops = torch.from_numpy(np.frombuffer(memory, np.uint8, number * size, 8 * number)).view(number, *input_shape, 3)
+
+    def __reduce__(self):
+        return CropCache, (0, self.crops.shape[1:3])
+
+    def get(self, index):
+        """(uint8 (H, W, 3) to be read only, class id), or None."""
+        if index < len(self.class_ids) and self.class_ids[index] >= 0:
+            return self.crops[index], int(self.class_ids[index])
+
+    def put(self, index, crop, class_id):
+        if index < len(self.class_ids):
+            self.crops[index] = crop
+            self.class_ids[index] = class_id
+
+
 class DataGenerator(Dataset):
     """Pictures of annotation lines or of a data set as own_data describes it, cropped and augmented.
 
     Item (epoch, index), or index → (uint8 (H, W, 3) or None, class id, unreadable). random: augment, and replace an unreadable
     picture by another one; without it, None stands for such a picture. unreadable: a list of (index, reason), empty
-    for a good picture.
+    for a good picture. cache_mb: megabytes (10⁶ bytes) of crops to keep in memory, where they are the same in every epoch.
     """
 
     def __init__(self, annotation_lines, input_shape, random=True, augmentation="flip", random_erasing=0.0,
-                 crop_scale=0.08, val_crop=1.0, seed=0, num_classes=None):
+                 crop_scale=0.08, val_crop=1.0, seed=0, num_classes=None, cache_mb=0):
         lines = isinstance(annotation_lines, list) and all(isinstance(line, str) for line in annotation_lines)
         self.source = AnnotationLines(annotation_lines) if lines else annotation_lines
         self.input_shape, self.random, self.augmentation = tuple(input_shape), random, augmentation
+        room = int(cache_mb * 1e6 / (3 * math.prod(self.input_shape))) if not random or augmentation in FIXED else 0
+        self.cache = CropCache(min(room, len(self)), self.input_shape)
         self.crop_scale, self.val_crop, self.seed, self.num_classes = crop_scale, val_crop, seed, num_classes
         steps = [POLICIES[augmentation]()] if augmentation in POLICIES else []
         if random_erasing:
@@ -92,19 +127,28 @@ class DataGenerator(Dataset):
             return f"{len(self)} lines, {zlib.crc32(self.source.packed.numpy()):08x}"
         return f"{len(self)} pictures"
 
+    def share_cached(self):
+        """The part of the pictures that is in memory, 0 to 1."""
+        return int((self.cache.class_ids >= 0).sum()) / len(self)
+
     def crop(self, index, choose_box):
-        """(uint8 (H, W, 3), class id) of a picture of the source."""
+        """(uint8 (H, W, 3), class id) of a picture of the source, or from memory."""
+        kept = self.cache.get(index)
+        if kept:
+            return kept
         picture, class_id = self.source[index]
         class_id = int(class_id)
         if self.num_classes is not None and not 0 <= class_id < self.num_classes:
             raise UserError(f"{self.name(index)} has class id {class_id}, outside 0 … {self.num_classes - 1}")
-        return read_crop(picture, self.input_shape, choose_box), class_id
+        image = read_crop(picture, self.input_shape, choose_box)
+        self.cache.put(index, image, class_id)
+        return image, class_id
 
     def __getitem__(self, item):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         rng = random.Random(f"{self.seed} {epoch} {index}")  # a text seeds well mixed, and faster than NumPy's generators
         choose_box = partial(centre_box, self.input_shape, self.val_crop)
-        if self.random and self.augmentation not in ("none", "flip"):
+        if self.random and self.augmentation not in FIXED:
             choose_box = partial(random_box, rng, self.crop_scale)
         unreadable = []
         while len(unreadable) < 100:

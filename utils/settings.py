@@ -54,7 +54,7 @@ RULES = {  # setting: its rule, or a collection of its choices
     "augmentation": AUGMENTATIONS, "crop_scale": PART, "val_crop": PART, "random_erasing": SHARE,
     "mixup_alpha": ALPHA, "cutmix_alpha": ALPHA, "label_smoothing": BELOW_ONE,
     "class_weights": ("none", "balanced"), "early_stop": COUNT, "best_by": TEXT, "save_period": SIZE, "save_minutes": AMOUNT,
-    "save_dir": TEXT, "num_workers": COUNT,
+    "save_dir": TEXT, "num_workers": COUNT, "cache_mb": AMOUNT,
     "resume": Rule((bool, str), lambda v: v is True or v is False or is_path(v), "False, True or the path of a run's folder"),
 }
 

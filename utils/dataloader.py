@@ -70,7 +70,8 @@ class CropCache:
             memory = mmap.mmap(-1, number * (8 + size) or 1)
         except (OSError, OverflowError):
             number, memory = 0, bytearray()
-        self.class_ids = torch.from_numpy(np.frombuffer(memory, np.int64, number)).fill_(-1)
+        self.class_ids = np.frombuffer(memory, np.int64, number)  # NumPy reads one number in a tenth of a tensor's time
+        self.class_ids.fill(-1)
         self.crops = torch.from_numpy(np.frombuffer(memory, np.uint8, number * size, 8 * number)).view(number, *input_shape, 3)
 
     def __reduce__(self):
@@ -100,7 +101,8 @@ class DataGenerator(Dataset):
         lines = isinstance(annotation_lines, list) and all(isinstance(line, str) for line in annotation_lines)
         self.source = AnnotationLines(annotation_lines) if lines else annotation_lines
         self.input_shape, self.random, self.augmentation = tuple(input_shape), random, augmentation
-        room = int(cache_mb * 1e6 / (3 * math.prod(self.input_shape))) if not random or augmentation in FIXED else 0
+        self.fixed = not random or augmentation in FIXED
+        room = int(cache_mb * 1e6 / (3 * math.prod(self.input_shape))) if self.fixed else 0
         self.cache = CropCache(min(room, len(self)), self.input_shape)
         self.crop_scale, self.val_crop, self.seed, self.num_classes = crop_scale, val_crop, seed, num_classes
         steps = [POLICIES[augmentation]()] if augmentation in POLICIES else []
@@ -129,7 +131,7 @@ class DataGenerator(Dataset):
 
     def share_cached(self):
         """The part of the pictures that is in memory, 0 to 1."""
-        return int((self.cache.class_ids >= 0).sum()) / len(self)
+        return np.count_nonzero(self.cache.class_ids >= 0) / max(1, len(self))
 
     def crop(self, index, choose_box):
         """(uint8 (H, W, 3), class id) of a picture of the source, or from memory."""
@@ -148,7 +150,7 @@ class DataGenerator(Dataset):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         rng = random.Random(f"{self.seed} {epoch} {index}")  # a text seeds well mixed, and faster than NumPy's generators
         choose_box = partial(centre_box, self.input_shape, self.val_crop)
-        if self.random and self.augmentation not in FIXED:
+        if not self.fixed:
             choose_box = partial(random_box, rng, self.crop_scale)
         unreadable = []
         while len(unreadable) < 100:

@@ -29,7 +29,7 @@ def batches_of(gen):
     that train more than they save.
     """
     data = gen.dataset
-    if not gen.pin_memory and hasattr(data, "share_cached") and data.share_cached() > 0.9:
+    if gen.num_workers and not gen.pin_memory and hasattr(data, "share_cached") and data.share_cached() > 0.9:
         batches = (gen.collate_fn([data[item] for item in items]) for items in gen.batch_sampler)
     else:
         batches = iter(gen)

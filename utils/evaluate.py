@@ -52,17 +52,17 @@ def score(run, data, batch_size, num_workers=None):
             unreadable.append(index)
             print(f"\nunreadable picture: {data.name(index)} ({reason})")
         if scores is not None:
-            sums.update(recipe.sums_of(criterion(scores, targets), scores, targets))  # adds to what each name has
+            sums.update(recipe.sums_of(criterion(scores, targets), scores, targets, run.settings))  # adds to what each name has
             shown.append(recipe.probabilities(scores).cpu())
             truth.append(targets.cpu())
-            progress.show(step, batch_size, lambda: "top1 {:.1%}".format(recipe.figures_of(sums).get("top1", 0)))
+            progress.show(step, batch_size, lambda: "top1 {:.1%}".format(recipe.figures_of(sums, run.settings).get("top1", 0)))
     progress.clear()
     if not truth:
         raise UserError("no picture of the list can be read, so there is no score")
     shown, indices = torch.cat(shown), np.delete(np.arange(len(data)), unreadable)
     for index in indices[~shown.isfinite().all(1).numpy()]:
         raise UserError(f"the network's scores are not finite, first for {data.name(index)}")
-    return recipe.figures_of(sums), shown.numpy(), torch.cat(truth).numpy(), indices
+    return recipe.figures_of(sums, run.settings), shown.numpy(), torch.cat(truth).numpy(), indices
 
 
 def per_class(confusion):
@@ -140,7 +140,7 @@ def main(arguments=None):
     parser.add_argument("--out", help="folder to write into (the run's)")
     parser.add_argument("--batch-size", type=int, help="pictures a step (the run's)")
     parser.add_argument("--num-workers", type=int, help="data-loader processes (one a core)")
-    one_sentence_errors(must_print=True)
+    one_sentence_errors()
     evaluate(**vars(parser.parse_args(arguments)))
 
 

@@ -51,7 +51,7 @@ def main(arguments=None):
     parser = ArgumentParser("python -m utils.export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, logs/…")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
-    one_sentence_errors(must_print=True)
+    one_sentence_errors()
     for path in export(**vars(parser.parse_args(arguments))):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 

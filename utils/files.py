@@ -1,9 +1,12 @@
 """Atomic writing and checked reading: what a run writes is whole, and what it reads is what was written."""
 import argparse
+import contextlib
+import copy
 import io
 import os
 import pickle
 import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -13,27 +16,73 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
-from utils.processes import rank
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+UMASK = os.umask(0)  # it can only be asked for by setting it
+os.umask(UMASK)
 
 # Where other trainers' checkpoints keep weights. Averages and teachers come first: they are what publishers evaluate.
 ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model", "student", "module")
 
 
-def save_file(path, write):
-    """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.draft")
+@contextlib.contextmanager
+def draft(path, folder=False):
+    """The path of a new file (or folder) beside `path`, with a name of its own; it is removed unless it was moved away.
+
+    It is locked, so that clear_drafts can tell the draft of a living program from what a killed one has left.
+    """
+    path, make = Path(path), tempfile.mkdtemp if folder else tempfile.mkstemp
+    made = make(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)
+    number, name = (os.open(made, os.O_RDONLY), made) if folder else made
     try:
-        with open(draft, "wb") as file:
+        lock(number)
+        yield Path(name)
+    finally:
+        os.close(number)
+        remove(name)
+
+
+def lock(number):
+    """Whether an open file is now this program's alone; True as well where there are no locks. It ends with the program."""
+    try:
+        if fcntl:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def remove(path):
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+
+
+def clear_drafts(folder):
+    """Remove the drafts in a folder that killed programs have left."""
+    for path in Path(folder).glob(".*.draft") if fcntl else ():
+        with contextlib.suppress(OSError):
+            number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            if lock(number):
+                remove(path)
+            os.close(number)
+
+
+def save_file(path, write):
+    """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file, nor through a link."""
+    path = Path(path)
+    try:
+        with draft(path) as fresh, open(fresh, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+            os.chmod(fresh, 0o666 & ~UMASK)
+            os.replace(fresh, path)
     except OSError as error:
-        try:
-            draft.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder is not writable: there is no draft either
         raise not_written(path, error) from error
 
 
@@ -50,10 +99,21 @@ def save_image(path, image):
     save_file(path, lambda file: image.save(file, "PNG"))
 
 
+def on_cpu(state):
+    """A nested state with every tensor on the CPU: files must load on a machine without a GPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        kept = copy.copy(state)  # with a state_dict's version marks
+        kept.update((name, on_cpu(value)) for name, value in state.items())
+        return kept
+    return type(state)(map(on_cpu, state)) if isinstance(state, (list, tuple)) else state
+
+
 def save_tensors(path, state):
     """torch.save through memory: a full disk then raises OSError instead of aborting inside PyTorch's own writer."""
     memory = io.BytesIO()
-    torch.save(state, memory)
+    torch.save(on_cpu(state), memory)
     save_file(path, lambda file: file.write(memory.getbuffer()))
 
 
@@ -155,6 +215,6 @@ def load_weights(path, name="model_path"):
     if strange or not state:
         why = f"a tensor is called {strange[0]!r}, which is no name" if strange else "it has no tensors by name"
         raise UserError(f"{name}: {str(path)!r} holds no state_dict ({why}): save model.state_dict() with torch.save")
-    if entry and rank() == 0:
+    if entry and int(os.environ.get('RANK', 0)) == 0:
         print(f"{path}: taking the weights in its entry {entry}", file=sys.stderr)
     return state

@@ -11,32 +11,9 @@ from utils import processes
 from utils.checkpoint import Checkpoint, Position
 from utils.errors import UserError
 from utils.pictures import normalize
-from utils.processes import rank, world_size
+from utils.processes import ProgressLine, rank, world_size
 from utils.recipe import Recipe, figures_of, sums_of
 from utils.scheduler import set_optimizer_lr
-
-
-class ProgressLine:
-    """One line, redrawn in place twice a second on a terminal, printed every half minute into a log."""
-
-    def __init__(self, title, steps, first_step=0, stream=None):
-        self.title, self.steps, self.first_step, self.stream = title, steps, first_step, stream or sys.stdout
-        self.terminal = self.stream.isatty()
-        self.begin = self.shown = time.monotonic()
-
-    def show(self, step, images, describe, due=False):
-        """images: to a step. describe() reads figures off the device, so it is only called when the line is due."""
-        now = time.monotonic()
-        if rank() or not due and now - self.shown < (0.5 if self.terminal else 30):
-            return
-        self.shown, done, seconds = now, step - self.first_step, max(now - self.begin, 1e-3)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds / done * (self.steps - step)))
-        text = f"{self.title} {step}/{self.steps} {describe()} {images * done / seconds:.0f} images/s {left} left"
-        print(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", file=self.stream, flush=True)
-
-    def clear(self):
-        if self.terminal and not rank():
-            print("\r\033[K", end="", file=self.stream, flush=True)
 
 
 def autocast(Cuda, fp16):
@@ -71,7 +48,7 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, position)
             scaler.scale(loss / len(batches)).backward()
         with torch.no_grad():
             position.step += 1
-            position.sums.update(sums_of(loss, scores, targets))
+            position.sums.update(sums_of(loss, scores, targets, recipe.settings))
 
 
 def filled(state):
@@ -136,11 +113,11 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
         for images, targets, _ in batches:
             if len(targets):
                 scores, targets = score_batch(model, images, targets, Cuda, fp16)
-                position.sums.update(sums_of(recipe.val_criterion(scores, targets), scores, targets))
+                position.sums.update(sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings))
     sums, unreadable = position.totals()
     if not sums:
         raise UserError("no picture of the test list can be read, so there is no score")
-    return figures_of(sums), int(sums["pictures"]), unreadable
+    return figures_of(sums, recipe.settings), int(sums["pictures"]), unreadable
 
 
 def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
@@ -177,7 +154,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
             if recipe.ema:
                 recipe.ema.update_parameters(model)
             progress.show(position.step, images_per_step, lambda: " ".join(
-                f"{name} {value:.3f}" for name, value in figures_of(position.sums).items()) + f" lr {position.lr:.2e}")
+                f"{name} {value:.3f}" for name, value in figures_of(position.sums, recipe.settings).items()) + f" lr {position.lr:.2e}")
         progress.clear()
         seconds = time.monotonic() - begin
 
@@ -188,7 +165,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     sums, unreadable = position.totals()
     figures = {"epoch": epoch + 1, "lr": first_lr, "scored": scored, "unreadable": unreadable + unscored,
                "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3)}
-    figures.update({f"train_{name}": value for name, value in figures_of(sums).items()})
+    figures.update({f"train_{name}": value for name, value in figures_of(sums, recipe.settings).items()})
     figures.update({"val_loss" if name == "loss" else name: value for name, value in scored_figures.items()})
     if not math.isfinite(figures["val_loss"]):
         raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: lower Init_lr, or set clip_grad_norm; "

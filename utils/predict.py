@@ -112,7 +112,7 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--save", action="store_true", help="draw the label on a copy in RUN/predictions")
     options = parser.parse_args(arguments)
-    one_sentence_errors(must_print=True)
+    one_sentence_errors()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
     utf8 = str(sys.stdout.encoding).lower() in ("utf-8", "utf8")

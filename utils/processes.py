@@ -1,7 +1,9 @@
-"""Ranks, what processes tell each other, and how one begins and ends. All of it also works in one unconnected process."""
-import datetime
-import errno
+"""Ranks, what processes tell each other and the user, and how one begins and ends; all of it also works in one process."""
+import atexit
+import ctypes
+import multiprocessing.util
 import os
+import signal
 import sys
 import time
 import traceback
@@ -10,10 +12,9 @@ import uuid
 import torch
 import torch.distributed as dist
 
-from utils.errors import TOO_MANY_FILES, TOO_SMALL, UserError
-from utils.workers import stop_workers
+from utils.errors import LOST, sentence
 
-store = None  # the connected processes' own, which outlives each of them under torchrun
+launch_id = uuid.uuid4().hex  # the same for all processes of one launch, also after torchrun has restarted them
 
 
 def rank() -> int:
@@ -26,14 +27,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def connect(Cuda):
     """Join the launcher's processes; returns the documented local_rank. Small facts travel over gloo, gradients of GPUs over nccl."""
-    global store
     local_rank = int(os.environ["LOCAL_RANK"])
     if Cuda:
         torch.cuda.set_device(local_rank)
-    hook, store = sys.excepthook, group_store()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo", store=store, rank=rank(), world_size=world_size())
+    hook = sys.excepthook
+    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo", store=group_store(), rank=rank(), world_size=world_size())
     sys.excepthook = hook  # torch's own would keep our sentence in memory until a return that never comes
     return local_rank
 
@@ -45,7 +50,10 @@ def group_store():
     each node counts for itself, nor anything else tells one group from the next. So each process asks under a name that it
     draws, and rank 0 answers with the group's name until everyone has said that it is here.
     """
+    global launch_id
     launchers, _, _ = next(dist.rendezvous("env://"))
+    named = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's --rdzv_id
+    launch_id = named if named != "none" else launchers.compare_set("launch", "", launch_id).decode()
     mine = uuid.uuid4().hex
     if rank():
         launchers.set(f"ask {rank()}", mine)
@@ -74,21 +82,10 @@ def gather_objects(item):
 
 
 def on_rank_0(work):
-    """work() on rank 0 alone; its result, or its error, on every process. Collective."""
-    if not connected():
-        return work()
-    answer = [None, None]  # its result, or its error's kind and text: told to all, so that none waits for ever
-    if rank() == 0:
-        try:
-            answer[0] = work()
-        except UserError as error:
-            answer[1] = UserError, str(error)
-        except Exception:
-            answer[1] = RuntimeError, f"on rank 0:\n{traceback.format_exc()}"
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        kind, text = answer[1]
-        raise kind(text)
+    """work() on rank 0 alone; its result on every process. Collective."""
+    answer = [work() if rank() == 0 else None]
+    if connected():
+        dist.broadcast_object_list(answer, src=0)
     return answer[0]
 
 
@@ -104,90 +101,91 @@ def barrier():
         dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would go to a GPU
 
 
-class Unbreakable:
-    """A stream whose failures are forgotten: a closed pipe or a full disk under a log must not decide what is saved."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def attempt(self, method, *words):
+def say(*words, **options):
+    """Print on rank 0, at once. A closed pipe or a full disk under a log must not decide what is saved, so it is forgotten."""
+    if rank() == 0:
         try:
-            return getattr(self.stream, method)(*words)
+            print(*words, **options, flush=True)
         except (OSError, ValueError):
-            self.stream = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # from now on into nothing
-            return 0
-
-    def write(self, text):
-        return self.attempt("write", text)
-
-    def flush(self):
-        self.attempt("flush")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+            pass
 
 
-def one_sentence_errors(must_print=False):
-    """Show every UserError of this program as one sentence (its first call). Unless the program must print, a standard
-    output that cannot be written does not end it."""
+class ProgressLine:
+    """One line, redrawn in place twice a second on a terminal, printed every half minute into a log."""
+
+    def __init__(self, title, steps, first_step=0, stream=None):
+        self.title, self.steps, self.first_step, self.stream = title, steps, first_step, stream or sys.stdout
+        self.terminal = getattr(self.stream, "isatty", bool)()
+        self.begin = self.shown = time.monotonic()
+
+    def show(self, step, images, describe, due=False):
+        """images: to a step. describe() reads figures off the device, so it is only called when the line is due."""
+        now = time.monotonic()
+        if rank() or not due and now - self.shown < (0.5 if self.terminal else 30):
+            return
+        self.shown, done, seconds = now, step - self.first_step, max(now - self.begin, 1e-3)
+        minutes, left = divmod(round(seconds / done * (self.steps - step)), 60)
+        text = (f"{self.title} {step}/{self.steps} {describe()} {images * done / seconds:.0f} images/s "
+                f"{minutes // 60:02}:{minutes % 60:02}:{left:02} left")
+        say(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", file=self.stream)
+
+    def clear(self):
+        if self.terminal:
+            say("\r\033[K", end="", file=self.stream)
+
+
+def ignore_signals(worker_id):
+    """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving.
+
+    On Linux a worker dies with its process, at once: an orphan would hold the sockets that it inherited, and a group that
+    torchrun restarts would connect to them and wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # of linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        parent, server = multiprocessing.parent_process(), multiprocessing.get_start_method() == "forkserver"
+        if not parent.is_alive() if server else os.getppid() != parent.pid:  # it ended before this was asked for
+            os._exit(1)
+
+
+def stop_workers():
+    """Kill this process's workers; the standard library would send them the SIGTERM that they ignore, and wait."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+atexit.register(stop_workers)  # for a program of one's own that returns from its last line
+
+
+def one_sentence_errors():
+    """Show every error of this program that a user can mend as one sentence (its first call)."""
     sys.excepthook = show_error
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by `>&-`: the next file to be opened would get its number, and our lines
-            while (nothing := os.open(os.devnull, os.O_WRONLY)) < number:
-                pass
-            stream = open(nothing, "w", closefd=False)
-        elif hasattr(stream, "reconfigure"):  # odd file names must not break a print on an ASCII terminal
+    multiprocessing.util.get_temp_dir()  # one folder for this process and its workers, which cannot remove theirs when killed
+    for number in (0, 1, 2):  # one that `>&-` closed: the next file to be opened would get its number, and other programs' lines
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # odd file names must not break a print on an ASCII terminal
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, stream if must_print else Unbreakable(stream))
-
-
-def is_ours_to_say():
-    """Whether this process is the first of its launch to report an error: it appears once, from whichever process has it."""
-    if world_size() == 1:
-        return True
-    try:
-        claims = store
-        if claims is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # not connected yet
-            claims = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                                   timeout=datetime.timedelta(seconds=5))
-        if claims is not None:
-            claims.set_timeout(datetime.timedelta(seconds=5))
-            return claims.add(f"errors of start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except Exception:  # the store ended with its process, which may have been the one to speak
-        pass
-    if rank():
-        time.sleep(5)  # a launcher ends the group when one process fails: let rank 0 speak first
-    return True
-
-
-def sentence(error):
-    """What a user is told of an error that can be mended, or None for a programming error."""
-    text = str(error)
-    if isinstance(error, UserError) or TOO_SMALL in text:
-        return text
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
-        return TOO_MANY_FILES
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
-        return f"the output cannot be written ({error.strerror})"
-    if isinstance(error, RuntimeError) and connected() and ("gloo" in text or isinstance(error, dist.DistError)):
-        return ("another process of the launch has ended, or did not answer within the time-out of torch.distributed: "
-                f"the reason stands in its own output ({text.splitlines()[0][:200]})")
-    return None
 
 
 def show_error(kind, error, trace):
-    """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback."""
+    """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback.
+
+    Each machine's first process speaks at once. The others wait, as a launcher ends them meanwhile, and so does a process that
+    only knows that another one has ended.
+    """
     if issubclass(kind, KeyboardInterrupt):  # before training, where there is nothing to save yet
         end(130)
-    if is_ours_to_say():
-        told = sentence(error)
-        if told:
-            print(f"error: {told}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(kind, error, trace)
-    else:
-        time.sleep(1)  # torchrun ends the group once one has ended: the process that speaks shall have finished
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    told, other = sentence(error), int(os.environ.get("LOCAL_RANK", 0)) > 0
+    time.sleep(2 * other + 5 * bool(told and told.startswith(LOST)))
+    whose = f"[rank {rank()}] " if other else ""
+    print(f"{whose}error: {told}" if told else whose + "".join(traceback.format_exception(kind, error, trace)), file=sys.stderr)
     end(1)
 
 
@@ -198,9 +196,9 @@ def end(code):
     aborted ('terminate called without an active exception') or waited for ever.
     """
     stop_workers()
-    for stream in (sys.stdout, sys.stderr):
+    for clean_up in (sys.stdout.flush, sys.stderr.flush, multiprocessing.util._run_finalizers):  # semaphores, that folder
         try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
+            clean_up()
+        except Exception:
             pass
     os._exit(code)

@@ -1,5 +1,5 @@
 """What is learned and how it is judged: the loss, the figures, the optimizers, and the recipes around them."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -18,13 +18,20 @@ def get_criterion(settings, weights=None, training=False):
 
     scores: float32 (N, classes). targets: int64 (N,), or float32 (N, classes) where pictures are mixed.
     weights: float32 (classes,) or None. Training has label smoothing and weights; validation and utils.evaluate have
-    neither. A weighted loss is divided by the number of pictures, not by their weights' sum, which would
-    make it depend on how a batch is spread over processes.
+    neither. A picture counts as much as its label weighs: to weigh the smoothed share of every class by that class's weight
+    would teach the network to name the rare ones. The sum is divided by the number of pictures, not by their weights' sum,
+    which would make it depend on how a batch is spread over processes.
     """
     smoothing = settings.get("label_smoothing", 0.0) if training else 0.0
 
     def criterion(scores, targets):
-        return F.cross_entropy(scores, targets, weights, reduction="none", label_smoothing=smoothing).mean()
+        share = torch.ones((), device=scores.device)
+        if weights is not None and targets.dim() == 1:
+            share = weights[targets]
+        elif weights is not None:  # each label's loss by its own weight, as much as there is of the label
+            share = targets @ weights
+            targets = targets * weights / share[:, None]
+        return (share * F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)).mean()
     return criterion
 
 
@@ -33,31 +40,49 @@ def probabilities(scores):
     return scores.softmax(1)
 
 
-def sums_of(loss, scores, targets):
+def ranked(scores, number):
+    """(values, class ids), each (N, number), of the highest scores. The one order among equals: the lower class id first."""
+    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :number], indices[:, :number]
+
+
+def answers(scores, names):
+    """What is said of pictures: for each row of float32 (N, classes) scores [(class name, probability)], the best five
+    first; or a text that says why there is none."""
+    _, indices = ranked(scores, 5)  # of scores, as small probabilities are rounded to the same number
+    values = probabilities(scores).gather(1, indices)
+    return [[(names[index], value) for value, index in zip(*row)] if finite else "the network's scores for it are not finite"
+            for finite, *row in zip(scores.isfinite().all(1).tolist(), values.tolist(), indices.tolist())]
+
+
+def said(target, names):
+    """A picture's target as captions and tables show it: its class name."""
+    return names[int(target)]
+
+
+def sums_of(loss, scores, targets, settings):
     """What a batch adds to the figures: {name: float64 tensor of any shape} on the batch's device.
 
     Added up over batches and processes, and turned into figures by figures_of; training, validation and utils.evaluate
-    share both. loss: scalar mean; scores: float32 (N, classes); targets: as get_criterion's. Nothing is read off the
-    device here, so no step waits.
+    share both. loss: scalar mean; scores: float32 (N, classes); targets: as get_criterion's; settings: train.py's. Nothing
+    is read off the device here, so no step waits.
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
-    right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-    pictures = torch.full((), len(labels), dtype=torch.float64, device=scores.device)
-    sums = {"pictures": pictures, "loss": loss.double() * pictures,
-            "top1": right[:, 0].sum().double(), "top5": right.sum().double()}
-    return sums
+    right = (ranked(scores, 5)[1] == labels[:, None]).sum(0)
+    return {"pictures": torch.full((), len(labels), dtype=torch.float64, device=scores.device),
+            "loss": loss.detach().double() * len(labels), "top1": right[0].double(), "top5": right.sum().double()}
 
 
-def figures_of(sums):
+def figures_of(sums, settings):
     """{name: number} from the added sums of sums_of. Whatever stands here is in the history, with 'train_' for training's."""
     figures = {name: (sums[name] / sums["pictures"]).item() for name in ("loss", "top1", "top5")}
     return figures
 
 
-def figure_names(num_classes):
-    """The names of validation's figures as the history has them: 'val_loss', and the others by their own."""
-    nothing = sums_of(torch.zeros(()), torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64))
-    return ["val_loss" if name == "loss" else name for name in figures_of(nothing)]
+def figure_text(name, value):
+    """A figure as it is printed, with its name."""
+    percents = {"top1": "top-1", "top5": "top-5"}
+    return f"{percents[name]} {value:.2%}" if name in percents else f"{name.replace('_', ' ')} {value:.4g}"
 
 
 class EMA(AveragedModel):
@@ -72,14 +97,11 @@ class EMA(AveragedModel):
     def update_parameters(self, model):
         if self.n_averaged == 0:  # on the host
             return super().update_parameters(model)  # a copy
-        means, values = [], []
-        for mean, value in zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model))):
-            if mean.is_floating_point():
-                means.append(mean)
-                values.append(value)
-            else:
-                mean.copy_(value)  # such as BatchNorm's count of batches
-        self.multi_avg_fn(means, values, None)
+        pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model))))
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # such as BatchNorm's of batches
+        self.multi_avg_fn(*zip(*(pair for pair in pairs if pair[0].is_floating_point())), None)
+        if counters:
+            torch._foreach_copy_(*zip(*counters))
         self.n_averaged += 1
 
 
@@ -94,6 +116,7 @@ class Recipe:
     clip_grad_norm: float = 0.0
     accumulate: int = 1
     seed: int = 0
+    settings: dict = field(default_factory=dict)  # train.py's, for sums_of and figures_of
 
 
 def get_recipe(settings, model, num_classes, weights=None):
@@ -105,7 +128,7 @@ def get_recipe(settings, model, num_classes, weights=None):
         criterion=get_criterion(settings, weights, training=True), val_criterion=get_criterion(settings),
         mix=v2.RandomChoice(mixes) if mixes else None, ema=EMA(model, decay) if decay else None,
         clip_grad_norm=settings.get("clip_grad_norm", 0.0), accumulate=settings.get("accumulate", 1),
-        seed=settings.get("seed", 0))
+        seed=settings.get("seed", 0), settings=settings)
 
 
 def sgd(parameters, momentum):
@@ -131,7 +154,8 @@ OPTIMIZERS = {  # optimizer_type: (function of parameters and momentum, limits o
 
 
 def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_lr_scale=1.0):
-    """An optimizer of OPTIMIZERS over parameter groups. Biases and norm layers are not decayed.
+    """An optimizer of OPTIMIZERS over parameter groups. Decay is for the weights of layers alone: not for biases, norm layers,
+    and what a network learns besides, such as tables of positions and scales.
 
     head: names of the head's layers (nets.head_layers). Each group has an lr_scale: backbone_lr_scale for the backbone,
     1 for the head, whose group is the last.
@@ -140,7 +164,8 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
     groups = {(part, decayed): [] for part in ("backbone", "head") for decayed in (False, True)}
     for name, parameter in model.named_parameters():
         part = "head" if name.rpartition(".")[0] in head else "backbone"
-        groups[part, parameter.ndim > 1 and id(parameter) not in norms].append(parameter)
+        decayed = name.endswith("weight") and parameter.ndim > 1 and id(parameter) not in norms
+        groups[part, decayed].append(parameter)
     return OPTIMIZERS[optimizer_type][0](
         [{"params": tensors, "weight_decay": weight_decay if decayed else 0.0,
           "lr_scale": backbone_lr_scale if part == "backbone" else 1.0}

@@ -10,7 +10,7 @@ import torch
 from utils.dataloader import AUGMENTATIONS
 from utils.errors import TOO_SMALL, UserError, nearest, shown
 from utils.processes import world_size
-from utils.recipe import OPTIMIZERS, figure_names
+from utils.recipe import OPTIMIZERS, figures_of, sums_of
 from utils.scheduler import LR_DECAYS
 
 MOST = 10 ** 9  # of whole numbers: beyond it is a slip of the finger
@@ -200,6 +200,11 @@ def note_shared_memory(s):
     if need > free:
         print(f"NOTE: /dev/shm has {free / 1e6:.0f} MB free, and the batches in flight may take {need / 1e6:.0f} MB: if workers fail, "
               f"give the container more (docker run --shm-size=2g), or set num_workers = 0", flush=True)
+
+
+def figure_names(num_classes):
+    nothing = sums_of(torch.zeros(()), torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64), {})
+    return ["val_loss" if name == "loss" else name for name in figures_of(nothing, {})]
 
 
 def check_best_by(best_by, num_classes):

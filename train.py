@@ -15,20 +15,18 @@ from torch.utils.data import DataLoader
 
 from nets import get_model, head_layers, is_transformer, lay_out, load_matching, profile
 from utils import lists, processes
-from utils.charts import first_batch
+from utils.charts import contact_sheet
 from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
-from utils.files import load_weights, save_image
-from utils.fit import fit_one_epoch
+from utils.files import save_image
+from utils.fit import choose_precision, figure_names, fit_one_epoch
 from utils.loss_history import LossHistory
-from utils.precision import choose_precision
-from utils.processes import rank, world_size
-from utils.recipe import balanced_weights, get_optimizer, get_recipe
-from utils.run import begin_run, open_run, write_config
+from utils.processes import ignore_signals, rank, say, world_size
+from utils.recipe import balanced_weights, get_optimizer, get_recipe, said
+from utils.run import begin_run, continued_run, new_run, write_config
 from utils.sample_data import data_paths
-from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
+from utils.scheduler import describe_rates, fit_lr, get_lr_scheduler, set_optimizer_lr
 from utils.settings import check_best_by, check_phases, check_settings, command_line, too_small
-from utils.workers import ignore_signals
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU
@@ -119,46 +117,56 @@ if __name__ == "__main__":
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb)
     del train_lines, val_lines
     lists.check_same_everywhere(train_annotation_path=train_data.fingerprint(), test_annotation_path=val_data.fingerprint())
-
-    # The run
-    check_best_by(best_by, num_classes)
     settings = {name: globals()[name] for name in settings}  # with the sample's paths
-    save_dir, config, state = processes.on_rank_0(lambda: open_run(resume, save_dir, settings, class_names))
-    loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
+    run, state = processes.on_rank_0(lambda: continued_run(resume, save_dir, settings, class_names))
 
     # The network
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if pretrained and state is None and local_rank == 0:  # one download a machine
-        model = get_model(backbone, num_classes, input_shape, pretrained)
+        get_model(backbone, num_classes, input_shape, pretrained)
     processes.barrier()
     model = get_model(backbone, num_classes, input_shape, pretrained and state is None)
     if model_path and state is None:
-        load_matching(model, load_weights(model_path), model_path)
-    parameters, flops, has_batch_norm = profile(model, backbone, input_shape)
+        load_matching(model, model_path)
     Init_Epoch = state["epoch"] if state else Init_Epoch
+    parameters, flops, has_batch_norm = profile(model, backbone, torch.empty(1, 3, *input_shape), num_classes)
     check_phases({**settings, "Init_Epoch": Init_Epoch}, num_train, num_val, has_batch_norm)
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = lay_out(model, "cuda" if Cuda else "cpu", channels_last)
-    fp16 = processes.on_rank_0(lambda: choose_precision(config, model, num_classes, num_train))
-    scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
     optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
     weights = balanced_weights(train_data.class_ids(), num_classes) if class_weights == "balanced" else None
     recipe = get_recipe(settings, model, num_classes, weights.cuda() if weights is not None and Cuda else weights)
+    first = EpochSampler(num_train, Unfreeze_batch_size, rank(), world_size(), seed=seed)
+    batch = detection_collate([train_data[item] for _, item in zip(range(min(64, Unfreeze_batch_size // world_size())), first)])
+    check_best_by(best_by, figure_names(model, batch, Cuda, recipe))
+    settings["fp16"], tried = processes.on_rank_0(lambda: choose_precision(settings, model, batch, recipe, num_train))
+    fp16 = settings["fp16"]
+    scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
+
+    # The run
+    save_dir = processes.on_rank_0(lambda: run or new_run(save_dir))
+    loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
     checkpoint = Checkpoint(
         save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema, "history": loss_history},
-        save_minutes, judge={"the test list": val_data.fingerprint(), "best_by": best_by},
-        order={"the training list": train_data.fingerprint(), "seed": seed, "Freeze_batch_size": Freeze_batch_size,
-               "Unfreeze_batch_size": Unfreeze_batch_size})
+        save_minutes, scored_on=f"{val_data.fingerprint()} {best_by}")
     if state:
         checkpoint.load(state)
-    processes.on_rank_0(lambda: begin_run(save_dir, config, parameters, flops, num_train, num_val))
-    processes.on_rank_0(lambda: checkpoint.publish(save_period, UnFreeze_Epoch))
+    config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, {
+        "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
+        "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
+        "optimizer": describe_rates(settings, is_transformer(backbone)),
+        "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'} {tried}"}))
+    checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
+    if state is None and rank() == 0:
+        save_image(os.path.join(save_dir, "first_batch.png"), contact_sheet(
+            batch[0].permute(0, 2, 3, 1), [said(target, class_names) for target in batch[1]]))
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
+        if processes.on_rank_0(lambda: 0 < early_stop <= loss_history.since_best()):
+            break
         unfreeze = not Freeze_Train or epoch >= Freeze_Epoch
         if unfreeze != UnFreeze_flag:
             batch_size = Unfreeze_batch_size if unfreeze else Freeze_batch_size
@@ -199,8 +207,6 @@ if __name__ == "__main__":
             gen_val = DataLoader(val_data, batch_size, num_workers=num_workers,
                                  collate_fn=detection_collate, sampler=val_sampler, **options)
             UnFreeze_flag = unfreeze
-            if state is None and epoch == Init_Epoch and rank() == 0:
-                save_image(os.path.join(save_dir, "first_batch.png"), first_batch(gen, class_names))
 
         if distributed:
             train_sampler.set_epoch(epoch)
@@ -208,12 +214,11 @@ if __name__ == "__main__":
         fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
                       UnFreeze_Epoch, Cuda, fp16, scaler, save_period, save_dir, local_rank,
                       recipe=recipe, checkpoint=checkpoint, lr_scheduler_func=lr_scheduler_func)
-        if processes.on_rank_0(lambda: 0 < early_stop <= loss_history.since_best()):
-            break
 
     if rank() == 0:
         loss_history.writer.close()
-        write_config(save_dir, {**config, "finished": True})
-        print(f"best {loss_history.describe_best()} in {save_dir}")
+        stopped = loss_history.since_best() if loss_history.rows[-1]["epoch"] < UnFreeze_Epoch else 0
+        write_config(save_dir, {**config, "finished": True, "stopped_after": stopped})
+        say(f"best {loss_history.describe_best()} in {save_dir}")
     processes.barrier()
     processes.end(0)

@@ -4,22 +4,31 @@ import sys
 import time
 
 
-def others_running():
-    """How many threads of other programs want a core at this moment (Linux; elsewhere the load of the last minute)."""
+def busy_seconds():
+    """Seconds that all cores have worked for other programs, since the machine's start (Linux; elsewhere 0)."""
     try:
-        found = []
-        for _ in range(3):  # the least of three, as anything runs for a moment
-            with open("/proc/stat") as file:
-                found += [int(line.split()[1]) - 1 for line in file if line.startswith("procs_running")]
-            time.sleep(0.002)
-        return min(found)
+        with open("/proc/stat") as file:
+            user, nice, system = map(int, file.readline().split()[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK") - time.process_time()
     except (OSError, ValueError):
-        return round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
+        return 0.0
+
+
+def others_at_work():
+    """Whether other programs take half a core or more: now, while NumPy and Pillow are imported, and in the last minute.
+
+    Both, as a moment's work turns the first alone, and a training that has just ended the second.
+    """
+    begin, busy = time.monotonic(), busy_seconds()
+    import numpy  # noqa: F401 needed anyway
+    import PIL.Image  # noqa: F401
+    now = busy_seconds() - busy > 0.5 * (time.monotonic() - begin) or not busy
+    return now and hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.1
 
 
 # Idle OpenMP threads spin. Long turns wake them fast; where anything else wants their cores, the default of endless turns
 # made training 30 times slower
-os.environ.setdefault("GOMP_SPINCOUNT", "1000" if others_running() else "5000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000" if others_at_work() else "5000")
 
 
 def quiet_interrupt(kind, error, trace):

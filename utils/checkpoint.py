@@ -1,61 +1,164 @@
-"""Where an epoch stands, and the steps that lead through it.
-
-Before each step the processes agree by one number, the largest wish of all: so none enters a step that another one leaves
-out. Wishes travel while the step before computes, and nothing waits for them.
-"""
-import math
+"""All that resuming needs, as one file that is the commit; the files that people read follow it. Before each step the
+processes agree on one number, so that none enters a step that another one leaves out."""
 import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from utils import processes
 from utils.errors import UserError
-from utils.processes import rank
-from utils.state import RunState
-from utils.workers import batches_of
+from utils.files import check_sums, load_tensors, save_tensors
+from utils.processes import rank, say
+from utils.recipe import restore_optimizer
 
-GO_ON, SAVE, GIVE_UP = 0, 1, 2  # wishes; 128 + a signal's number is the wish to save and end
+LAST, BEFORE = "last_checkpoint.pth", "last_checkpoint_previous.pth"
+GO_ON, SAVE = 0, 1  # what a process wishes for the next step; 128 + a signal's number: save and end
 
 
 @dataclass
 class Position:
     """How far this process is in an epoch's training, or in its validation."""
     epoch: int
-    device: torch.device
-    allowed: float  # unreadable pictures of all processes
     step: int = 0  # global batches done
     sums: Counter = field(default_factory=Counter)  # of recipe.sums_of, whose update() adds; on the device, so no step waits
     unreadable: int = 0
-    cleared: int = 0  # as many of them were found to be few enough, together with the other processes'
-    lr: float = 0.0
 
     def totals(self):
-        """({name: sum of all processes, on the CPU}, unreadable pictures of all). Collective."""
-        everyone = processes.gather_objects(({name: value.cpu() for name, value in self.sums.items()}, self.unreadable))
+        """{name: sum of all processes, on the CPU}, with 'unreadable' among them. Collective."""
         total = Counter()
-        for sums, _ in everyone:
+        for sums in processes.gather_objects({name: value.cpu() for name, value in self.sums.items()}):
             total.update(sums)
-        return dict(total), sum(unreadable for _, unreadable in everyone)
+        return {**total, "unreadable": sum(processes.gather_objects(self.unreadable))}
 
 
-class Checkpoint(RunState):
-    """Leads the processes through the steps together, and saves the run's state when it is time, or when they have to end."""
+def load_checkpoint(run):
+    """The newest sound checkpoint of a run; None when it never wrote one; UserError when none can be read."""
+    paths = [path for path in (Path(run, LAST), Path(run, BEFORE)) if path.exists()]
+    for path in paths:
+        try:
+            check_sums(path, "resume")
+            state = load_tensors(path, "resume")
+            kinds = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "history": dict, "order": str, "scored_on": str}
+            if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+                raise UserError(f"resume: {str(path)!r} is no checkpoint of this version of the program")
+            return state
+        except UserError as error:
+            say(f"WARNING: {error}; trying the checkpoint before it")
+    if paths:
+        raise UserError(f"{run} has no readable checkpoint left: start anew with resume = False, "
+                        f"perhaps from model_path = {str(Path(run, 'last_epoch_weights.pth'))!r}")
+    return None
 
-    def __init__(self, run, parts, save_minutes=0, **options):
-        super().__init__(run, parts, **options)
-        self.save_minutes, self.position, self.signal, self.signalled_at = save_minutes, None, 0, 0
-        self.wishes, self.bad_step, self.failure, self.named = 0, 0, None, set()
+
+def check_finite(model, where):
+    """UserError when a weight is NaN or infinite."""
+    floating = [t for t in model.state_dict().values() if t.is_floating_point()]
+    if not torch.stack([torch.isfinite(t).all() for t in floating]).all():
+        raise UserError(f"the weights are not finite any more {where}: lower Init_lr, or set clip_grad_norm; "
+                        f"the files saved before are intact")
+
+
+class Checkpoint:
+    """A run's state: saved, loaded and published; and the steps, before each of which the processes agree.
+
+    parts: {name: object with state_dict()/load_state_dict() or None}: model, optimizer, scaler, ema, history.
+    scored_on: a text of all that a score depends on; when it has changed, the best epoch is sought anew.
+    """
+
+    def __init__(self, run, parts, save_minutes=0, scored_on=""):
+        self.run, self.parts, self.save_minutes, self.scored_on = run, parts, save_minutes, scored_on
+        self.best, self.best_is_new = None, False  # the best epoch's weights, on the CPU: with the history they make one story
+        self.position, self.order, self.resumed = Position(0), "", {}
+        self.signal, self.signalled_at, self.saved_at = 0, 0, time.monotonic()
+
+    def load(self, state):
+        """Give every part its own back, taking it out of `state`: it would fill memory for the rest of the run."""
+        for name, part in self.parts.items():
+            kept = state.pop(name, None)
+            if part is not None and kept is not None:
+                try:
+                    restore_optimizer(part, kept) if name == "optimizer" else part.load_state_dict(kept)
+                except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise UserError(f"{self.run} cannot be continued, its {name} is of another network or optimizer: "
+                                    f"{(str(error).splitlines() or [''])[0]}") from error
+        self.best, self.best_is_new = state.pop("best", None), True
+        if state["scored_on"] != self.scored_on:
+            self.best = None
+            if self.parts.get("history"):
+                self.parts["history"].seek_best_anew()
+            say("  the best epoch is sought anew: the test pictures, how they are read or best_by changed, so scores do not compare")
+        self.resumed, self.position = state, Position(state["epoch"], state["step"])
+
+    def begin(self, epoch, order):
+        """The Position at the beginning of an epoch, or where it was interrupted if its order is still the same.
+
+        order: a text of all that the order of its pictures depends on.
+        """
+        kept, self.position, self.order = self.resumed, Position(epoch), order
+        if kept.get("epoch") == epoch and kept["step"] and kept["order"] != order:
+            say(f"  epoch {epoch + 1} begins again, as the training pictures, how they are read or their order changed")
+        elif kept.get("epoch") == epoch and kept["step"]:
+            self.position.step = kept["step"]
+            if rank() == 0:
+                self.position.unreadable = kept["totals"].pop("unreadable")
+                self.position.sums.update(kept["totals"])
+        return self.position
+
+    def save(self, epoch, step=0, totals=None):
+        """Write last_checkpoint.pth on rank 0, keeping the one before it; the other processes wait. Collective.
+
+        UserError when the weights are not finite, or the disk is full; the files saved before are then intact.
+        """
+        if rank() == 0:
+            for name in ("model", "ema"):
+                if self.parts.get(name):
+                    check_finite(self.parts[name], f"in epoch {epoch + 1}, step {step}" if step else f"after epoch {epoch}")
+            state = {name: part and part.state_dict() for name, part in self.parts.items()}
+            state.update(best=self.best, epoch=epoch, step=step, totals=totals, order=self.order, scored_on=self.scored_on)
+            save_tensors(Path(self.run, LAST), state, keep=Path(self.run, BEFORE))
+        processes.barrier()
+        self.saved_at = time.monotonic()
+
+    def commit(self, figures, judged, save_period, last_epoch):
+        """End an epoch: its figures into the history, everything into one checkpoint, then the files that people read.
+
+        judged: the model that was validated. Returns on rank 0 whether it is the best so far. Collective.
+        """
+        best = rank() == 0 and self.parts["history"].append_loss(figures)
+        if best:
+            self.best_is_new = True
+            self.best = {name: value.detach().to("cpu", copy=True) for name, value in judged.state_dict().items()}
+        self.position = Position(figures["epoch"])
+        self.save(figures["epoch"])
+        self.publish(save_period, last_epoch)
+        return best
+
+    def publish(self, save_period, last_epoch):
+        """Bring the files that people read in line with the checkpoint, on rank 0: history.csv, curves, weight files."""
+        history, judged = self.parts["history"], self.parts.get("ema") or self.parts["model"]
+        if rank() or not history.rows:
+            return
+        history.write()
+        if self.best_is_new and self.best is not None:
+            save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
+        self.best_is_new = False
+        if self.position.step == 0:  # the model stands at the end of the history's last epoch
+            row, weights = history.rows[-1], getattr(judged, "module", judged).state_dict()
+            save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
+            if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:
+                name = "ep%03d-loss%.3f-val_loss%.3f.pth" % (row["epoch"], row["train_loss"], row["val_loss"])
+                save_tensors(Path(self.run, name), weights)
 
     def catch_signals(self):
-        """From now on SIGTERM, Ctrl-C and SIGHUP are noted and obeyed after the current step; a second Ctrl-C ends at once."""
+        """From now on SIGTERM, Ctrl-C and SIGHUP are noted and obeyed before the next step; a second Ctrl-C ends at once."""
         def note(number, frame):
             if self.signal and number == signal.SIGINT and time.monotonic() - self.signalled_at > 1:  # torchrun repeats the first
-                if rank() == 0:
-                    print(f"\nended at once: {self.run} is as it was saved last", flush=True)
+                say(f"\nended at once: {self.run} is as it was saved last")
                 processes.end(128 + number)
             if not self.signal:
                 self.signal, self.signalled_at = number, time.monotonic()
@@ -63,104 +166,35 @@ class Checkpoint(RunState):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
                 signal.signal(number, note)
 
-    def begin(self, epoch, allowed, device):
-        """The Position at the beginning of an epoch, or where it was interrupted."""
-        self.position = Position(epoch, device, allowed)
-        if self.resumed.get("epoch") == epoch and self.resumed.get("totals"):
-            self.position.step = self.resumed["step"]
-            if rank() == 0:
-                sums, self.position.unreadable = self.resumed["totals"]
-                self.position.sums.update({name: value.to(device) for name, value in sums.items()})
-        return self.position
+    def steps(self, gen, steps, number=1):
+        """Yield the next `number` batches of `gen` at a time, `steps` in all, once the processes have agreed to go on.
 
-    def steps(self, gen, position, steps, number=1):
-        """Yield the next `number` batches of `gen` at a time, `steps` in all, agreeing with the other processes before each.
-
-        The loop's body computes with them. Meanwhile the next ones are here and this process's wish travels.
-        Batches that this process has no share in are left out of the list. Used for training and validation alike.
+        A process that has no share in a batch gets a shorter list. Each wish travels while the step before computes.
         """
-        batches = batches_of(gen)
-        ready = self.fetch(batches, min(number, steps))
-        wish = self.wish(position)
+        batches, wish = iter(gen), self.wish()
         while steps > 0:
-            self.obey(wish, position)
-            current, steps = ready, steps - number
-            ready = self.fetch(batches, min(number, steps))
-            if any(batch[2] for batch in current):
-                self.note_unreadable(current, gen, position)
-            wish = self.wish(position)
+            current, steps = list(islice(batches, min(number, steps))), steps - number
+            self.obey(*wish)
+            wish = self.wish()
             yield current
-        self.obey(wish, position)
-        self.obey(self.wish(position, look=True), position)  # a loss that was not finite in the last step
+        self.obey(*wish)
 
-    def fetch(self, batches, number):
-        """The next `number` batches, or fewer at the end; a loader that fails is remembered as this process's failure."""
-        got = []
-        try:
-            while len(got) < number and (batch := next(batches, None)) is not None:
-                got.append(batch)
-        except UserError as error:
-            self.failure = str(error)
-        return got
-
-    def note_unreadable(self, batches, gen, position):
-        """Count the unreadable pictures, and print each once, with its annotation line."""
-        for index, reason in (bad for batch in batches for bad in batch[2]):
-            position.unreadable += 1
-            if index not in self.named:
-                print(f"\nunreadable picture: {gen.dataset.name(index)} ({reason})", flush=True)
-            self.named.add(index)
-
-    def wish(self, position, look=False):
-        """Send this process's wish on its way: (int64 (1,), its journey or None).
-
-        A GPU has to finish its steps before its losses can be looked at: every 20th time.
-        """
-        self.wishes += 1
-        look = look or position.device.type == "cpu" or self.wishes % 20 == 0
+    def wish(self):
+        """Send what this process wishes on its way: (int64 (1,), its journey or None)."""
         due = self.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
-        # whether they are too many is seen from all processes' sum, when saving
-        too_many = position.unreadable > max(position.allowed / processes.world_size(), position.cleared)
-        wish = torch.tensor([SAVE if due or too_many else GO_ON])
-        if self.failure or look and self.find_bad_step(position):
-            wish.fill_(GIVE_UP)
-        if self.signal:
-            wish.fill_(128 + self.signal)
+        wish = torch.tensor([128 + self.signal if self.signal else SAVE if due else GO_ON])
         return wish, dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True) if processes.connected() else None
 
-    def find_bad_step(self, position):
-        """The training step at which the sum of losses was first seen to be not finite; 0 for none. Waits for a GPU."""
-        if not self.bad_step and not math.isfinite(position.sums["loss"]):
-            self.bad_step = position.step
-        return self.bad_step
-
-    def obey(self, wish, position):
-        """Do what the processes have agreed on: go on, save, give up with a sentence, or save and end. Collective."""
-        largest, journey = wish
+    def obey(self, wish, journey):
+        """Do what the processes have agreed on, the largest wish: go on, save, or save and end. Collective."""
         if journey:
             journey.wait()
-        if largest == GO_ON:
+        if wish == GO_ON:
             return
-        training, validating = self.position, position is not self.position
-        where = f"epoch {training.epoch + 1}, step {training.step}"
-        told = processes.gather_objects((self.find_bad_step(position), self.failure))
-        bad_step, failure = max(bad for bad, _ in told), next((failure for _, failure in told if failure), None)
-        if bad_step:
-            raise UserError(f"the loss is not finite in epoch {training.epoch + 1}, step {bad_step}, at lr {training.lr:.3g}: "
-                            f"lower Init_lr, or set clip_grad_norm; the files saved before it are intact")
-        totals, (_, unreadable) = training.totals(), position.totals()
-        too_many = f"{unreadable} pictures of {'the test list' if validating else f'epoch {training.epoch + 1}'} cannot be read, more than 1 %"
-        if unreadable > position.allowed and not validating:
-            raise UserError(f"{too_many} of them: python -m utils.annotation DATASETS --check lists them")
-        position.cleared = position.unreadable
-        self.save(training.epoch, training.step, totals)
-        if unreadable > position.allowed:
-            failure = f"{too_many}, and a score of the others would not compare: mend them, and the validation alone is repeated"
-        if failure:
-            raise UserError(f"{failure}. The state up to {where} is saved: continue with resume = {self.run!r}")
-        if largest > 128:
-            if rank() == 0:
-                print(f"\n{signal.Signals(int(largest) - 128).name}: saved at {where}; continue with "
-                      f"resume = {self.run!r} (or resume = True) in train.py", flush=True)
+        epoch, step = self.position.epoch, self.position.step
+        self.save(epoch, step, self.position.totals())
+        if wish > 128:
+            say(f"\n{signal.Signals(int(wish) - 128).name}: saved at epoch {epoch + 1}, step {step}; continue with "
+                f"resume = {self.run!r} (or resume = True) in train.py")
             processes.barrier()
-            processes.end(int(largest))
+            processes.end(int(wish))

@@ -72,8 +72,11 @@ def clear_drafts(folder):
             os.close(number)
 
 
-def save_file(path, write):
-    """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file, nor through a link."""
+def save_file(path, write, keep=None):
+    """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file, nor through a link.
+
+    keep: where the file goes that stood there. UserError when it cannot be written; what stood there is then intact.
+    """
     path = Path(path)
     try:
         with draft(path) as fresh, open(fresh, "wb") as file:
@@ -81,6 +84,8 @@ def save_file(path, write):
             file.flush()
             os.fsync(file.fileno())
             os.chmod(fresh, 0o666 & ~UMASK)
+            if keep and path.is_file():
+                os.replace(path, keep)
             os.replace(fresh, path)
     except OSError as error:
         raise not_written(path, error) from error
@@ -110,11 +115,11 @@ def on_cpu(state):
     return type(state)(map(on_cpu, state)) if isinstance(state, (list, tuple)) else state
 
 
-def save_tensors(path, state):
+def save_tensors(path, state, keep=None):
     """torch.save through memory: a full disk then raises OSError instead of aborting inside PyTorch's own writer."""
     memory = io.BytesIO()
     torch.save(on_cpu(state), memory)
-    save_file(path, lambda file: file.write(memory.getbuffer()))
+    save_file(path, lambda file: file.write(memory.getbuffer()), keep)
 
 
 def writable(folder, remedy):

@@ -1,19 +1,24 @@
 """fit_one_epoch: one epoch of training and validation, as documented, and the parts that evaluation shares."""
 import contextlib
+import copy
 import math
 import random
-import sys
 import time
 
 import torch
 
 from utils import processes
 from utils.checkpoint import Checkpoint, Position
-from utils.errors import UserError
+from utils.errors import UserError, plain
 from utils.pictures import normalize
-from utils.processes import ProgressLine, rank, world_size
-from utils.recipe import Recipe, figures_of, sums_of
+from utils.processes import ProgressLine, rank, say, world_size
+from utils.recipe import Recipe, figure_text, figures_of, sums_of
 from utils.scheduler import set_optimizer_lr
+
+FASTER = 1.1  # what bfloat16 must gain on a CPU to be worth its rounding to 8 bits
+
+
+named_unreadable = set()  # pictures that were named already
 
 
 def autocast(Cuda, fp16):
@@ -35,10 +40,11 @@ def batch_loss(outputs, images, targets, recipe):
     return loss, scores
 
 
-def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, position):
-    """Gradients of the mean loss over `batches` (more than one: accumulated); their figures are added to the position."""
+def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
+    """Gradients of the mean loss over `batches` (more than one: accumulated); what each gave: [(loss, scores, targets)]."""
+    done = []
     for number, (images, targets, _) in enumerate(batches, 1):
-        images, targets = normalize(images, device), targets.to(device, non_blocking=True)
+        images, targets = normalize(images, device, recipe.settings), targets.to(device, non_blocking=True)
         if recipe.mix:
             images, targets = recipe.mix(images, targets)
         wait = number < len(batches) and hasattr(model_train, "no_sync")  # DDP: reduce once, with the last part
@@ -46,9 +52,8 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe, position)
             with autocast(Cuda, fp16):
                 loss, scores = batch_loss(model_train(images), images, targets, recipe)
             scaler.scale(loss / len(batches)).backward()
-        with torch.no_grad():
-            position.step += 1
-            position.sums.update(sums_of(loss, scores, targets, recipe.settings))
+        done.append((loss.detach(), scores.detach(), targets))
+    return done
 
 
 def filled(state):
@@ -86,38 +91,55 @@ def seed_step(seed, epoch, step, Cuda):
         torch.cuda.manual_seed_all(step_seed)
 
 
-@contextlib.contextmanager
-def memory_advice(settings="Unfreeze_batch_size (Freeze_batch_size in the frozen phase), or input_shape"):
-    """Out of memory → a sentence with the settings to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"out of memory: lower {settings} ({str(error).splitlines()[0]})") from error
-        raise
-
-
-def score_batch(model, images, targets, Cuda, fp16):
-    """(float32 (N, classes) scores, class ids) of a batch from the loader, both on the model's device; model in eval mode."""
+def score_batch(model, images, targets, Cuda, fp16, settings):
+    """(float32 (N, classes) scores, targets) of a batch from the loader, both on the model's device; model in eval mode."""
     device = next(model.parameters()).device
     with torch.no_grad(), autocast(Cuda, fp16):
-        return model(normalize(images, device)).float(), targets.to(device, non_blocking=True)
+        return model(normalize(images, device, settings)).float(), targets.to(device, non_blocking=True)
+
+
+def count_unreadable(batches, data, position, most):
+    """Name each unreadable picture once, and count it. UserError when this process alone has met more than `most`."""
+    for index, reason in (bad for batch in batches for bad in batch[2]):
+        if index not in named_unreadable:
+            say(f"\nunreadable picture: {plain(data.name(index))} ({plain(reason)})", everyone=True)
+        named_unreadable.add(index)
+        position.unreadable += 1
+    check_unreadable(position.unreadable, most, position.epoch)
+
+
+def check_unreadable(number, most, epoch):
+    if number > most:
+        raise UserError(f"{number} pictures of epoch {epoch + 1} cannot be read, more than 1 %: python -m utils.annotation DATASETS "
+                        f"--check lists them")
+
+
+def check_training(position, scaler, lr, late):
+    """UserError when the sum of losses is not finite, or the scaler has skipped nearly every step. Waits for a GPU."""
+    if not math.isfinite(position.sums["loss"]):
+        raise UserError(f"the loss is not finite in epoch {position.epoch + 1}, {'by ' * late}step {position.step}, at lr {lr:.3g}: "
+                        f"lower Init_lr, or set clip_grad_norm; the files saved before it are intact")
+    if scaler.get_scale() < 1:
+        raise UserError(f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}, however "
+                        f"small their scale: set fp16 = False, lower Init_lr, or set clip_grad_norm")
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
     """(validation's figures, pictures scored, unreadable ones) over all processes."""
-    position = Position(epoch, next(model.parameters()).device, max(1, 0.01 * len(gen_val.dataset)))
+    position, most = Position(epoch), max(1, 0.01 * len(gen_val.dataset))
     gen_val.sampler.set_epoch(epoch)
     model.eval()
-    for batches in checkpoint.steps(gen_val, position, epoch_step_val):
+    for batches in checkpoint.steps(gen_val, epoch_step_val):
+        count_unreadable(batches, gen_val.dataset, position, most)
         for images, targets, _ in batches:
             if len(targets):
-                scores, targets = score_batch(model, images, targets, Cuda, fp16)
+                scores, targets = score_batch(model, images, targets, Cuda, fp16, recipe.settings)
                 position.sums.update(sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings))
-    sums, unreadable = position.totals()
-    if not sums:
+    totals = position.totals()
+    check_unreadable(totals["unreadable"], most, epoch)
+    if "pictures" not in totals:
         raise UserError("no picture of the test list can be read, so there is no score")
-    return figures_of(sums, recipe.settings), int(sums["pictures"]), unreadable
+    return figures_of(totals, recipe.settings), int(totals["pictures"]), totals["unreadable"]
 
 
 def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
@@ -128,69 +150,98 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     model_train is the wrapped model, model the bare one; loss_history is None on all processes but the first;
     save_dir is the run's folder. checkpoint (a Checkpoint) continues an interrupted epoch where it stopped.
     lr_scheduler_func: the rate follows it at every step, at epoch + step / epoch_step; without it, it stays as it is.
-    Returns {figure: value}, the same on every process; its 'lr' is the documented one, that of the epoch's first step. UserError: a loss or weights that
-    are not finite, too many unreadable pictures, too little memory, a dead worker, a full disk.
+    Returns {figure: value}, the same on every process; its 'lr' is the documented one, that of the epoch's first step.
+    UserError: a loss or weights that are not finite, too many unreadable pictures, a full disk.
     """
     recipe = recipe or Recipe()
     checkpoint = checkpoint or Checkpoint(save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler,
                                                      "ema": recipe.ema, "history": loss_history})
-    scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # then its calls do nothing but the optimizer's step
+    used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # then its calls do nothing but the optimizer's step
     device, images_per_step = next(model.parameters()).device, gen.batch_size * world_size()
-    begin, position = time.monotonic(), checkpoint.begin(epoch, 0.01 * epoch_step * images_per_step, device)
-    first_step = position.step
-    first_lr = lr_scheduler_func(epoch) if lr_scheduler_func else optimizer.param_groups[-1]["lr"]
+    most, look_every = 0.01 * epoch_step * images_per_step, 20 if Cuda else 1  # a GPU has to finish its steps to be looked at
+    begin, position = time.monotonic(), checkpoint.begin(epoch, order_of(gen))
+    first_step, lr = position.step, lr_scheduler_func(epoch) if lr_scheduler_func else optimizer.param_groups[-1]["lr"]
 
     gen.sampler.set_epoch(epoch, first_step)
     model_train.train()
     progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, first_step)
-    with memory_advice():
-        for batches in checkpoint.steps(gen, position, epoch_step - first_step, recipe.accumulate):
-            if lr_scheduler_func:
-                set_optimizer_lr(optimizer, lr_scheduler_func, epoch + position.step / epoch_step)
-            position.lr = optimizer.param_groups[-1]["lr"]
-            seed_step(recipe.seed, epoch, position.step, Cuda)
-            backward(model_train, batches, device, Cuda, fp16, scaler, recipe, position)
-            optimizer_step(optimizer, scaler, recipe.clip_grad_norm)
-            if recipe.ema:
-                recipe.ema.update_parameters(model)
-            progress.show(position.step, images_per_step, lambda: " ".join(
-                f"{name} {value:.3f}" for name, value in figures_of(position.sums, recipe.settings).items()) + f" lr {position.lr:.2e}")
-        progress.clear()
-        seconds = time.monotonic() - begin
+    for batches in checkpoint.steps(gen, epoch_step - first_step, recipe.accumulate):
+        count_unreadable(batches, gen.dataset, position, most)
+        if lr_scheduler_func:
+            set_optimizer_lr(optimizer, lr_scheduler_func, epoch + position.step / epoch_step)
+        seed_step(recipe.seed, epoch, position.step, Cuda)
+        done = backward(model_train, batches, device, Cuda, fp16, used_scaler, recipe)
+        optimizer_step(optimizer, used_scaler, recipe.clip_grad_norm)
+        if recipe.ema:
+            recipe.ema.update_parameters(model)
+        for loss, scores, targets in done:
+            position.sums.update(sums_of(loss, scores, targets, recipe.settings))  # adds to what each name has
+        position.step += len(batches)
+        if position.step // recipe.accumulate % look_every == 0 or position.step == epoch_step:
+            check_training(position, used_scaler, optimizer.param_groups[-1]["lr"], Cuda)
+        progress.show(position.step, images_per_step, lambda: " ".join(
+            figure_text(*figure) for figure in figures_of(position.sums, recipe.settings).items()) + f" lr {optimizer.param_groups[-1]['lr']:.2e}")
+    progress.clear()
+    seconds = time.monotonic() - begin
 
-        judged = recipe.ema.module if recipe.ema else model
-        processes.sync_buffers(judged)
-        wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
-        scored_figures, scored, unscored = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)
-    sums, unreadable = position.totals()
-    figures = {"epoch": epoch + 1, "lr": first_lr, "scored": scored, "unreadable": unreadable + unscored,
+    totals, judged = position.totals(), recipe.ema.module if recipe.ema else model
+    check_unreadable(totals["unreadable"], most, epoch)
+    processes.sync_buffers(judged)
+    wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
+    scored_figures, scored, unscored = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)
+    figures = {"epoch": epoch + 1, "lr": lr, "scored": scored, "unreadable": totals["unreadable"] + unscored,
                "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3)}
-    figures.update({f"train_{name}": value for name, value in figures_of(sums, recipe.settings).items()})
+    figures.update({"scale": scaler.get_scale()} if scaler else {})
+    figures.update({f"train_{name}": value for name, value in figures_of(totals, recipe.settings).items()})
     figures.update({"val_loss" if name == "loss" else name: value for name, value in scored_figures.items()})
     if not math.isfinite(figures["val_loss"]):
         raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: lower Init_lr, or set clip_grad_norm; "
                         f"the files saved before it are intact")
-    close_epoch(figures, loss_history, judged, save_period, UnFreeze_Epoch, checkpoint)
+    best = checkpoint.commit(figures, judged, save_period, UnFreeze_Epoch)
+    say(summary(figures, UnFreeze_Epoch) + " *" * best)
     return figures
-
-
-def close_epoch(figures, loss_history, judged, save_period, UnFreeze_Epoch, checkpoint):
-    """The checkpoint is the commit; the files that people read follow it, now or when the run is resumed. Collective."""
-    best = loss_history.append_loss(figures) if rank() == 0 else False
-    if best:
-        checkpoint.best = {name: value.detach().to("cpu", copy=True) for name, value in judged.state_dict().items()}
-    checkpoint.save(figures["epoch"])
-    processes.on_rank_0(lambda: checkpoint.publish(save_period, UnFreeze_Epoch, with_best=best))
-    if rank() == 0:
-        print(summary(figures, UnFreeze_Epoch) + " *" * best, flush=True)
 
 
 def summary(figures, last_epoch):
     """An epoch in one line; figures that a fork has added come last."""
-    shown = {"epoch", "lr", "scored", "unreadable", "images_per_second", "train_loss", "val_loss", "top1", "top5"}
-    percents = [(label, figures[name]) for name, label in (("top1", "top-1"), ("top5", "top-5")) if name in figures]
-    return (f"epoch {figures['epoch']}/{last_epoch}: train loss {figures['train_loss']:.4f}, val loss {figures['val_loss']:.4f}"
-            + "".join(f", {label} {value:.2%}" for label, value in percents)
-            + "".join(f", {name} {value:.4g}" for name, value in figures.items() if name not in shown and "train_" not in name)
-            + (f", {figures['unreadable']} unreadable, {figures['scored']} scored" if figures["unreadable"] else "")
-            + f" ({figures['images_per_second']:.0f} images/s)")
+    hidden = {"epoch", "lr", "scored", "unreadable", "images_per_second", "scale"}
+    told = [figure_text(name, figures[name]) for name in ("train_loss", "val_loss")]
+    told += [figure_text(name, value) for name, value in figures.items() if name not in hidden and name != "val_loss" and "train_" not in name]
+    told += [f"{figures['unreadable']} unreadable, {figures['scored']} scored"] if figures["unreadable"] else []
+    return f"epoch {figures['epoch']}/{last_epoch}: {', '.join(told)} ({figures['images_per_second']:.0f} images/s)"
+
+
+def order_of(gen):
+    """A text of all that the pictures of a step depend on, but for the number of processes."""
+    own = ("rank", "world_size", "epoch", "first_step")
+    return f"{[pair for pair in vars(gen.sampler).items() if pair[0] not in own]} {gen.dataset.fingerprint()}"
+
+
+def figure_names(model, batch, Cuda, recipe):
+    """The names of validation's figures as the history has them ('val_loss', and the others by their own), from two pictures."""
+    scores, targets = score_batch(model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings)
+    figures = figures_of(sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings), recipe.settings)
+    return ["val_loss" if name == "loss" else name for name in figures]
+
+
+def choose_precision(settings, model, batch, recipe, steps):
+    """(fp16, why) of the setting; for 'auto' True on CUDA, and on a CPU what trains this network faster, found by trying.
+
+    Tried on a copy of the model with a batch of the training pictures, in turn, four times each at the most, until 5 s or 2 % of
+    the training's `steps` have passed. Instruction sets do not tell: bfloat16 makes some networks three times as fast and
+    others half as fast on one machine.
+    """
+    if settings["fp16"] != "auto" or settings["Cuda"]:
+        return bool(settings["fp16"]), ""
+    trial, seconds, begin, off = copy.deepcopy(model).train(), {False: [], True: []}, time.perf_counter(), torch.amp.GradScaler("cpu", enabled=False)
+    with torch.random.fork_rng(devices=[]):
+        for attempt in range(4):
+            for fp16 in (False, True):
+                start = time.perf_counter()
+                backward(trial, [batch], "cpu", False, fp16, off, recipe)
+                seconds[fp16].append(time.perf_counter() - start)
+                trial.zero_grad()
+            if attempt and time.perf_counter() - begin > max(5, 0.02 * steps * min(seconds[False])):
+                break
+    single, half = (len(batch[0]) / min(seconds[fp16]) for fp16 in (False, True))
+    return half > FASTER * single, f"tried: float32 {single:.0f}, bfloat16 {half:.0f} images/s"

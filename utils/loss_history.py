@@ -5,17 +5,20 @@ from types import SimpleNamespace
 
 from utils.charts import line_chart
 from utils.files import save_image, save_text
+from utils.recipe import figure_text
 
 
 class LossHistory:
     """One dictionary of figures an epoch, as fit_one_epoch returns them.
 
-    The best epoch is the first with the highest best_by, or the lowest where its name ends in 'loss'.
+    best_by: the figure that decides which epoch is best, the first among equals. Highest is best, but lowest of a loss and
+    of a figure whose name has a minus before it ('-mae').
     """
 
     def __init__(self, log_dir, model=None, input_shape=None, best_by="top1"):
-        self.log_dir, self.rows, self.best_by = log_dir, [], best_by
-        self.best_since = 0  # rows before this one were scored on another test list
+        self.log_dir, self.rows, self.best_by = log_dir, [], best_by.removeprefix("-")
+        self.sign = -1 if best_by.startswith("-") or best_by.endswith("loss") else 1
+        self.best_since = 0  # rows before this one were scored otherwise
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(log_dir)
@@ -33,17 +36,12 @@ class LossHistory:
     def best(self):
         """The best epoch's figures, or None."""
         rows = [row for row in self.rows[self.best_since:] if math.isfinite(row.get(self.best_by, math.nan))]
-        sign = -1 if self.best_by.endswith("loss") else 1
-        return max(rows, key=lambda row: sign * row[self.best_by], default=None)
+        return max(rows, key=lambda row: self.sign * row[self.best_by], default=None)
 
     def describe_best(self):
         """The best epoch as the last line of a training says it."""
         best = self.best()
-        if not best:
-            return "epoch: none yet"
-        value = best[self.best_by]
-        figure = f"top-{self.best_by[3:]} {value:.2%}" if self.best_by in ("top1", "top5") else f"{self.best_by} {value:.4g}"
-        return f"{figure} (epoch {best['epoch']})"
+        return f"{figure_text(self.best_by, best[self.best_by])} (epoch {best['epoch']})" if best else "epoch: none yet"
 
     def seek_best_anew(self):
         self.best_since = len(self.rows)

@@ -43,6 +43,15 @@ def connect(Cuda):
     return local_rank
 
 
+def describe_device(Cuda):
+    """What trains, for people."""
+    if not Cuda:
+        return f"CPU, {torch.get_num_threads()} threads"
+    name, number = torch.cuda.get_device_name(), world_size() if connected() else torch.cuda.device_count()
+    alone = number > 1 and not connected()
+    return f"{number} × {name}" + f" by DataParallel (torchrun --nproc_per_node={number} is faster)" * alone
+
+
 def group_store():
     """The launcher's store, under a name that only the living processes know.
 
@@ -101,9 +110,9 @@ def barrier():
         dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would go to a GPU
 
 
-def say(*words, **options):
-    """Print on rank 0, at once. A closed pipe or a full disk under a log must not decide what is saved, so it is forgotten."""
-    if rank() == 0:
+def say(*words, everyone=False, **options):
+    """Print on rank 0 (or on every rank), at once. A closed pipe or a full disk under a log must not decide what is saved."""
+    if rank() == 0 or everyone:
         try:
             print(*words, **options, flush=True)
         except (OSError, ValueError):

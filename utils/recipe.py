@@ -80,9 +80,10 @@ def figures_of(sums, settings):
 
 
 def figure_text(name, value):
-    """A figure as it is printed, with its name."""
-    percents = {"top1": "top-1", "top5": "top-5"}
-    return f"{percents[name]} {value:.2%}" if name in percents else f"{name.replace('_', ' ')} {value:.4g}"
+    """A figure with its name, as it is printed."""
+    if name in ("top1", "top5"):
+        return f"top-{name[3:]} {value:.2%}"
+    return f"{name.replace('_', ' ')} {value:.4f}" if name.endswith("loss") else f"{name.replace('_', ' ')} {value:.4g}"
 
 
 class EMA(AveragedModel):

@@ -169,6 +169,21 @@ def test_one_of_my_own(tmp_path, monkeypatch):
     assert profile(model, "tiny_network", [20, 30])[0] == 4 * 27 + 4 + 30
 
 
+@pytest.mark.parametrize("shape", [[8, 8], [9, 30], [28, 28], [64, 64], [100, 50]])
+def test_resnet9(shape):
+    """The network that ships: any size from 8 pixels on, any number of classes."""
+    model = get_model("resnet9", 3, shape)
+    assert model(torch.randn(2, 3, *shape)).shape == (2, 3) and head_layers(model) == {"11"}
+    parameters, flops, has_batch_norm = profile(model, "resnet9", shape)
+    assert 0.9e6 < parameters < 1e6 and flops < 2.2e8 and has_batch_norm
+    assert 1.6e6 < profile(get_model("resnet9_wide", 3, shape), "resnet9_wide", shape)[0] < 1.7e6
+
+
+def test_resnet9_needs_eight_pixels():
+    with pytest.raises(UserError, match="8 pixels"):
+        get_model("resnet9", 3, [64, 7])
+
+
 def test_weights_load_into_torchvision(tmp_path):
     torch.save(get_model("resnet18", 5, [32, 32]).state_dict(), tmp_path / "w.pth")
     torchvision.models.resnet18(num_classes=5).load_state_dict(torch.load(tmp_path / "w.pth"))

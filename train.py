@@ -13,12 +13,12 @@ import torch
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
 
-from nets import get_model, head_layers, is_transformer, lay_out, load_matching, profile
+from nets import get_model, head_layers, is_transformer, lay_out, load_matching, load_weights, profile
 from utils import lists, processes
 from utils.charts import first_batch
 from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
-from utils.files import load_weights, save_image
+from utils.files import save_image
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.precision import choose_precision
@@ -128,14 +128,13 @@ if __name__ == "__main__":
 
     # The network
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if pretrained and state is None and local_rank == 0:  # one download a machine
         model = get_model(backbone, num_classes, input_shape, pretrained)
     processes.barrier()
     model = get_model(backbone, num_classes, input_shape, pretrained and state is None)
     if model_path and state is None:
-        load_matching(model, load_weights(model_path), model_path)
-    parameters, flops, has_batch_norm = profile(model, backbone, input_shape)
+        load_matching(model, load_weights(model_path), model_path, class_names)
+    parameters, flops, has_batch_norm = profile(model, backbone, torch.empty(1, 3, *input_shape), num_classes)
     Init_Epoch = state["epoch"] if state else Init_Epoch
     check_phases({**settings, "Init_Epoch": Init_Epoch}, num_train, num_val, has_batch_norm)
     if sync_bn:

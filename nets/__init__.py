@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from nets import _foreign
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, shown
+from utils.processes import say
 
 DOCUMENTED_NAMES = {"mobilenetv2": "mobilenet_v2", "swin_transformer_tiny": "swin_t",
                     "swin_transformer_small": "swin_s", "swin_transformer_base": "swin_b"}
@@ -84,8 +84,6 @@ def build(name, num_classes, input_shape):
         options.update(aux_logits=True, transform_input=True, init_weights=True)
     if name == "inception_v3" and min(height, width) < 299:
         options["aux_logits"] = False  # its auxiliary classifier has no room below 299
-    if name.startswith(("resnet", "resnext", "wide_resnet")):
-        options["zero_init_residual"] = True  # each block begins as the identity (Goyal et al., 2017): stable at high rates
     if name.startswith("vit_"):
         if height != width:
             raise UserError(f"input_shape = {list(input_shape)}: {name} takes square pictures only")
@@ -120,7 +118,8 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
 
 
 def lay_out(model, device, channels_last):
-    """The model on `device` in a memory format: the one place that decides it. Pictures come in channels_last from the loader."""
+    """The model on `device`: the one place that decides its memory format and, on CUDA, TF32. Pictures come in channels_last."""
+    torch.set_float32_matmul_precision("high")
     if not channels_last:
         model.register_forward_pre_hook(lambda module, pictures: (pictures[0].contiguous(), *pictures[1:]))
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -139,19 +138,30 @@ def pretrained_state(name):
                         f"at {target}, or set pretrained = False") from error
 
 
-def load_matching(model, state, source):
-    """Load what matches by name and shape, and print how much did. Returns the names that did not.
+def load_weights(path, name="model_path"):
+    """A state_dict from a file, also another trainer's; UserError, which calls the path `name`, where it holds none."""
+    from nets import _foreign
+    return _foreign.load_weights(path, name)
 
-    timm's, Microsoft's and the documented family's names and whatever wrappers leave before them are understood
-    (nets/_foreign.py); position tables are resized. UserError when nothing matches.
+
+def load_matching(model, state, source, class_names=None):
+    """Load what matches by name and shape, and say how much did. Returns the names that did not.
+
+    state: {name: tensor}; where names differ, nets/_foreign.py translates other libraries'. With class_names, source is the
+    file's path: a run's file for other classes gives no head. UserError: nothing matches, or other kinds of numbers.
     """
-    state, prefix = _foreign.fit(model, state, source)
-    ours = model.state_dict()  # with torchvision's version marks, which a plain dictionary lacks
-    wanted = {k for k in ours if not _foreign.COMPUTED.search(k) and (k in state or not k.endswith("num_batches_tracked"))}
-    matching = {k: v for k, v in state.items() if k in wanted and v.shape == ours[k].shape}
-    head = head_layers(model)
-    missed = [k for k in ours if k in wanted and k not in matching]
-    missed_backbone = [k for k in missed if k.rpartition(".")[0] not in head]
+    from nets import _foreign
+    ours, prefix = model.state_dict(), ""  # with torchvision's version marks, which a plain dictionary lacks
+    head = {k for k in ours if k.rpartition(".")[0] in head_layers(model)}
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if any(k not in state or state[k].shape != v.shape and k not in head for k, v in model.named_parameters()):
+        state, prefix = _foreign.fit(model, state, source)
+    _foreign.check_numbers(ours, state, source)
+    classes = _foreign.classes_beside(source) if class_names else None
+    others = head if classes not in (None, class_names) else set()
+    wanted = [k for k in ours if not _foreign.COMPUTED.search(k) and (k in state or not k.endswith("num_batches_tracked"))]
+    matching = {k: state[k] for k in wanted if k in state and state[k].shape == ours[k].shape and k not in others}
+    missed = [k for k in wanted if k not in matching]
     if not any(k in matching for k, _ in model.named_parameters()):
         raise UserError(f"{source}: none of the {len(state)} tensors fits this network by name and shape; "
                         f"set backbone to the network that the weights are of")
@@ -160,39 +170,42 @@ def load_matching(model, state, source):
 
     def some(names):
         return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-    print(f"{source}: {len(matching)} of {len(wanted)} tensors loaded" + (f", those under {prefix!r}" if prefix else ""))
-    if len(missed) > len(missed_backbone):
-        print("  the head starts anew, which is normal for other classes: "
-              + ", ".join(k for k in missed if k not in missed_backbone))
-    if missed_backbone:
-        print(f"  WARNING: {len(missed_backbone)} tensors of the backbone were not in the file, which is not normal: "
-              + some(missed_backbone))
-    strangers = [k for k in state if k not in ours]
-    if strangers:
-        print(f"  {len(strangers)} tensors of the file have no place in this network: {some(strangers)}")
+    say(f"{source}: {len(matching)} of {len(wanted)} tensors loaded" + (f", those under {prefix!r}" if prefix else ""))
+    if new := [k for k in missed if k in head]:
+        why = f"as its classes were {shown(classes)}" if others else "which is normal for other classes"
+        say(f"  the head starts anew, {why}: {some(new)}")
+    elif classes is None:
+        say("  the head is taken as it is: its classes must be yours, in this order")
+    if lost := [k for k in missed if k not in head]:
+        say(f"  WARNING: {len(lost)} tensors of the backbone were not in the file, which is not normal: {some(lost)}")
+    if strangers := [k for k in state if k not in ours]:
+        say(f"  {len(strangers)} tensors of the file have no place in this network: {some(strangers)}")
     return missed
 
 
-def profile(model, backbone, input_shape):
+def profile(model, backbone, pictures, num_classes):
     """(parameters, FLOPs of one picture, whether it has BatchNorm), found on the meta device, without computing.
 
-    A training step of two pictures is tried as well: UserError when input_shape is too small for the network.
+    pictures: float (N, 3, H, W), of which the shape counts. A training step of two pictures is tried as well: UserError
+    when they are too small for the network, or its scores are not (N, num_classes).
     FLOPs count a multiply-add as two, as torch.utils.flop_counter does.
     """
     from torch.utils.flop_counter import FlopCounterMode
     weights = {k: torch.empty_like(v, device="meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
-    pictures = torch.empty(2, 3, *input_shape, device="meta")
-    mode = model.training
+    pictures, mode = torch.empty(2, *pictures.shape[1:], device="meta"), model.training
     try:
         torch.func.functional_call(model.train(), weights, (pictures,))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            torch.func.functional_call(model.eval(), weights, (pictures,))
+            scores = torch.func.functional_call(model.eval(), weights, (pictures,))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         if check_name(backbone) in own_networks():
             raise
-        raise UserError(f"input_shape = {list(input_shape)} is too small (or of a shape that does not fit) for "
+        raise UserError(f"input_shape = {list(pictures.shape[2:])} is too small (or of a shape that does not fit) for "
                         f"{backbone}: {str(error).splitlines()[0]}") from error
     finally:
         model.train(mode)
+    if getattr(scores, "shape", None) != (2, num_classes):
+        raise UserError(f"{backbone} gives {shown(list(getattr(scores, 'shape', [type(scores).__name__])))} scores for 2 pictures, "
+                        f"not [2, {num_classes}]: its last layer needs num_classes outputs")
     has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, has_norm

@@ -12,12 +12,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import train as trainer
-from nets import get_model
+from nets import get_model, load_weights
 from tests.helpers import make_data, make_project, start, train
 from utils import lists, settings as rules
 from utils.dataloader import DataGenerator
 from utils.errors import UserError
-from utils.files import load_weights
 
 CONSTANTS = {name: getattr(trainer, name) for name in rules.RULES}
 

@@ -3,13 +3,11 @@ import torch
 import torchvision
 from torch import nn
 from torchvision import models
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import nets
-from nets import get_model, head_layers, load_matching, profile
+from nets import get_model, head_layers, load_matching, load_weights, profile
 from tests.helpers import write_network
 from utils.errors import UserError
-from utils.files import load_weights
 
 ALL = models.list_models(module=models)
 SMALLEST = {"inception_v3": 299, "maxvit_t": 64, "vit_h_14": 56}
@@ -36,7 +34,7 @@ def test_every_torchvision_network(name, no_memory):
     assert model.training and not any(m.training for m in model.modules() if m is not model)
     model.Unfreeze_backbone()
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
-    parameters, flops, _ = profile(model, name, [size, size])
+    parameters, flops, _ = profile(model, name, torch.zeros(1, 3, size, size), 7)
     assert parameters == sum(p.numel() for p in model.parameters()) and flops > 0
 
 
@@ -81,11 +79,11 @@ def test_unknown_name_and_sizes():
         with pytest.raises(UserError, match="input_shape"):
             get_model(name, 2, shape)
     with pytest.raises(UserError, match="too small"):
-        profile(get_model("densenet121", 2, [16, 16]), "densenet121", [16, 16])
+        profile(get_model("densenet121", 2, [16, 16]), "densenet121", torch.zeros(1, 3, 16, 16), 2)
 
 
 def test_profile_counts_flops():
-    _, flops, norm = profile(get_model("resnet18", 1000, [224, 224]), "resnet18", [224, 224])
+    _, flops, norm = profile(get_model("resnet18", 1000, [224, 224]), "resnet18", torch.zeros(1, 3, 224, 224), 1000)
     assert flops == pytest.approx(2 * 1.814e9, rel=0.01) and norm
 
 
@@ -99,13 +97,6 @@ def hub(tmp_path, monkeypatch):
 
 def cached(hub, name, model):
     torch.save(model.state_dict(), hub / models.get_model_weights(name).DEFAULT.url.rpartition("/")[2])
-
-
-def test_residual_blocks_begin_as_the_identity():
-    """At a rate of 0.1 a resnet18 that does not was seen to diverge within three epochs."""
-    for name in ("resnet18", "resnext50_32x4d", "wide_resnet50_2"):
-        blocks = [m for m in get_model(name, 3, [64, 64]).modules() if isinstance(m, (BasicBlock, Bottleneck))]
-        assert blocks and all(not (b.bn3 if isinstance(b, Bottleneck) else b.bn2).weight.any() for b in blocks)
 
 
 def test_pretrained(hub, capsys):
@@ -152,6 +143,45 @@ def test_model_path(tmp_path, capsys):
         load_matching(target, get_model("alexnet", 4, [64, 64]).state_dict(), "w.pth")
 
 
+def test_whose_head(tmp_path, capsys):
+    """Weights files name no classes: a run's folder does, and otherwise it is said."""
+    source = get_model("resnet18", 3, [32, 32])
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+
+    def loaded(names):
+        model = get_model("resnet18", 3, [32, 32])
+        missed = load_matching(model, load_weights(tmp_path / "w.pth"), str(tmp_path / "w.pth"), names)
+        assert torch.equal(model.fc.weight, source.fc.weight) == (missed == [])
+        return capsys.readouterr().out
+    assert "the head is taken as it is: its classes must be yours, in this order" in loaded(["a", "b", "c"])
+    (tmp_path / "config.json").write_text('{"class_names": ["a", "b", "c"]}')
+    assert "the head" not in loaded(["a", "b", "c"])
+    for others in (["b", "a", "c"], ["x", "y", "z"]):
+        assert "the head starts anew, as its classes were ['a', 'b', 'c']" in loaded(others)
+    for broken in ("{", "[]", '{"class_names": 3}', "[" * 100_000):
+        (tmp_path / "config.json").write_text(broken)
+        assert "the head is taken as it is" in loaded(["a", "b", "c"])
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.to(torch.int8), "torch.int8"), (lambda t: t.to(torch.int64), "torch.int64"), (lambda t: t.bool(), "torch.bool"),
+    (lambda t: t.to(torch.complex64), "torch.complex64"), (lambda t: t.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    (lambda t: t.double() + 1e300, "not finite as torch.float32"), (lambda t: t * float("nan"), "not finite")])
+@pytest.mark.parametrize("name", ["conv1.weight", "fc.bias", "bn1.running_var"])
+def test_other_kinds_of_numbers(name, change, words):
+    state = get_model("resnet18", 3, [32, 32]).state_dict()
+    for other in (torch.float16, torch.bfloat16, torch.float64):
+        assert load_matching(get_model("resnet18", 3, [32, 32]), {**state, name: state[name].to(other)}, "w.pth") == []
+    with pytest.raises(UserError, match=f"w.pth: {name} .*{words}"):
+        load_matching(get_model("resnet18", 3, [32, 32]), {**state, name: change(state[name])}, "w.pth")
+
+
+def test_one_precision_everywhere():
+    torch.set_float32_matmul_precision("highest")
+    nets.lay_out(nn.Linear(2, 2), "cpu", True)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
 def test_old_densenet_names():
     source = models.densenet121(num_classes=3).state_dict()
     old = {k.replace("norm1", "norm.1").replace("norm2", "norm.2").replace("conv1", "conv.1").replace("conv2", "conv.2")
@@ -166,7 +196,28 @@ def test_one_of_my_own(tmp_path, monkeypatch):
     model = get_model("tiny_network", 6, [20, 30])
     model.freeze_backbone()
     assert [k for k, p in model.named_parameters() if p.requires_grad] == ["3.weight", "3.bias"]
-    assert profile(model, "tiny_network", [20, 30])[0] == 4 * 27 + 4 + 30
+    assert profile(model, "tiny_network", torch.zeros(2, 3, 20, 30), 6)[0] == 4 * 27 + 4 + 30
+    with pytest.raises(UserError, match=r"tiny_network gives \[2, 6\] scores for 2 pictures, not \[2, 5\].*num_classes"):
+        profile(model, "tiny_network", torch.zeros(2, 3, 20, 30), 5)
+    write_network(tmp_path, "maps", "nn.Conv2d(3, num_classes, 3)")
+    with pytest.raises(UserError, match=r"maps gives \[2, 5, 18, 18\] scores"):
+        profile(get_model("maps", 5, [20, 20]), "maps", torch.zeros(1, 3, 20, 20), 5)
+
+
+@pytest.mark.parametrize("shape", [[8, 8], [9, 30], [28, 28], [64, 64], [100, 50]])
+def test_resnet9(shape):
+    """The network that ships: any size from 8 pixels on, any number of classes."""
+    model = get_model("resnet9", 3, shape)
+    assert model(torch.randn(2, 3, *shape)).shape == (2, 3) and head_layers(model) == {"11"}
+    pictures = torch.zeros(1, 3, *shape)
+    parameters, flops, has_batch_norm = profile(model, "resnet9", pictures, 3)
+    assert 0.9e6 < parameters < 1e6 and flops < 2.2e8 and has_batch_norm
+    assert 1.6e6 < profile(get_model("resnet9_wide", 3, shape), "resnet9_wide", pictures, 3)[0] < 1.7e6
+
+
+def test_resnet9_needs_eight_pixels():
+    with pytest.raises(UserError, match="8 pixels"):
+        get_model("resnet9", 3, [64, 7])
 
 
 def test_weights_load_into_torchvision(tmp_path):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from nets import load_matching
+from nets import load_matching, load_weights
 from tests.helpers import same
-from utils.files import load_tensors, load_weights
+from utils.files import load_tensors
 from utils.errors import UserError
 
 
@@ -104,6 +104,17 @@ def test_no_state_dict(saved, words, tmp_path):
         load_weights(tmp_path / "w.pth", "--weights")
     message = str(caught.value)
     assert message.startswith("--weights: ") and "model_path" not in message and "\n" not in message
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strange", [
+    torch.zeros(2, 2, device="meta"), torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr(),
+    torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)])
+def test_tensors_that_are_not_plain(strange, tmp_path):
+    torch.save({"model": {"bias": torch.zeros(2), "weight": strange}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth' (holds 'weight'|cannot be read)") as caught:
+        load_weights(tmp_path / "w.pth")
+    assert "\n" not in str(caught.value)
 
 
 def test_pipes_and_devices_are_not_read(tmp_path):

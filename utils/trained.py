@@ -6,9 +6,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from nets import get_model, lay_out
+from nets._foreign import check_numbers, load_weights
 from utils.dataloader import detection_collate
 from utils.errors import UserError
-from utils.files import load_weights
 from utils.fit import score_batch
 from utils.run import read_config
 from utils.workers import batches_of, ignore_signals
@@ -37,7 +37,9 @@ class TrainedRun:
     def load(self, path, name):
         """Give the model the weights of a file, which messages call `name`."""
         try:
-            self.model.load_state_dict(load_weights(path, name))
+            state = load_weights(path, name)
+            check_numbers(self.model.state_dict(), state, f"{name}: {path}")
+            self.model.load_state_dict(state)
         except (RuntimeError, AttributeError, TypeError) as error:  # keys that are no text are an AttributeError
             reason = str(error).split("\n\t")[min(1, str(error).count("\n\t"))].strip()[:200]
             raise UserError(f"{name}: {path} holds the weights of another network than {self.settings['backbone']} with "

@@ -1,0 +1,39 @@
+"""A residual network to read, for small pictures; and the example of a network of your own.
+
+The ResNet-9 of DAWNBench's fastest CIFAR-10 entries (David Page, "How to train your ResNet", 2018), narrower: at width 24
+it has 0.93 million parameters. Everything that get_model asks of a file nets/NAME.py stands in its last function.
+"""
+from torch import nn
+
+from utils.errors import UserError
+
+
+def convolution(inputs, outputs, stride=1):
+    """3×3 convolution, BatchNorm, ReLU: (N, inputs, H, W) → (N, outputs, H / stride, W / stride)."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),  # BatchNorm has the bias
+                         nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Residual(nn.Module):
+    """Two convolutions whose result is added to what came in: (N, channels, H, W) → the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.pair = nn.Sequential(convolution(channels, channels), convolution(channels, channels))
+
+    def forward(self, pictures):
+        return pictures + self.pair(pictures)
+
+
+def resnet9(num_classes, input_shape, width=24):
+    """(N, 3, H, W) pictures → (N, num_classes) scores. input_shape: (height, width) in pixels, 8 or more."""
+    if min(input_shape) < 8:
+        raise UserError(f"input_shape = {list(input_shape)}: resnet9 halves pictures three times, it needs 8 pixels")
+    stride = 2 if min(input_shape) >= 48 else 1  # larger pictures are halved at once, where most of the time goes
+    return nn.Sequential(
+        convolution(3, width, stride),
+        convolution(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width),
+        convolution(2 * width, 4 * width), nn.MaxPool2d(2),
+        convolution(4 * width, 8 * width), nn.MaxPool2d(2), Residual(8 * width),
+        nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+        nn.Linear(8 * width, num_classes))

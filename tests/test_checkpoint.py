@@ -9,11 +9,10 @@ import torch
 from nets import get_model, head_layers
 from tests.helpers import edit, history, make_data, make_project, run_of, same, start, train, weights
 from tests.test_resume import kill_group
-from utils.checkpoint import Checkpoint
+from utils.checkpoint import BEFORE, LAST, Checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.loss_history import LossHistory
 from utils.recipe import get_optimizer
-from utils.state import BEFORE, LAST, load_checkpoint
 
 
 def checkpoint_in(folder, **options):
@@ -80,8 +79,8 @@ def test_weights_that_explode_in_the_last_step(tmp_path):
     make_data(folder, train=24, test=6)
     text = (folder / "utils/fit.py").read_text()
     (folder / "utils/fit.py").write_text(text.replace(
-        "            progress.show(", "            if epoch == 1 and position.step == epoch_step:\n"
-        "                model.classifier[1].bias.data.fill_(float('inf'))\n            progress.show("))
+        "        progress.show(", "        if epoch == 1 and position.step == epoch_step:\n"
+        "            model.classifier[1].bias.data.fill_(float('inf'))\n        progress.show("))
     _, err = train(folder, code=1)
     assert "not finite" in err and "Init_lr" in err and "Traceback" not in err
     run = run_of(folder)
@@ -110,19 +109,20 @@ def test_changed_options_of_the_optimizer_train(tmp_path):
 
 
 def ends_at(folder, moment):
-    """train.py that dies, as by SIGKILL, right before its n-th `moment`, a call in utils/state.py."""
-    text = (folder / "utils/state.py").read_text()
-    name, count = moment
-    assert name in text
-    (folder / "utils/state.py").write_text(text.replace(
-        name, f"die_at({count}); {name}") + "\n\ncalls = []\n\n\ndef die_at(count):\n    calls.append(1)\n"
+    """train.py that dies, as by SIGKILL, right before its n-th `moment`, a line of a file of utils/."""
+    name, line, count = moment
+    text = (folder / "utils" / name).read_text()
+    assert text.count(line) == 1
+    (folder / "utils" / name).write_text(text.replace(
+        line, f"die_at({count}); {line}") + "\n\ncalls = []\n\n\ndef die_at(count):\n    calls.append(1)\n"
         "    if len(calls) == count:\n        import os\n        os._exit(77)\n")
     train(folder, code=77)
-    (folder / "utils/state.py").write_text(text)
+    (folder / "utils" / name).write_text(text)
 
 
 @pytest.mark.parametrize("moment", [
-    pytest.param(("save_tensors(fresh, state)", 2), marks=pytest.mark.slow), ("fresh.replace(target)", 2), ("history.write()", 3)])
+    pytest.param(("checkpoint.py", "save_tensors(Path(self.run, LAST)", 2), marks=pytest.mark.slow),
+    ("files.py", "os.replace(path, keep)", 1), ("checkpoint.py", "history.write()", 2)])
 def test_an_epoch_ends_in_one_commit(tmp_path, moment):
     """Whatever instant it dies at, after resuming history, best and last weights tell the checkpoint's story."""
     folder = make_project(tmp_path, UnFreeze_Epoch=3, Init_lr=5e-3, best_by="'val_loss'", save_period=1)
@@ -131,9 +131,9 @@ def test_an_epoch_ends_in_one_commit(tmp_path, moment):
     run = run_of(folder)
     saved = load_checkpoint(run)
     rows = saved["history"]["rows"]
-    assert len(rows) == saved["epoch"] == (2 if moment[0] == "history.write()" else 1)
+    assert len(rows) == saved["epoch"] == (2 if moment[1] == "history.write()" else 1)
     text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(text.replace("    first_step = position.step\n", "    raise SystemExit(3)\n", 1))
+    (folder / "utils/fit.py").write_text(text.replace("    first_step, lr = position.step", "    raise SystemExit(3)\n    first_step, lr = position.step", 1))
     train(folder, "--resume", run.name, code=3)  # resumed, and nothing trained yet
     (folder / "utils/fit.py").write_text(text)
     assert [row["val_loss"] for row in history(run)] == pytest.approx([row["val_loss"] for row in rows])
@@ -163,11 +163,11 @@ def test_lists_that_change_under_a_run(tmp_path):
     path = folder / "model_data/cls_train.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-8]))
     out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", state["epoch"] + 1)
-    assert f"epoch {state['epoch'] + 1} begins again, as its order depends on the training list" in out
+    assert f"epoch {state['epoch'] + 1} begins again, as the training pictures" in out
     test = folder / "model_data/cls_test.txt"
     test.write_text("".join(test.read_text().splitlines(keepends=True)[:-6]))
     out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", state["epoch"] + 2)
-    assert "the best epoch is sought anew, as the test list changed" in out and "begins again" not in out
+    assert "the best epoch is sought anew" in out and "begins again" not in out
     rows = history(run_of(folder))
     assert rows[-1]["scored"] == 6 and f"(epoch {state['epoch'] + 2}) in" in out.splitlines()[-1]
     assert same(weights(run_of(folder), "best_epoch_weights.pth"), weights(run_of(folder)))

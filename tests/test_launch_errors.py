@@ -63,9 +63,9 @@ def test_memory_that_one_rank_lacks(folder):
     """In the middle of an epoch, when the other process waits for gradients."""
     text = (folder / "utils/fit.py").read_text(encoding="utf-8")
     try:
-        (folder / "utils/fit.py").write_text(text.replace("            optimizer_step(", "            if rank() == 1 and position.step == 2:\n"
-            "                raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n            optimizer_step(", 1))
+        (folder / "utils/fit.py").write_text(text.replace("        optimizer_step(", "        if rank() == 1 and position.step == 2:\n"
+            "            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n        optimizer_step(", 1))
         said = torchrun_ends(folder)
     finally:
         (folder / "utils/fit.py").write_text(text)
-    assert said.count("error: out of memory: lower Unfreeze_batch_size") == 1 and "Traceback" not in before_torchruns(said), said
+    assert said.count("[rank 1] error: out of memory: lower Unfreeze_batch_size") == 1 and "Traceback" not in before_torchruns(said), said

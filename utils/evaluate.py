@@ -18,8 +18,7 @@ from utils.charts import bars, contact_sheet, matrix
 from utils.dataloader import DataGenerator, own_data
 from utils.errors import UserError
 from utils.files import save_image, save_text, writable
-from utils.fit import ProgressLine, memory_advice
-from utils.processes import one_sentence_errors
+from utils.processes import ProgressLine, one_sentence_errors
 from utils.trained import TrainedRun
 
 SHOWN = {"top1": "top-1 {:.4%}", "top5": "top-5 {:.4%}", "loss": "loss {:.8g}"}  # other figures by their name
@@ -42,7 +41,6 @@ def pictures_of(run, annotation=None):
         return lists.check_lines(file.readlines(), path, len(run.class_names), run.folder)
 
 
-@memory_advice("--batch-size")
 def score(run, data, batch_size, num_workers=None):
     """({figure: number}, float32 (N, classes) probabilities, int64 (N,) true classes, (N,) indices of what was scored)."""
     criterion, sums, shown, truth, unreadable = recipe.get_criterion(run.settings), Counter(), [], [], []

@@ -105,13 +105,13 @@ def count_unreadable(batches, data, position, most):
             say(f"\nunreadable picture: {plain(data.name(index))} ({plain(reason)})", everyone=True)
         named_unreadable.add(index)
         position.unreadable += 1
-    check_unreadable(position.unreadable, most, position.epoch)
+    check_unreadable(position.unreadable, data, most)
 
 
-def check_unreadable(number, most, epoch):
+def check_unreadable(number, data, most):
     if number > most:
-        raise UserError(f"{number} pictures of epoch {epoch + 1} cannot be read, more than 1 %: python -m utils.annotation DATASETS "
-                        f"--check lists them")
+        raise UserError(f"{number} {'training' if data.random else 'test'} pictures of an epoch cannot be read, more than 1 %: "
+                        f"python -m utils.annotation DATASETS --check lists them")
 
 
 def check_training(position, scaler, lr, late):
@@ -136,7 +136,7 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
                 scores, targets = score_batch(model, images, targets, Cuda, fp16, recipe.settings)
                 position.sums.update(sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings))
     totals = position.totals()
-    check_unreadable(totals["unreadable"], most, epoch)
+    check_unreadable(totals["unreadable"], gen_val.dataset, most)
     if "pictures" not in totals:
         raise UserError("no picture of the test list can be read, so there is no score")
     return figures_of(totals, recipe.settings), int(totals["pictures"]), totals["unreadable"]
@@ -185,7 +185,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     seconds = time.monotonic() - begin
 
     totals, judged = position.totals(), recipe.ema.module if recipe.ema else model
-    check_unreadable(totals["unreadable"], most, epoch)
+    check_unreadable(totals["unreadable"], gen.dataset, most)
     processes.sync_buffers(judged)
     wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
     scored_figures, scored, unscored = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)

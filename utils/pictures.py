@@ -22,7 +22,7 @@ REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quart
 MIRRORS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
 
-def normalize(images, device):
+def normalize(images, device, settings=None):
     """uint8 (N, 3, H, W) from the loader → float32 on `device`, ImageNet-normalised, in the same memory format: the one place
     that does it."""
     images = images.to(device, non_blocking=True).to(torch.float32)

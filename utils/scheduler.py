@@ -34,12 +34,37 @@ def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
     return partial(LR_DECAYS[lr_decay_type], lr, min_lr, total_iters)
 
 
+NBS = {False: 64, True: 256}  # pictures a step that Init_lr and Min_lr are for; a transformer's are more
+
+
 def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
     """(Init_lr_fit, Min_lr_fit): the settings' rates scaled by batch size and held within the optimizer's documented limits."""
-    nbs = 256 if transformer else 64
     low, high = OPTIMIZERS[optimizer_type][2 if transformer else 1]
-    scale = batch_size / nbs
+    scale = batch_size / NBS[transformer]
     return min(max(scale * Init_lr, low), high), min(max(scale * Min_lr, low * 1e-2), high * 1e-2)
+
+
+def phases(s):
+    """Which of 'Freeze_batch_size' and 'Unfreeze_batch_size' will be trained with, in this order. s: train.py's settings."""
+    frozen = s.get("Freeze_Epoch", 0) if s.get("Freeze_Train") else 0
+    spans = {"Freeze_batch_size": (0, frozen), "Unfreeze_batch_size": (frozen, s.get("UnFreeze_Epoch", math.inf))}
+    return [name for name, (first, end) in spans.items() if name in s and max(first, s.get("Init_Epoch", 0)) < end]
+
+
+def describe_rates(s, transformer):
+    """One line for people: each phase's highest and lowest rate as they train, and the limits that have changed them."""
+    told = []
+    for name in phases(s):
+        batch_size, nbs = s[name] * s.get("accumulate", 1), NBS[transformer]
+        fitted = fit_lr(batch_size, s["Init_lr"], s["Min_lr"], s["optimizer_type"], transformer)
+        changed = []
+        for rate, fit in zip(("Init_lr", "Min_lr"), fitted):
+            if (scaled := batch_size / nbs * s[rate]) != fit:
+                changed.append(f"{rate} {s[rate]:g} × {batch_size}/{nbs} = {scaled:.3g} is {'below' if scaled < fit else 'above'} "
+                               f"{s['optimizer_type']}'s limit {fit:.3g}")
+        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}"
+                    + (f" ({'; '.join(changed)}: OPTIMIZERS in utils/recipe.py)" if changed else ""))
+    return ", then ".join(dict.fromkeys(told))
 
 
 def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):

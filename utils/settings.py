@@ -1,104 +1,132 @@
 """The settings: what each may be, and how the command line sets them. All of it is found out before training."""
-import argparse
 import ast
 import os
 import shutil
-from typing import Any, NamedTuple
+import sys
+import textwrap
 
 import torch
 
 from utils.dataloader import AUGMENTATIONS
 from utils.errors import TOO_SMALL, UserError, nearest, shown
 from utils.processes import world_size
-from utils.recipe import OPTIMIZERS, figures_of, sums_of
-from utils.scheduler import LR_DECAYS
+from utils.recipe import OPTIMIZERS
+from utils.scheduler import LR_DECAYS, phases
 
-MOST = 10 ** 9  # of whole numbers: beyond it is a slip of the finger
-
-
-def is_path(value):
-    try:
-        return "\0" not in value and bool(value.encode("utf-8"))
-    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
-        return False
-
-
-class Rule(NamedTuple):
-    types: tuple
-    test: Any
-    wanted: str
-
-
-FLAG = Rule((bool,), lambda v: True, "True or False")
-COUNT = Rule((int,), lambda v: 0 <= v <= MOST, "a whole number from 0 to 1,000,000,000")
-SIZE = Rule((int,), lambda v: 1 <= v <= MOST, "a whole number from 1 to 1,000,000,000")
-SEED = Rule((int,), lambda v: 0 <= v < 2 ** 63, "a whole number from 0 to below 2 ** 63")
-RATE = Rule((int, float), lambda v: 0 < v < 1e9, "a number above 0")
-AMOUNT = Rule((int, float), lambda v: 0 <= v < 1e9, "a number, 0 or more")
-ALPHA = Rule((int, float), lambda v: v == 0 or 0.01 <= v <= 1000, "0, or a number from 0.01 to 1000")
-SHARE = Rule((int, float), lambda v: 0 <= v <= 1, "a number from 0 to 1")
-BELOW_ONE = Rule((int, float), lambda v: 0 <= v < 1, "a number from 0 to below 1")
-PART = Rule((int, float), lambda v: 1e-6 <= v <= 1, "a number above 0, at most 1")
-TEXT = Rule((str,), is_path, "a path or name in quotes, in UTF-8")
-PATH_OR_EMPTY = Rule((str,), lambda v: v == "" or is_path(v), "a path in quotes, '' for none")
-SHAPE = Rule((list, tuple), lambda v: len(v) == 2 and all(type(n) is int and 0 < n <= 65535 for n in v), "[height, width]")
-
-RULES = {  # setting: its rule, or a collection of its choices
-    "Cuda": FLAG, "distributed": FLAG, "sync_bn": FLAG, "fp16": (True, False, "auto"), "channels_last": FLAG, "compile": FLAG,
-    "seed": SEED, "classes_path": TEXT, "train_annotation_path": TEXT, "test_annotation_path": TEXT,
-    "input_shape": SHAPE, "backbone": TEXT, "pretrained": FLAG, "model_path": PATH_OR_EMPTY,
-    "Init_Epoch": COUNT, "Freeze_Epoch": COUNT, "Freeze_batch_size": SIZE, "UnFreeze_Epoch": SIZE,
-    "Unfreeze_batch_size": SIZE, "Freeze_Train": FLAG, "accumulate": SIZE, "Init_lr": RATE, "Min_lr": RATE,
-    "optimizer_type": OPTIMIZERS, "momentum": BELOW_ONE, "weight_decay": AMOUNT,
-    "lr_decay_type": LR_DECAYS, "backbone_lr_scale": AMOUNT, "clip_grad_norm": AMOUNT, "ema_decay": BELOW_ONE,
-    "augmentation": AUGMENTATIONS, "crop_scale": PART, "val_crop": PART, "random_erasing": SHARE,
-    "mixup_alpha": ALPHA, "cutmix_alpha": ALPHA, "label_smoothing": BELOW_ONE,
-    "class_weights": ("none", "balanced"), "early_stop": COUNT, "best_by": TEXT, "save_period": SIZE, "save_minutes": AMOUNT,
-    "save_dir": TEXT, "num_workers": COUNT, "cache_mb": AMOUNT,
-    "resume": Rule((bool, str), lambda v: v is True or v is False or is_path(v), "False, True or the path of a run's folder"),
+FLAG, WHOLE, NUMBER, TEXT, LIST, RUN, ANY = (bool,), (int,), (int, float), (str,), (list, tuple), (bool, str), (bool, str, object)
+WORDS = {FLAG: "True or False", WHOLE: "a whole number", NUMBER: "a number", TEXT: "a name or path in quotes, in UTF-8",
+         LIST: "a list", RUN: "False, True or the path of a run's folder", ANY: "in UTF-8"}
+TYPES = {  # of settings without bounds or choices; one that a fork adds has its default's
+    **dict.fromkeys(("Cuda", "distributed", "sync_bn", "channels_last", "compile", "pretrained", "Freeze_Train"), FLAG),
+    **dict.fromkeys(("classes_path", "train_annotation_path", "test_annotation_path", "model_path", "save_dir"), TEXT),
+    "backbone": TEXT, "best_by": TEXT, "resume": RUN,
+}
+MOST, BELOW_1 = 10 ** 9, 1 - 1e-6  # more is a slip of the finger
+BOUNDS = {  # setting: the lowest and highest number (whole ones where the lowest is), and what is allowed besides
+    "num_workers": (0, 1000), "cache_mb": (0.0, MOST), "seed": (0, 2 ** 63 - 1), "input_shape": (1, 65535),
+    "mean": (0.0, 1), "std": (0.001, 10), "crop_scale": (1e-6, 1), "val_crop": (1e-6, 1), "random_erasing": (0.0, 1),
+    "Init_Epoch": (0, MOST), "Freeze_Epoch": (0, MOST), "Freeze_batch_size": (1, MOST), "UnFreeze_Epoch": (1, MOST),
+    "Unfreeze_batch_size": (1, MOST), "accumulate": (1, MOST), "Init_lr": (1e-9, 1000), "Min_lr": (0.0, 1000),
+    "momentum": (0.0, BELOW_1), "weight_decay": (0.0, 1000), "backbone_lr_scale": (0.0, 1000),
+    "label_smoothing": (0.0, BELOW_1), "mixup_alpha": (0.01, 1000, 0), "cutmix_alpha": (0.01, 1000, 0),
+    "ema_decay": (0.0, BELOW_1), "clip_grad_norm": (1e-6, MOST, 0), "early_stop": (0, MOST), "save_period": (1, MOST),
+    "save_minutes": (0.0, MOST),
+}
+ITEMS = {"input_shape": ("height", "width"), **dict.fromkeys(("mean", "std"), ("red", "green", "blue"))}  # lists of numbers
+CHOICES = {"fp16": (True, False, "auto"), "augmentation": AUGMENTATIONS, "optimizer_type": OPTIMIZERS,
+           "lr_decay_type": LR_DECAYS, "class_weights": ("none", "balanced")}
+MEANT = {  # what other programs call a setting
+    "Init_lr": "lr learning_rate", "UnFreeze_Epoch": "epochs epoch", "Unfreeze_batch_size": "batch_size batch",
+    "num_workers": "workers", "Cuda": "gpu gpus device", "backbone": "model arch network", "model_path": "weights checkpoint",
+    "optimizer_type": "optimizer opt", "fp16": "amp half bf16", "train_annotation_path": "data dataset data_path",
+    "input_shape": "img_size image_size imgsz", "lr_decay_type": "scheduler", "save_dir": "output output_dir",
 }
 
 
-def rule_of(name, default):
-    """The rule of a setting; of one that a fork has added, its default's type (None: anything)."""
-    if name in RULES or default is None:
-        return RULES.get(name)
-    types = (int, float) if type(default) is float else (list, tuple) if isinstance(default, (list, tuple)) else (type(default),)
-    return Rule(types, lambda v: True, f"{'a number' if type(default) is float else type(default).__name__}, as its default is")
-
-
-def is_choices(rule):
-    return rule is not None and not isinstance(rule, Rule)
+def fits(value, kind, low, high, *others):
+    """Whether a value is of one of the types, a number within its bounds, and a text that a file name can hold."""
+    if isinstance(value, bool):  # which Python counts as an int
+        return bool in kind
+    if isinstance(value, str):
+        return str in kind and "\0" not in value and value == value.encode(errors="replace").decode()
+    return isinstance(value, kind) and (kind not in (WHOLE, NUMBER) or low <= value <= high or value in others)
 
 
 def check_value(name, value, default=None):
-    """UserError when `value` is not one that the setting `name` can have."""
-    rule = rule_of(name, default)
-    if is_choices(rule):
-        if not any(value == choice and type(value) is type(choice) for choice in rule):
-            raise UserError(f"{name} = {shown(value)} is none of its choices: {', '.join(map(repr, rule))}{nearest(value, map(str, rule))}")
-    elif rule:
-        of_type = isinstance(value, rule.types) and (not isinstance(value, bool) or bool in rule.types)
-        if not of_type or not rule.test(value):
-            raise UserError(f"{name} = {shown(value)} must be {rule.wanted}")
+    """UserError when `value` is not one that the setting `name` can have; one of a fork's own is typed by its `default`."""
+    if name in CHOICES:
+        choices = CHOICES[name]
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            raise UserError(f"{name} = {shown(value)} is none of its choices: {', '.join(map(repr, choices))}"
+                            + (nearest(value, map(str, choices)) if isinstance(value, str) else ""))
+        return
+    low, high, *others = BOUNDS.get(name, (-1e300, 1e300))  # nan and inf are outside
+    example, names = low if name in BOUNDS else default, ITEMS.get(name, ())
+    kind = TYPES.get(name) or next((kind for kind in WORDS if isinstance(example, kind)), ANY)
+    items = value if names and isinstance(value, LIST) else [value]
+    empty = value == "" and name in TYPES and name != "model_path"
+    if empty or len(items) != max(len(names), 1) or not all(fits(item, kind, low, high, *others) for item in items):
+        wanted = (f"[{', '.join(names)}], each " if names else "") + WORDS[kind]
+        wanted += f" from {low:,} to {high:,}" if name in BOUNDS else "" if name in TYPES else ", as its default is"
+        raise UserError(f"{name} = {shown(value)} must be {wanted}" + "".join(f", or {other}" for other in others))
 
 
 def constants(path):
-    """{setting: (its expression's syntax tree, its line's comment)} of a script: every name assigned at module level."""
+    """{setting: (its expression's syntax tree, its line's comment, its group)}: every name that a script assigns at module level.
+
+    A group's title is a comment that follows a blank line.
+    """
     with open(path, encoding="utf-8") as file:
         source = file.read()
-    lines, found = source.splitlines(), {}
+    lines, found = ["", *source.split("\n")], {}
+    titles = {number: line[2:] for number, line in enumerate(lines) if line.startswith("# ") and not lines[number - 1].strip()}
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
         if isinstance(target, ast.Name) and node.value:
-            found[target.id] = ast.Expression(node.value), lines[node.lineno - 1].partition("  # ")[2]
+            title = next((titles[number] for number in reversed(titles) if number < node.lineno), "Settings")
+            found[target.id] = ast.Expression(node.value), lines[node.lineno].partition("  # ")[2], title
     return found
+
+
+def show_help(script, known):
+    """Print the script's docstring and its settings, in its own groups."""
+    print(script["__doc__"])
+    for title in dict.fromkeys(title for _, _, title in known.values()):
+        print(f"\n{title}")
+        for name, comment in ((name, comment) for name, (_, comment, group) in known.items() if group == title):
+            default, choices = shown(script[name]), map(repr, CHOICES.get(name, ()))
+            words = [comment, *(f"or {choice}" for choice in choices if choice not in comment), f"default: {default}"]
+            option = f'  --{name} "{default}"' if isinstance(script[name], LIST) else f"  --{name} VALUE"
+            print(textwrap.fill("; ".join(words), shutil.get_terminal_size((120, 0)).columns, initial_indent=f"{option:<32}  ",
+                                subsequent_indent=" " * 34))
+    print("\nOther commands, each with a --help of its own: python -m utils.annotation (writes the lists), utils.evaluate,\n"
+          "utils.predict, utils.export")
+
+
+def parse(words, known):
+    """{setting: word} of `--setting value` and `--setting=value`. UserError for another name, one twice, one without a value."""
+    given, words = {}, list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if name not in known or not word.startswith("--"):
+            name = name.lstrip("-").lower().replace("-", "_")
+            meant = [repr(setting) for setting, others in MEANT.items() if name in others.split() and setting in known]
+            hint = f" (did you mean {meant[0]}?)" if meant else nearest(name, known)
+            hint = hint if word.startswith("-") else ': a value with blanks needs quotes, as in --input_shape "[224, 224]"'
+            raise UserError(f"{shown(word)} is no setting{hint}; --help lists them")
+        if name in given:
+            raise UserError(f"--{name} stands twice on the command line")
+        if not equals and (not words or words[0].startswith("--")):
+            raise UserError(f"--{name} needs a value: --{name}=VALUE")
+        given[name] = value if equals else words.pop(0)
+    return given
 
 
 def from_word(name, word, default):
     """The value of a setting that a word of the command line gives: the Python value that it spells, or else the text."""
     if isinstance(default, str) and name not in ("fp16", "resume"):
-        return word.strip("'\"")  # some shells leave them
+        return word[1:-1] if word[:1] in ("'", '"') and word[1:].endswith(word[0]) else word  # some shells leave them
     try:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -110,32 +138,24 @@ def command_line(script, arguments=None):
     """Set constants of the script from `--name value` or `--name=value`; returns all of them, {name: value}.
 
     script: its globals(). A value is read as a Python literal, or else taken as text. Constants that are computed from others
-    (Min_lr from Init_lr) follow. UserError for an unknown name and for a value that the setting cannot have.
+    (Min_lr from Init_lr) follow. A tuple becomes a list and '~' a path, also where they stand in the script.
+    UserError for an unknown name and for a value that the setting cannot have.
     """
-    known = constants(script["__file__"])
-    defaults = {name: script[name] for name in known}
-    parser = argparse.ArgumentParser(usage="%(prog)s [--setting value …]", description=script["__doc__"], exit_on_error=False,
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's own
-    for name, (_, comment) in known.items():
-        rule = rule_of(name, defaults[name])
-        choices = f" ({', '.join(map(repr, rule))})" if is_choices(rule) else ""
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=repr(defaults[name]).replace("%", "%%"),
-                            help=(comment + choices).replace("%", "%%"))
-    try:
-        given, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; --help lists the settings") from None
-    if unknown:
-        raise UserError(f"{unknown[0]!r} is no setting of {parser.prog}"
-                        f"{nearest(unknown[0].lstrip('-').partition('=')[0], known)}; --help lists them")
-    changed = {name: from_word(name, word, defaults[name]) for name, word in vars(given).items() if name in known}
-    for name, (expression, _) in known.items():
+    known, words = constants(script["__file__"]), sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"}.intersection(words):
+        show_help(script, known)
+        sys.exit()
+    words = [word for word in words if not word.startswith(("--local-rank=", "--local_rank="))]  # torch.distributed.launch's own
+    changed = {name: from_word(name, word, script[name]) for name, word in parse(words, known).items()}
+    for name, (expression, _, _) in known.items():
         if name not in changed and any(isinstance(node, ast.Name) and node.id in changed for node in ast.walk(expression)):
             changed[name] = eval(compile(expression, "settings", "eval"), script)
+        value = changed.get(name, script[name])
         if name in changed:
-            check_value(name, changed[name], defaults[name])
-            script[name] = changed[name]
+            check_value(name, value, script[name])
+        if isinstance(value, str) and name.endswith(("_path", "_dir", "resume")):
+            value = os.path.expanduser(value)
+        script[name] = list(value) if isinstance(value, tuple) else value
     return {name: script[name] for name in known}
 
 
@@ -153,22 +173,24 @@ RELATIONS = (  # settings, what must hold between them, and what is said otherwi
      "sync_bn = {} works under torchrun on GPUs only (PyTorch's SyncBatchNorm has no CPU version): set sync_bn = False"),
     (("Cuda", "distributed"), lambda a, b: not (a and b) or int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count(),
      "Cuda = {}, distributed = {}: more processes than this machine has GPUs: lower --nproc_per_node"),
+    (("compile", "Cuda", "distributed"), lambda on, a, b: not on or not a or b or torch.cuda.device_count() < 2,
+     "compile = {} on several GPUs needs torchrun --nproc_per_node=2 train.py (DataParallel cannot copy a compiled network)"),
 )
 
 
 def check_settings(s):
     """UserError for the first setting that is out of range, of the wrong type, or at odds with another one."""
-    for name in RULES:
+    for name in (*TYPES, *BOUNDS, *CHOICES):
         if name in s:
             check_value(name, s[name])
-    for names, fits, sentence in RELATIONS:
-        if all(name in s for name in names) and not fits(*(s[name] for name in names)):
+    for names, holds, sentence in RELATIONS:
+        if all(name in s for name in names) and not holds(*(s[name] for name in names)):
             raise UserError(sentence.format(*(s[name] for name in names)))
-    for name in ("Freeze_batch_size", "Unfreeze_batch_size"):
-        if name in s and s[name] % world_size():
+    for name in phases(s):
+        if s[name] % world_size():
             below = s[name] - s[name] % world_size()
-            fits = " or ".join(str(n) for n in (below, below + world_size()) if n)
-            raise UserError(f"{name} = {s[name]} cannot be divided by {world_size()} processes: set it to {fits}")
+            sizes = " or ".join(str(n) for n in (below, below + world_size()) if n)
+            raise UserError(f"{name} = {s[name]} cannot be divided by {world_size()} processes: set it to {sizes}")
 
 
 def too_small(num_train, num_val, name, batch_size):
@@ -178,44 +200,21 @@ def too_small(num_train, num_val, name, batch_size):
 
 
 def check_phases(s, num_train, num_val, has_batch_norm):
-    """Both phases that training will go through can be trained: found out now, not after hours of the first. ValueError, UserError."""
-    frozen = s.get("Freeze_Train") and s["Init_Epoch"] < s["Freeze_Epoch"]
-    unfrozen = not s.get("Freeze_Train") or s["Freeze_Epoch"] < s["UnFreeze_Epoch"]
-    for name, used in (("Freeze_batch_size", frozen), ("Unfreeze_batch_size", unfrozen)):
-        if used and (num_train < s[name] or not num_val):
+    """Each phase that will be trained can be: found out now, not after hours of the first. ValueError, UserError."""
+    for name in phases(s):
+        if num_train < s[name] or not num_val:
             raise ValueError(too_small(num_train, num_val, name, s[name]))
-    if unfrozen and has_batch_norm and not s.get("sync_bn"):  # frozen, its statistics stand still
-        check_batch_norm("Unfreeze_batch_size", s["Unfreeze_batch_size"])
-    note_shared_memory(s)
+        if name == "Freeze_batch_size" or not has_batch_norm or s.get("sync_bn"):  # frozen, its statistics stand still
+            continue
+        gpus = torch.cuda.device_count() if s.get("Cuda") and not s.get("distributed") else 1
+        parts, units = torch.arange(s[name] // world_size()).chunk(gpus), world_size() * gpus  # as DataParallel cuts a batch
+        smallest = len(parts[-1]) if len(parts) == gpus else 0
+        if smallest < 2:
+            raise UserError(f"{name} = {s[name]} leaves {('no', 'one')[smallest]} picture for a process or GPU, and this network's "
+                            f"BatchNorm needs at least two: set it to a multiple of {units}, {2 * units} or more")
 
 
-def note_shared_memory(s):
-    """Print a note when the batches in flight may not fit into /dev/shm, of which docker gives a container 64 MB."""
-    if not s.get("num_workers") or not os.path.isdir("/dev/shm") or int(os.environ.get("LOCAL_RANK", 0)):
-        return
-    free, (height, width) = shutil.disk_usage("/dev/shm").free, s["input_shape"]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    batches = s["num_workers"] * 2 + 2  # each worker makes two ahead; one is here and one in use
-    need = processes * batches * s["Unfreeze_batch_size"] // world_size() * height * width * 3
-    if need > free:
-        print(f"NOTE: /dev/shm has {free / 1e6:.0f} MB free, and the batches in flight may take {need / 1e6:.0f} MB: if workers fail, "
-              f"give the container more (docker run --shm-size=2g), or set num_workers = 0", flush=True)
-
-
-def figure_names(num_classes):
-    nothing = sums_of(torch.zeros(()), torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64), {})
-    return ["val_loss" if name == "loss" else name for name in figures_of(nothing, {})]
-
-
-def check_best_by(best_by, num_classes):
-    """UserError unless validation has a figure of that name."""
-    names = figure_names(num_classes)
-    if best_by not in names:
+def check_best_by(best_by, names):
+    """UserError unless best_by is one of `names`, validation's figures, or '-' and one, of which the lowest is then best."""
+    if best_by.removeprefix("-") not in names:
         raise UserError(f"best_by = {shown(best_by)} is no figure of validation: {', '.join(map(repr, names))}{nearest(best_by, names)}")
-
-
-def check_batch_norm(name, batch_size):
-    """A BatchNorm network cannot learn from one picture per process."""
-    if batch_size // world_size() < 2:
-        raise UserError(f"{name} = {batch_size} leaves one picture per process, and this network's BatchNorm "
-                        f"needs at least two: set it to {2 * world_size()} or more")

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
-from utils.fit import ProgressLine
 from utils.pictures import orientation, to_rgb, upright
-from utils.workers import batches_of, ignore_signals, stop_workers
+from utils.processes import ProgressLine, ignore_signals, stop_workers
+batches_of = iter
 
 MARK = ".reduced-copies"  # a file that says whose the folder is
 PAYS = 1.25  # a copy of less than this times its size would save less than a third of the pixels

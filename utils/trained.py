@@ -11,7 +11,7 @@ from utils.dataloader import detection_collate
 from utils.errors import UserError
 from utils.fit import score_batch
 from utils.run import read_config
-from utils.workers import batches_of, ignore_signals
+from utils.processes import ignore_signals
 
 
 def cores():
@@ -49,7 +49,7 @@ class TrainedRun:
 
     def scores(self, images):
         """uint8 (N, 3, H, W) pictures of the run's size → float32 (N, classes) on the model's device."""
-        return score_batch(self.model, images, images.new_empty(0), self.Cuda, self.fp16)[0]
+        return score_batch(self.model, images, images.new_empty(0), self.Cuda, self.fp16, self.settings)[0]
 
     def scored(self, data, batch_size, num_workers=None, sampler=None):
         """Yield each batch's (scores, int64 (N,) targets, [(index, reason)] unreadable); data as a DataGenerator.
@@ -59,6 +59,6 @@ class TrainedRun:
         num_workers = cores() if num_workers is None else num_workers
         loader = DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=self.Cuda,
                             collate_fn=detection_collate, worker_init_fn=ignore_signals)
-        for images, targets, unreadable in batches_of(loader):
-            scored = score_batch(self.model, images, targets, self.Cuda, self.fp16) if len(targets) else (None, None)
+        for images, targets, unreadable in loader:
+            scored = score_batch(self.model, images, targets, self.Cuda, self.fp16, self.settings) if len(targets) else (None, None)
             yield *scored, unreadable

@@ -1,0 +1,168 @@
+"""Which run is continued, whose it is, and what its folder may do."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import edit, environment, history, make_data, make_project, run_of, runs, same, train, weights
+from utils import processes, run
+from utils.errors import UserError
+from utils.files import clear_drafts, draft, save_tensors, save_text
+
+SETTINGS = {"backbone": "x", "optimizer_type": "sgd", "fp16": False, "Cuda": False, "UnFreeze_Epoch": 3, "early_stop": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_lock_survives():
+    yield
+    while run.locks:
+        os.close(run.locks.pop())
+
+
+def finished_run(folder, start, finished=False, **more):
+    folder.mkdir(parents=True)
+    run.write_config(folder, {"settings": SETTINGS, "class_names": ["a", "b"], "finished": finished, "start": start, **more})
+    return folder
+
+
+@pytest.mark.parametrize("newest", ["2026_01_01_00_00_00", "2019_01_01_00_00_00", "a"])
+def test_the_newest_run_is_the_one_that_was_started_last(tmp_path, newest):
+    """Whatever the folders are called, and whatever the clock said."""
+    for number, name in enumerate(("resnet_best", "2025_01_01_00_00_00", "old", newest), 1):
+        finished_run(tmp_path / name, number)
+    assert run.find_run(True, str(tmp_path), SETTINGS) == str(tmp_path / newest)
+
+
+def test_each_start_counts_on(tmp_path):
+    finished_run(tmp_path / "zzz", 7)
+    mine = run.new_run(str(tmp_path))
+    settings = {**SETTINGS, "input_shape": [8, 8], "Init_Epoch": 0, "Freeze_Train": False, "Unfreeze_batch_size": 2, "accumulate": 1}
+    assert run.begin_run(mine, settings, ["a", "b"], {})["start"] == 8
+    assert run.begin_run(str(tmp_path / "zzz"), settings, ["a", "b"], {})["start"] == 9  # continued
+    assert run.find_run(True, str(tmp_path), SETTINGS) == str(tmp_path / "zzz")
+
+
+def test_a_damaged_newest_run_is_said(tmp_path):
+    finished_run(tmp_path / "good", 1)
+    bad = finished_run(tmp_path / "bad", 2)
+    (bad / "config.json").write_text('{"settings": {"back')
+    assert run.find_run(True, str(tmp_path), SETTINGS) == str(tmp_path / "good")  # it never saved anything
+    (bad / "last_checkpoint.pth").write_bytes(b"")
+    with pytest.raises(UserError, match="config.json' cannot be read.*name the run"):
+        run.find_run(True, str(tmp_path), SETTINGS)
+
+
+def test_only_its_own_launch_continues_a_run_without_resume(tmp_path, monkeypatch):
+    mine, other = finished_run(tmp_path / "mine", 1, launch="me"), finished_run(tmp_path / "other", 2, launch="someone")
+    monkeypatch.setattr(processes, "launch_id", "me")
+    assert run.find_run(False, str(tmp_path), SETTINGS) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run.find_run(False, str(tmp_path), SETTINGS) == str(mine)
+    monkeypatch.setattr(processes, "launch_id", "nobody")
+    assert run.find_run(False, str(tmp_path), SETTINGS) is None and other.exists()
+
+
+def holder(folder):
+    """A process that holds a run's lock until its standard input ends."""
+    code = f"from utils import run; assert run.lock({str(folder)!r}); print('held', flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env={**environment(), "PYTHONPATH": os.getcwd()})
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_run_in_training_is_not_passed_over(tmp_path, monkeypatch):
+    finished_run(tmp_path / "abandoned", 1)
+    busy = finished_run(tmp_path / "busy", 2, launch="me")
+    process = holder(busy)
+    for resume in (True, str(busy)):
+        with pytest.raises(UserError, match="busy is being trained by another process"):
+            run.find_run(resume, str(tmp_path), SETTINGS)
+    monkeypatch.setattr(processes, "launch_id", "me")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    process.stdin.close()  # the process of before the restart ends while the new one waits
+    assert run.find_run(False, str(tmp_path), SETTINGS) == str(busy)
+    process.wait()
+
+
+def test_a_lock_that_cannot_be_opened(tmp_path):
+    folder = finished_run(tmp_path / "run", 1)
+    (tmp_path / "elsewhere").write_text("mine")
+    (folder / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="cannot be trained: its file .lock cannot be opened"):
+        run.find_run(True, str(tmp_path), SETTINGS)
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    with pytest.raises(UserError, match="cannot be trained"):
+        run.find_run(str(folder), str(tmp_path), SETTINGS)
+
+
+def test_nothing_in_a_folder_leads_a_write_out_of_it(tmp_path):
+    (tmp_path / "outside").write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("history.csv", "weights.pth", ".history.csv.draft"):
+        (folder / name).symlink_to(tmp_path / "outside")
+    save_text(folder / "history.csv", "figures")
+    save_tensors(folder / "weights.pth", {"a": torch.ones(2)})
+    assert (tmp_path / "outside").read_text() == "mine" and (folder / "history.csv").read_text() == "figures"
+    assert not (folder / "history.csv").is_symlink() and torch.load(folder / "weights.pth", weights_only=True)["a"].sum() == 2
+
+
+def test_drafts_of_killed_programs_are_cleared(tmp_path):
+    (tmp_path / ".a.csv.x1.draft").write_text("left")
+    (tmp_path / ".shapes.x2.draft").mkdir()
+    (tmp_path / ".shapes.x2.draft/picture.png").write_text("left")
+    with draft(tmp_path / "b.csv") as file, draft(tmp_path / "c", folder=True) as made:
+        clear_drafts(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {file.name, made.name}
+    assert not list(tmp_path.iterdir())
+
+
+def test_early_stop_and_what_follows(tmp_path):
+    """Killed right after the commit of the epoch that ends it, it trains no further; without early_stop it does."""
+    folder = make_project(tmp_path, early_stop=2, UnFreeze_Epoch=30, best_by="'-top5'")  # always the same: the first epoch is the best
+    make_data(folder, train=24, test=6)
+    train(folder)
+    whole = run_of(folder)
+    assert len(history(whole)) == 3 and json.loads((whole / "config.json").read_text())["stopped_after"] == 2
+    end = weights(whole)
+    text = (folder / "utils/fit.py").read_text()
+    (folder / "utils/fit.py").write_text(text.replace(
+        "    say(summary(", "    if epoch == 2:\n        import os\n        os._exit(77)\n    say(summary(", 1))
+    train(folder, "--save_dir", "killed", code=77)
+    (folder / "utils/fit.py").write_text(text)
+    out, _ = train(folder, "--save_dir", "killed", "--resume", True)
+    killed, = (folder / "killed").iterdir()
+    assert "best" in out and len(history(killed)) == 3 and same(weights(killed), end)
+    _, err = train(folder, "--resume", whole.name, code=1)
+    assert "finished" in err and "set early_stop = 0" in err
+    out, _ = train(folder, "--resume", True, "--early_stop", 0, "--UnFreeze_Epoch", 4)
+    assert f"continuing {whole.relative_to(folder)}" in out and len(history(whole)) == 4
+
+
+def test_what_makes_scores_incomparable(tmp_path):
+    """Whatever a score depends on: the best epoch is then sought among the epochs that compare."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=1)
+    make_data(folder, train=24, test=6)
+    train(folder)
+    epoch = 1
+    for word, value in (("--val_crop", 0.5), ("--input_shape", "[40,40]"), ("--best_by", "val_loss")):
+        epoch += 1
+        out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", epoch, word, value)
+        assert "the best epoch is sought anew" in out and f"(epoch {epoch})" in out.splitlines()[-1]
+        edit(folder, **{word.strip("-"): repr(value) if word == "--best_by" else value})
+    out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", epoch + 1, "--momentum", 0.5)
+    assert "sought anew" not in out
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path):
+    folder = make_project(tmp_path, backbone="'resnet18'", Unfreeze_batch_size=25)
+    make_data(folder, train=24, test=6)
+    train(folder, code=1)
+    train(folder, "--Unfreeze_batch_size", 8, "--best_by", "f1", code=1)
+    assert not list((folder / "logs").iterdir() if (folder / "logs").exists() else [])
+    assert not runs(folder) if (folder / "logs").exists() else True

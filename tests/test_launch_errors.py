@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def broken(folder, line, before="    # The run\n", rank=None):
+def broken(folder, line, before="    # The data\n", rank=None):
     """train.py under another name, with `line` put in, on one rank or on all."""
     text = (folder / "train.py").read_text(encoding="utf-8")
     assert before in text
@@ -44,10 +44,10 @@ def before_torchruns(said):
     return re.split(r"(?m)^[WE]\d{4} |^\[W\d{3}", said)[0]
 
 
-CONNECTED, FIRST = "    # The run\n", "    settings = command_line"
+CONNECTED, FIRST = "    # The data\n", "    settings = command_line"
 
 
-SENTENCE, MISTAKE = ("raise processes.UserError('mend this')", "error: mend this"), ("undefined_name", "NameError: name")
+SENTENCE, MISTAKE = ("raise lists.UserError('mend this')", "error: mend this"), ("undefined_name", "NameError: name")
 
 
 @pytest.mark.parametrize("fault, before, rank", [(SENTENCE, FIRST, 1), (MISTAKE, FIRST, None), (SENTENCE, CONNECTED, None),

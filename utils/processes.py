@@ -1,5 +1,6 @@
 """Ranks, what processes tell each other and the user, and how one begins and ends; all of it also works in one process."""
 import atexit
+import contextlib
 import ctypes
 import multiprocessing.util
 import os
@@ -113,10 +114,8 @@ def barrier():
 def say(*words, everyone=False, **options):
     """Print on rank 0 (or on every rank), at once. A closed pipe or a full disk under a log must not decide what is saved."""
     if rank() == 0 or everyone:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             print(*words, **options, flush=True)
-        except (OSError, ValueError):
-            pass
 
 
 class ProgressLine:
@@ -190,7 +189,8 @@ def show_error(kind, error, trace):
     """
     if issubclass(kind, KeyboardInterrupt):  # before training, where there is nothing to save yet
         end(130)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in {signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGTERM)}:  # torch's handler of the latter raises
+        signal.signal(number, signal.SIG_DFL)
     told, other = sentence(error), int(os.environ.get("LOCAL_RANK", 0)) > 0
     time.sleep(2 * other + 5 * bool(told and told.startswith(LOST)))
     whose = f"[rank {rank()}] " if other else ""
@@ -205,9 +205,7 @@ def end(code):
     aborted ('terminate called without an active exception') or waited for ever.
     """
     stop_workers()
-    for clean_up in (sys.stdout.flush, sys.stderr.flush, multiprocessing.util._run_finalizers):  # semaphores, that folder
-        try:
+    for clean_up in (lambda: sys.stdout.flush(), lambda: sys.stderr.flush(), multiprocessing.util._run_finalizers):
+        with contextlib.suppress(Exception):  # the last removes semaphores and the folder for temporary files
             clean_up()
-        except Exception:
-            pass
     os._exit(code)

@@ -25,7 +25,7 @@ BOUNDS = {  # setting: the lowest and highest number (whole ones where the lowes
     "num_workers": (0, 1000), "cache_mb": (0.0, MOST), "seed": (0, 2 ** 63 - 1), "input_shape": (1, 65535),
     "mean": (0.0, 1), "std": (0.001, 10), "crop_scale": (1e-6, 1), "val_crop": (1e-6, 1), "random_erasing": (0.0, 1),
     "Init_Epoch": (0, MOST), "Freeze_Epoch": (0, MOST), "Freeze_batch_size": (1, MOST), "UnFreeze_Epoch": (1, MOST),
-    "Unfreeze_batch_size": (1, MOST), "accumulate": (1, MOST), "Init_lr": (1e-9, 1000), "Min_lr": (0.0, 1000),
+    "Unfreeze_batch_size": (1, MOST), "accumulate": (1, 10_000), "Init_lr": (1e-9, 1000), "Min_lr": (0.0, 1000),
     "momentum": (0.0, BELOW_1), "weight_decay": (0.0, 1000), "backbone_lr_scale": (0.0, 1000),
     "label_smoothing": (0.0, BELOW_1), "mixup_alpha": (0.01, 1000, 0), "cutmix_alpha": (0.01, 1000, 0),
     "ema_decay": (0.0, BELOW_1), "clip_grad_norm": (1e-6, MOST, 0), "early_stop": (0, MOST), "save_period": (1, MOST),
@@ -34,12 +34,12 @@ BOUNDS = {  # setting: the lowest and highest number (whole ones where the lowes
 ITEMS = {"input_shape": ("height", "width"), **dict.fromkeys(("mean", "std"), ("red", "green", "blue"))}  # lists of numbers
 CHOICES = {"fp16": (True, False, "auto"), "augmentation": AUGMENTATIONS, "optimizer_type": OPTIMIZERS,
            "lr_decay_type": LR_DECAYS, "class_weights": ("none", "balanced")}
-MEANT = {  # what other programs call a setting
+MEANT = {word: setting for setting, words in {  # what other programs call a setting
     "Init_lr": "lr learning_rate", "UnFreeze_Epoch": "epochs epoch", "Unfreeze_batch_size": "batch_size batch",
     "num_workers": "workers", "Cuda": "gpu gpus device", "backbone": "model arch network", "model_path": "weights checkpoint",
     "optimizer_type": "optimizer opt", "fp16": "amp half bf16", "train_annotation_path": "data dataset data_path",
     "input_shape": "img_size image_size imgsz", "lr_decay_type": "scheduler", "save_dir": "output output_dir",
-}
+}.items() for word in words.split()}
 
 
 def fits(value, kind, low, high, *others):
@@ -64,7 +64,7 @@ def check_value(name, value, default=None):
         right = len(items) == max(len(names), 1) and all(fits(item, kind, low, high, *others) for item in items)
         right = right and (value != "" or name == "model_path" or name not in TYPES)
         wanted = (f"[{', '.join(names)}], each " if names else "") + WORDS[kind]
-        wanted += f" from {low:,} to {high:,}" if name in BOUNDS else "" if name in TYPES else ", as its default is"
+        wanted += f" from {low:g} to {high:,}" if name in BOUNDS else "" if name in TYPES else ", as its default is"
         wanted += "".join(f", or {other}" for other in others)
     if not right:
         raise UserError(f"{name} = {shown(value)} must be {wanted}")
@@ -103,11 +103,11 @@ def parse(arguments, script, known):
     try:
         given, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}: write --name=value; --help lists the settings") from None
+        raise UserError(f"{error} (write --name=value); --help lists the settings") from None
     for word in unknown:
         name = word.lstrip("-").partition("=")[0].lower().replace("-", "_")
-        meant = [f" (did you mean {s!r}?)" for s, words in MEANT.items() if name in words.split() and s in known]
-        hint = (meant or [nearest(name, known)])[0] if word[:1] == "-" else ': a value with blanks needs quotes, --input_shape "[224, 224]"'
+        hint = f" (did you mean {MEANT[name]!r}?)" if MEANT.get(name) in known else nearest(name, known)
+        hint = hint if word.startswith("-") else ': a value with blanks needs quotes, as in --input_shape "[224, 224]"'
         raise UserError(f"{shown(word)} is no setting of {parser.prog}{hint}; --help lists them")
     words = {name: words for name, words in vars(given).items() if words and name in known}
     for name in words:

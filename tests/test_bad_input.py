@@ -11,67 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import train as trainer
 from nets import get_model, load_weights
 from tests.helpers import make_data, make_project, start, train
-from utils import lists, settings as rules
+from utils import lists
 from utils.dataloader import DataGenerator
 from utils.errors import UserError
-
-CONSTANTS = {name: getattr(trainer, name) for name in rules.RULES}
-
-
-def settings_with(**changes):
-    return {**CONSTANTS, "Cuda": False, "fp16": False, "distributed": False, **changes}
-
-
-WRONG = [
-    (dict(optimizer_type="sdg"), "'sgd', 'adam', 'adamw'.*did you mean 'sgd'"), (dict(lr_decay_type="cosine"), "'cos', 'step'"),
-    (dict(Unfreeze_batch_size=0), "Unfreeze_batch_size = 0 must be"), (dict(Freeze_batch_size=-4), "Freeze_batch_size"),
-    (dict(UnFreeze_Epoch=0), "UnFreeze_Epoch"), (dict(Init_Epoch=10, UnFreeze_Epoch=10), "must be below"),
-    (dict(Freeze_Train=True, Freeze_Epoch=30), "Freeze_Epoch = 30"), (dict(Min_lr=1.0), "Min_lr = 1.0 must be at most"),
-    (dict(Init_lr=0), "Init_lr"), (dict(Init_lr=float("nan")), "Init_lr"), (dict(Init_lr="0.1"), "Init_lr = '0.1'"),
-    (dict(momentum=1.0), "momentum"), (dict(weight_decay=-1), "weight_decay"), (dict(input_shape=[64]), r"\[height, width\]"),
-    (dict(input_shape=64), "input_shape"), (dict(input_shape=[0, 64]), "input_shape"), (dict(backbone=18), "backbone"),
-    (dict(fp16=1), "fp16 = 1 is none of its choices: True, False"), (dict(num_workers=-1), "num_workers"), (dict(num_workers=1.5), "num_workers"),
-    (dict(save_period=0), "save_period"), (dict(seed=-1), "seed"), (dict(augmentation="flop"), "did you mean 'flip'"),
-    (dict(label_smoothing=1.0), "label_smoothing"), (dict(random_erasing=2), "random_erasing"), (dict(mixup_alpha=-1), "mixup_alpha"),
-    (dict(class_weights=True), "class_weights"), (dict(ema_decay=1), "ema_decay"), (dict(accumulate=0), "accumulate"),
-    (dict(early_stop=-1), "early_stop"), (dict(val_crop=0), "val_crop"), (dict(crop_scale=2), "crop_scale"),
-    (dict(seed=2 ** 63), "seed = 9223372036854775808 must be"), (dict(mixup_alpha=1e-300), "from 0.01 to 1000"),
-    (dict(UnFreeze_Epoch=10 ** 400), "UnFreeze_Epoch = 1000"), (dict(UnFreeze_Epoch=10 ** 5000), "thousands of digits"),
-    (dict(save_dir="a\udc80"), "in UTF-8"), (dict(save_dir="a\0b"), "save_dir"), (dict(fp16="yes"), "True, False, 'auto'"),
-    (dict(resume=3), "resume"), (dict(save_dir=""), "save_dir"), (dict(sync_bn=True), "set sync_bn = False"),
-    (dict(distributed=True), "torchrun"), (dict(classes_path=None), "classes_path"), (dict(model_path=None), "model_path"),
-]
-
-
-@pytest.mark.parametrize("change, sentence", WRONG, ids=lambda v: str(next(iter(v))) if isinstance(v, dict) else "")
-def test_settings(change, sentence):
-    rules.check_settings(settings_with())
-    with pytest.raises(UserError, match=sentence) as caught:
-        rules.check_settings(settings_with(**change))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu():
-    with pytest.raises(UserError, match="set Cuda = False"):
-        rules.check_settings(settings_with(Cuda=True))
-
-
-def test_batch_sizes_of_several_processes(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(UserError, match="needs a launcher"):  # which would have set the others, too
-        rules.check_settings(settings_with(distributed=True))
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="set it to 4 or 8"):
-        rules.check_settings(settings_with(distributed=True, Unfreeze_batch_size=6))
-    with pytest.raises(UserError, match="Unfreeze_batch_size = 4 leaves one picture"):
-        rules.check_batch_norm("Unfreeze_batch_size", 4)
-    with pytest.raises(UserError, match="distributed = False"):
-        rules.check_settings(settings_with())
 
 
 def lines_of(text, classes=3):
@@ -157,36 +101,6 @@ def test_weight_files(tmp_path):
     assert not Path("/tmp/this_code_has_run").exists()
 
 
-def test_command_line():
-    def given_words(*words):
-        values = {**CONSTANTS, "__file__": trainer.__file__, "__doc__": trainer.__doc__, "Cuda": False, "torch": torch, "os": os}
-        assert rules.command_line(values, list(words)) == {name: values[name] for name in CONSTANTS}
-        return values
-    values = given_words("--Init_lr", "0.02", "--backbone=resnet50", "--input_shape", "[96, 128]", "--Freeze_Train", "True",
-                         "--resume", "logs/2026_01_01", "--save_dir", "123")
-    assert values["Init_lr"] == 0.02 and values["Min_lr"] == pytest.approx(0.0002) and values["backbone"] == "resnet50"
-    assert values["input_shape"] == [96, 128] and values["Freeze_Train"] is True and values["resume"] == "logs/2026_01_01"
-    assert values["save_dir"] == "123" and values["momentum"] == 0.9
-    assert given_words("--resume", "2026_11_24_21_45_25")["resume"] == "2026_11_24_21_45_25"
-    assert [given_words("--fp16", word)["fp16"] for word in ("auto", "True", "False")] == ["auto", True, False]
-    assert given_words("--backbone", "'resnet18'", "--augmentation", "none")["backbone"] == "resnet18"
-    for words, sentence in ((["--Init_lrr", "1"], "did you mean 'Init_lr'"), (["Init_lr"], "no setting"), (["--seed"], "--seed: expected one argument"),
-                            (["--seed", "a"], "seed = 'a' must be"), (["--Cuda", "yes"], "True or False"), (["--seed", "9" * 5000], "seed = ")):
-        with pytest.raises(UserError, match=sentence):
-            given_words(*words)
-
-
-def test_help(tmp_path):
-    out, _ = train(make_project(tmp_path), "--help")
-    for name in rules.RULES:
-        assert re.search(rf"--{name} .*\n +\S", out), name
-
-
-def test_every_constant_has_a_rule_a_line_and_a_comment():
-    constants = rules.constants(trainer.__file__)
-    assert set(constants) == set(rules.RULES) and all(comment for _, comment in constants.values())
-
-
 def test_whole_runs_end_with_one_sentence(tmp_path):
     folder = make_project(tmp_path)
     make_data(folder, train=24, test=6)
@@ -214,29 +128,6 @@ def test_random_bytes_as_annotation(tmp_path_factory, data, classes):
         assert "\n" not in str(error)
 
 
-VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(-1, 300), max_size=3)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(rules.RULES)), VALUES, max_size=3))
-def test_random_settings(changes):
-    try:
-        rules.check_settings(settings_with(**changes))
-    except UserError as error:
-        assert any(name in str(error) for name in rules.RULES)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(["--Init_lr", "--seed", "--resume", "--x", "--", "-"]) | st.text(max_size=6), max_size=4))
-def test_random_command_lines(words):
-    values = {**CONSTANTS, "__file__": trainer.__file__, "__doc__": "", "torch": torch, "os": os}
-    if not {"-h", "--help"} & set(words):
-        try:
-            rules.command_line(values, words)
-        except UserError:
-            pass
-
-
 def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     """No timing here (the benchmark has it): that folders are listed, not every file asked for."""
     for i in range(50):
@@ -250,47 +141,6 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     finally:
         lists.os.path.isfile = real
     assert not calls
-
-
-SCRIPT = """
-gamma: float = 2.0  # my own
-steps = 3  # a number
-name = "a"  # a text
-free = None  # anything
-size = [1, 2]  # a list
-half: float = gamma / 2  # follows
-bare: int
-"""
-
-
-def test_settings_of_ones_own(tmp_path):
-    """Without a rule, the default's type is the rule; annotated ones are settings as well."""
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-
-    def given_words(*words):
-        script = {"__file__": str(path), "__doc__": ""}
-        exec(SCRIPT, script)
-        return rules.command_line(script, [str(word) for word in words])
-    assert given_words() == {"gamma": 2.0, "steps": 3, "name": "a", "free": None, "size": [1, 2], "half": 1.0}
-    found = given_words("--gamma", 3, "--free", "[1]", "--size", "(4,)", "--name", 5)
-    assert found == {"gamma": 3, "steps": 3, "name": "5", "free": [1], "size": (4,), "half": 1.5}
-    for words in (("--gamma", "abc"), ("--gamma", "True"), ("--steps", 2.5), ("--steps", "True"), ("--size", 3)):
-        with pytest.raises(UserError, match=f"{words[0][2:]} = .* must be "):
-            given_words(*words)
-
-
-def test_a_rule_whose_constant_is_gone_is_passed_over():
-    for name in rules.RULES:
-        given = settings_with()
-        del given[name]
-        rules.check_settings(given)
-
-
-def test_best_by():
-    rules.check_best_by("val_loss", 3)
-    with pytest.raises(UserError, match="best_by = 'top_1' is no figure.*'top1'"):
-        rules.check_best_by("top_1", 3)
 
 
 def test_only_regular_files_are_read(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from nets import get_model, head_layers
 from utils.recipe import get_optimizer
-from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
+from utils.scheduler import describe_rates, fit_lr, get_lr_scheduler, set_optimizer_lr
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 20, 100, 200, 400])
@@ -74,3 +74,28 @@ def test_every_optimizer_decays_and_matches_the_plain_one(kind, channels_last):
         other.step()
     for p, q in zip(model.parameters(), plain):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6, check_stride=False)
+
+
+def settings_of(**changes):
+    return {**dict(Init_lr=0.05, Min_lr=0.0005, optimizer_type="sgd", lr_decay_type="cos", Unfreeze_batch_size=32, Freeze_batch_size=64,
+                   Freeze_Train=False, Freeze_Epoch=5, UnFreeze_Epoch=10, Init_Epoch=0), **changes}
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, "sgd, cos, lr 0.025 to 0.00025"), (dict(accumulate=2), "sgd, cos, lr 0.05 to 0.0005"),
+    (dict(Freeze_Train=True), "sgd, cos, lr 0.05 to 0.0005, then lr 0.025 to 0.00025"),
+    (dict(Freeze_Train=True, Init_Epoch=5), "sgd, cos, lr 0.025 to 0.00025"),
+    (dict(Freeze_Train=True, UnFreeze_Epoch=5), "sgd, cos, lr 0.05 to 0.0005"),
+    (dict(Freeze_Train=True, Freeze_batch_size=32), "sgd, cos, lr 0.025 to 0.00025"),
+    (dict(optimizer_type="adamw", Init_lr=2e-5, Min_lr=2e-7, Unfreeze_batch_size=8), "adamw, cos, lr 0.0001 to 1e-06 (Init_lr 2e-05 × 8/64 = 2.5e-06 "
+     "is below the limit 0.0001, Min_lr 2e-07 × 8/64 = 2.5e-08 is below the limit 1e-06: OPTIMIZERS in utils/recipe.py)"),
+    (dict(Init_lr=0.01, Min_lr=0.01, Unfreeze_batch_size=64), "sgd, cos, lr 0.01 to 0.001 (Min_lr 0.01 × 64/64 = 0.01 is above the limit 0.001: "
+     "OPTIMIZERS in utils/recipe.py)"),
+    (dict(Init_lr=0.001, Min_lr=0.001, Unfreeze_batch_size=64), "sgd, cos, lr 0.001 to 0.001")])
+def test_the_rates_that_train_are_said(changes, expected):
+    assert describe_rates(settings_of(**changes), False) == expected
+
+
+def test_the_rates_of_transformers_are_for_256():
+    s = settings_of(optimizer_type="adamw", Init_lr=1e-3, Min_lr=1e-5, Unfreeze_batch_size=128)
+    assert describe_rates(s, True) == "adamw, cos, lr 0.0005 to 5e-06"

@@ -52,7 +52,7 @@ def phases(s):
 
 
 def describe_rates(s, transformer):
-    """One line for people: each phase's highest and lowest rate as they train, and the limits that have changed them."""
+    """For the header: the optimizer, each phase's highest and lowest rate as they train, and the limits that have changed them."""
     told = []
     for name in phases(s):
         batch_size, nbs = s[name] * s.get("accumulate", 1), NBS[transformer]
@@ -61,10 +61,9 @@ def describe_rates(s, transformer):
         for rate, fit in zip(("Init_lr", "Min_lr"), fitted):
             if (scaled := batch_size / nbs * s[rate]) != fit:
                 changed.append(f"{rate} {s[rate]:g} × {batch_size}/{nbs} = {scaled:.3g} is {'below' if scaled < fit else 'above'} "
-                               f"{s['optimizer_type']}'s limit {fit:.3g}")
-        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}"
-                    + (f" ({'; '.join(changed)}: OPTIMIZERS in utils/recipe.py)" if changed else ""))
-    return ", then ".join(dict.fromkeys(told))
+                               f"the limit {fit:.3g}")
+        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}" + (f" ({', '.join(changed)}: OPTIMIZERS in utils/recipe.py)" if changed else ""))
+    return f"{s['optimizer_type']}, {s['lr_decay_type']}, {', then '.join(dict.fromkeys(told))}"
 
 
 def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):

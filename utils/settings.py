@@ -1,9 +1,7 @@
 """The settings: what each may be, and how the command line sets them. All of it is found out before training."""
+import argparse
 import ast
 import os
-import shutil
-import sys
-import textwrap
 
 import torch
 
@@ -21,12 +19,13 @@ TYPES = {  # of settings without bounds or choices; one that a fork adds has its
     **dict.fromkeys(("classes_path", "train_annotation_path", "test_annotation_path", "model_path", "save_dir"), TEXT),
     "backbone": TEXT, "best_by": TEXT, "resume": RUN,
 }
+QUOTES = "'" + '"'
 MOST, BELOW_1 = 10 ** 9, 1 - 1e-6  # more is a slip of the finger
 BOUNDS = {  # setting: the lowest and highest number (whole ones where the lowest is), and what is allowed besides
     "num_workers": (0, 1000), "cache_mb": (0.0, MOST), "seed": (0, 2 ** 63 - 1), "input_shape": (1, 65535),
     "mean": (0.0, 1), "std": (0.001, 10), "crop_scale": (1e-6, 1), "val_crop": (1e-6, 1), "random_erasing": (0.0, 1),
     "Init_Epoch": (0, MOST), "Freeze_Epoch": (0, MOST), "Freeze_batch_size": (1, MOST), "UnFreeze_Epoch": (1, MOST),
-    "Unfreeze_batch_size": (1, MOST), "accumulate": (1, MOST), "Init_lr": (1e-9, 1000), "Min_lr": (0.0, 1000),
+    "Unfreeze_batch_size": (1, MOST), "accumulate": (1, 10_000), "Init_lr": (1e-9, 1000), "Min_lr": (0.0, 1000),
     "momentum": (0.0, BELOW_1), "weight_decay": (0.0, 1000), "backbone_lr_scale": (0.0, 1000),
     "label_smoothing": (0.0, BELOW_1), "mixup_alpha": (0.01, 1000, 0), "cutmix_alpha": (0.01, 1000, 0),
     "ema_decay": (0.0, BELOW_1), "clip_grad_norm": (1e-6, MOST, 0), "early_stop": (0, MOST), "save_period": (1, MOST),
@@ -35,12 +34,12 @@ BOUNDS = {  # setting: the lowest and highest number (whole ones where the lowes
 ITEMS = {"input_shape": ("height", "width"), **dict.fromkeys(("mean", "std"), ("red", "green", "blue"))}  # lists of numbers
 CHOICES = {"fp16": (True, False, "auto"), "augmentation": AUGMENTATIONS, "optimizer_type": OPTIMIZERS,
            "lr_decay_type": LR_DECAYS, "class_weights": ("none", "balanced")}
-MEANT = {  # what other programs call a setting
+MEANT = {word: setting for setting, words in {  # what other programs call a setting
     "Init_lr": "lr learning_rate", "UnFreeze_Epoch": "epochs epoch", "Unfreeze_batch_size": "batch_size batch",
     "num_workers": "workers", "Cuda": "gpu gpus device", "backbone": "model arch network", "model_path": "weights checkpoint",
     "optimizer_type": "optimizer opt", "fp16": "amp half bf16", "train_annotation_path": "data dataset data_path",
     "input_shape": "img_size image_size imgsz", "lr_decay_type": "scheduler", "save_dir": "output output_dir",
-}
+}.items() for word in words.split()}
 
 
 def fits(value, kind, low, high, *others):
@@ -54,25 +53,25 @@ def fits(value, kind, low, high, *others):
 
 def check_value(name, value, default=None):
     """UserError when `value` is not one that the setting `name` can have; one of a fork's own is typed by its `default`."""
-    if name in CHOICES:
-        choices = CHOICES[name]
-        if not any(value == choice and type(value) is type(choice) for choice in choices):
-            raise UserError(f"{name} = {shown(value)} is none of its choices: {', '.join(map(repr, choices))}"
-                            + (nearest(value, map(str, choices)) if isinstance(value, str) else ""))
-        return
     low, high, *others = BOUNDS.get(name, (-1e300, 1e300))  # nan and inf are outside
-    example, names = low if name in BOUNDS else default, ITEMS.get(name, ())
+    names, choices, example = ITEMS.get(name, ()), CHOICES.get(name), low if name in BOUNDS else default
     kind = TYPES.get(name) or next((kind for kind in WORDS if isinstance(example, kind)), ANY)
-    items = value if names and isinstance(value, LIST) else [value]
-    empty = value == "" and name in TYPES and name != "model_path"
-    if empty or len(items) != max(len(names), 1) or not all(fits(item, kind, low, high, *others) for item in items):
+    if choices:
+        right = any(value == choice and type(value) is type(choice) for choice in choices)
+        wanted = f"one of {', '.join(map(repr, choices))}{nearest(shown(value).strip(QUOTES), map(str, choices))}"
+    else:
+        items = value if names and isinstance(value, LIST) else [value]
+        right = len(items) == max(len(names), 1) and all(fits(item, kind, low, high, *others) for item in items)
+        right = right and (value != "" or name == "model_path" or name not in TYPES)
         wanted = (f"[{', '.join(names)}], each " if names else "") + WORDS[kind]
-        wanted += f" from {low:,} to {high:,}" if name in BOUNDS else "" if name in TYPES else ", as its default is"
-        raise UserError(f"{name} = {shown(value)} must be {wanted}" + "".join(f", or {other}" for other in others))
+        wanted += f" from {low:g} to {high:,}" if name in BOUNDS else "" if name in TYPES else ", as its default is"
+        wanted += "".join(f", or {other}" for other in others)
+    if not right:
+        raise UserError(f"{name} = {shown(value)} must be {wanted}")
 
 
 def constants(path):
-    """{setting: (its expression's syntax tree, its line's comment, its group)}: every name that a script assigns at module level.
+    """{setting: (its expression's syntax tree, its line's comment, its group)}: all names that a script assigns at module level.
 
     A group's title is a comment that follows a blank line.
     """
@@ -88,45 +87,39 @@ def constants(path):
     return found
 
 
-def show_help(script, known):
-    """Print the script's docstring and its settings, in its own groups."""
-    print(script["__doc__"])
-    for title in dict.fromkeys(title for _, _, title in known.values()):
-        print(f"\n{title}")
-        for name, comment in ((name, comment) for name, (_, comment, group) in known.items() if group == title):
-            default, choices = shown(script[name]), map(repr, CHOICES.get(name, ()))
-            words = [comment, *(f"or {choice}" for choice in choices if choice not in comment), f"default: {default}"]
-            option = f'  --{name} "{default}"' if isinstance(script[name], LIST) else f"  --{name} VALUE"
-            print(textwrap.fill("; ".join(words), shutil.get_terminal_size((120, 0)).columns, initial_indent=f"{option:<32}  ",
-                                subsequent_indent=" " * 34))
-    print("\nOther commands, each with a --help of its own: python -m utils.annotation (writes the lists), utils.evaluate,\n"
-          "utils.predict, utils.export")
-
-
-def parse(words, known):
-    """{setting: word} of `--setting value` and `--setting=value`. UserError for another name, one twice, one without a value."""
-    given, words = {}, list(words)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if name not in known or not word.startswith("--"):
-            name = name.lstrip("-").lower().replace("-", "_")
-            meant = [repr(setting) for setting, others in MEANT.items() if name in others.split() and setting in known]
-            hint = f" (did you mean {meant[0]}?)" if meant else nearest(name, known)
-            hint = hint if word.startswith("-") else ': a value with blanks needs quotes, as in --input_shape "[224, 224]"'
-            raise UserError(f"{shown(word)} is no setting{hint}; --help lists them")
-        if name in given:
-            raise UserError(f"--{name} stands twice on the command line")
-        if not equals and (not words or words[0].startswith("--")):
-            raise UserError(f"--{name} needs a value: --{name}=VALUE")
-        given[name] = value if equals else words.pop(0)
-    return given
+def parse(arguments, script, known):
+    """{setting: word} of `--setting value` and `--setting=value`; --help shows the script's own groups."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--setting value …]", description=script["__doc__"], exit_on_error=False, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Other commands: python -m utils.annotation, "
+        "python -m utils.evaluate, python -m utils.predict, python -m utils.export")
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's own
+    groups = {title: parser.add_argument_group(title) for _, _, title in known.values()}
+    for name, (_, comment, title) in known.items():
+        default, unsaid = shown(script[name]), [f"or {c!r}" for c in CHOICES.get(name, ()) if repr(c) not in comment]
+        groups[title].add_argument(
+            f"--{name}", action="append", help="; ".join([comment, *unsaid, f"default: {default}"]).replace("%", "%%"),
+            metavar=f'"{default}"' if isinstance(script[name], LIST) else "VALUE")
+    try:
+        given, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (write --name=value); --help lists the settings") from None
+    for word in unknown:
+        name = word.lstrip("-").partition("=")[0].lower().replace("-", "_")
+        hint = f" (did you mean {MEANT[name]!r}?)" if MEANT.get(name) in known else nearest(name, known)
+        hint = hint if word.startswith("-") else ': a value with blanks needs quotes, as in --input_shape "[224, 224]"'
+        raise UserError(f"{shown(word)} is no setting of {parser.prog}{hint}; --help lists them")
+    words = {name: words for name, words in vars(given).items() if words and name in known}
+    for name in words:
+        if len(words[name]) > 1:
+            raise UserError(f"--{name} stands {len(words[name])} times on the command line")
+    return {name: word for name, (word,) in words.items()}
 
 
 def from_word(name, word, default):
     """The value of a setting that a word of the command line gives: the Python value that it spells, or else the text."""
     if isinstance(default, str) and name not in ("fp16", "resume"):
-        return word[1:-1] if word[:1] in ("'", '"') and word[1:].endswith(word[0]) else word  # some shells leave them
+        return word[1:-1] if len(word) > 1 and word[0] == word[-1] in QUOTES else word  # some shells leave them
     try:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -141,12 +134,8 @@ def command_line(script, arguments=None):
     (Min_lr from Init_lr) follow. A tuple becomes a list and '~' a path, also where they stand in the script.
     UserError for an unknown name and for a value that the setting cannot have.
     """
-    known, words = constants(script["__file__"]), sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"}.intersection(words):
-        show_help(script, known)
-        sys.exit()
-    words = [word for word in words if not word.startswith(("--local-rank=", "--local_rank="))]  # torch.distributed.launch's own
-    changed = {name: from_word(name, word, script[name]) for name, word in parse(words, known).items()}
+    known = constants(script["__file__"])
+    changed = {name: from_word(name, word, script[name]) for name, word in parse(arguments, script, known).items()}
     for name, (expression, _, _) in known.items():
         if name not in changed and any(isinstance(node, ast.Name) and node.id in changed for node in ast.walk(expression)):
             changed[name] = eval(compile(expression, "settings", "eval"), script)
@@ -207,11 +196,10 @@ def check_phases(s, num_train, num_val, has_batch_norm):
         if name == "Freeze_batch_size" or not has_batch_norm or s.get("sync_bn"):  # frozen, its statistics stand still
             continue
         gpus = torch.cuda.device_count() if s.get("Cuda") and not s.get("distributed") else 1
-        parts, units = torch.arange(s[name] // world_size()).chunk(gpus), world_size() * gpus  # as DataParallel cuts a batch
-        smallest = len(parts[-1]) if len(parts) == gpus else 0
-        if smallest < 2:
-            raise UserError(f"{name} = {s[name]} leaves {('no', 'one')[smallest]} picture for a process or GPU, and this network's "
-                            f"BatchNorm needs at least two: set it to a multiple of {units}, {2 * units} or more")
+        parts = torch.arange(s[name] // world_size()).chunk(gpus)  # as DataParallel cuts a batch
+        if len(parts) < gpus or len(parts[-1]) < 2:
+            raise UserError(f"{name} = {s[name]} leaves fewer than two pictures for a process or GPU, and this network's BatchNorm "
+                            f"needs two: set it to a multiple of {world_size() * gpus}, {2 * world_size() * gpus} or more")
 
 
 def check_best_by(best_by, names):

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import train as trainer
-from nets import get_model, load_weights
+from nets import get_model
+from nets._weights import load_weights
 from tests.helpers import make_data, make_project, start, train
 from utils import lists, settings as rules
 from utils.dataloader import DataGenerator

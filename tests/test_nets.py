@@ -5,7 +5,8 @@ from torch import nn
 from torchvision import models
 
 import nets
-from nets import get_model, head_layers, load_matching, load_weights, profile
+from nets import get_model, head_layers, profile
+from nets._weights import load_matching, load_weights
 from tests.helpers import write_network
 from utils.errors import UserError
 
@@ -172,7 +173,7 @@ def test_other_kinds_of_numbers(name, change, words):
     state = get_model("resnet18", 3, [32, 32]).state_dict()
     for other in (torch.float16, torch.bfloat16, torch.float64):
         assert load_matching(get_model("resnet18", 3, [32, 32]), {**state, name: state[name].to(other)}, "w.pth") == []
-    with pytest.raises(UserError, match=f"w.pth: {name} .*{words}"):
+    with pytest.raises(UserError, match=f"w.pth: '{name}' .*{words}"):
         load_matching(get_model("resnet18", 3, [32, 32]), {**state, name: change(state[name])}, "w.pth")
 
 

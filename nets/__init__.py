@@ -2,6 +2,7 @@
 
 A network of one's own is a file nets/my_net.py with a function my_net(num_classes, input_shape) that returns
 a torch.nn.Module from (N, 3, H, W) pictures to (N, num_classes) scores, last layer the head; backbone = 'my_net'.
+nets/resnet9.py is one, and the default.
 """
 import importlib
 import math
@@ -134,7 +135,8 @@ def lay_out(model, device, channels_last):
 def pretrained_state(name):
     """torchvision's default state_dict of the network `name`, from torch.hub's cache or the network."""
     if name in own_networks():
-        raise UserError(f"pretrained = True: {name} is a network of your own; set pretrained = False, or model_path")
+        raise UserError(f"pretrained = True: {name} is a network of nets/, nobody publishes weights of it; "
+                        f"set pretrained = False, or model_path")
     weights = models.get_model_weights(name).DEFAULT
     target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:

@@ -13,7 +13,7 @@ import torch
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
 
-from nets import get_model, head_layers, is_transformer, lay_out, load_matching, load_weights, profile
+from nets import get_model, head_layers, is_transformer, lay_out, load_file, profile
 from utils import lists, processes
 from utils.charts import contact_sheet
 from utils.checkpoint import Checkpoint
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     processes.barrier()
     model = get_model(backbone, num_classes, input_shape, pretrained and state is None)
     if model_path and state is None:
-        load_matching(model, load_weights(model_path), model_path, class_names)
+        load_file(model, model_path, class_names)
     Init_Epoch = state["epoch"] if state else Init_Epoch
     parameters, flops, has_batch_norm = profile(model, backbone, torch.empty(1, 3, *input_shape), num_classes)
     check_phases({**settings, "Init_Epoch": Init_Epoch}, num_train, num_val, has_batch_norm)

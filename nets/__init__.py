@@ -2,6 +2,7 @@
 
 A network of one's own is a file nets/my_net.py with a function my_net(num_classes, input_shape) that returns
 a torch.nn.Module from (N, 3, H, W) pictures to (N, num_classes) scores, last layer the head; backbone = 'my_net'.
+nets/resnet9.py is one, and the default.
 """
 import importlib
 import math
@@ -12,7 +13,6 @@ from torch import nn
 from torchvision import models
 
 from utils.errors import UserError, nearest, shown
-from utils.processes import say
 
 DOCUMENTED_NAMES = {"mobilenetv2": "mobilenet_v2", "swin_transformer_tiny": "swin_t",
                     "swin_transformer_small": "swin_s", "swin_transformer_base": "swin_b"}
@@ -113,8 +113,15 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
         raise UserError(f"input_shape = {list(input_shape)} does not suit {backbone}: {str(error).splitlines()[0]}")
     model.__class__ = type(type(model).__name__, (Freezable, type(model)), {})
     if pretrained:
+        from nets._weights import load_matching
         load_matching(model, pretrained_state(name), f"torchvision's weights of {name}")
     return model
+
+
+def load_file(model, path, class_names=None):
+    """Give the model what fits of the weights file `path`, also of other trainers' and libraries' (nets/_weights.py)."""
+    from nets._weights import load_matching, load_weights
+    load_matching(model, load_weights(path), path, class_names)
 
 
 def lay_out(model, device, channels_last):
@@ -128,7 +135,8 @@ def lay_out(model, device, channels_last):
 def pretrained_state(name):
     """torchvision's default state_dict of the network `name`, from torch.hub's cache or the network."""
     if name in own_networks():
-        raise UserError(f"pretrained = True: {name} is a network of your own; set pretrained = False, or model_path")
+        raise UserError(f"pretrained = True: {name} is a network of nets/, nobody publishes weights of it; "
+                        f"set pretrained = False, or model_path")
     weights = models.get_model_weights(name).DEFAULT
     target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
@@ -136,51 +144,6 @@ def pretrained_state(name):
     except Exception as error:  # no network, a cut download, a wrong hash: the remedy is the same
         raise UserError(f"the pretrained weights of {name} could not be loaded ({error}): put {weights.url} "
                         f"at {target}, or set pretrained = False") from error
-
-
-def load_weights(path, name="model_path"):
-    """A state_dict from a file, also another trainer's; UserError, which calls the path `name`, where it holds none."""
-    from nets import _foreign
-    return _foreign.load_weights(path, name)
-
-
-def load_matching(model, state, source, class_names=None):
-    """Load what matches by name and shape, and say how much did. Returns the names that did not.
-
-    state: {name: tensor}; where names differ, nets/_foreign.py translates other libraries'. With class_names, source is the
-    file's path: a run's file for other classes gives no head. UserError: nothing matches, or other kinds of numbers.
-    """
-    from nets import _foreign
-    ours, prefix = model.state_dict(), ""  # with torchvision's version marks, which a plain dictionary lacks
-    head = {k for k in ours if k.rpartition(".")[0] in head_layers(model)}
-    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    if any(k not in state or state[k].shape != v.shape and k not in head for k, v in model.named_parameters()):
-        state, prefix = _foreign.fit(model, state, source)
-    _foreign.check_numbers(ours, state, source)
-    classes = _foreign.classes_beside(source) if class_names else None
-    others = head if classes not in (None, class_names) else set()
-    wanted = [k for k in ours if not _foreign.COMPUTED.search(k) and (k in state or not k.endswith("num_batches_tracked"))]
-    matching = {k: state[k] for k in wanted if k in state and state[k].shape == ours[k].shape and k not in others}
-    missed = [k for k in wanted if k not in matching]
-    if not any(k in matching for k, _ in model.named_parameters()):
-        raise UserError(f"{source}: none of the {len(state)} tensors fits this network by name and shape; "
-                        f"set backbone to the network that the weights are of")
-    ours.update(matching)
-    model.load_state_dict(ours)
-
-    def some(names):
-        return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-    say(f"{source}: {len(matching)} of {len(wanted)} tensors loaded" + (f", those under {prefix!r}" if prefix else ""))
-    if new := [k for k in missed if k in head]:
-        why = f"as its classes were {shown(classes)}" if others else "which is normal for other classes"
-        say(f"  the head starts anew, {why}: {some(new)}")
-    elif classes is None:
-        say("  the head is taken as it is: its classes must be yours, in this order")
-    if lost := [k for k in missed if k not in head]:
-        say(f"  WARNING: {len(lost)} tensors of the backbone were not in the file, which is not normal: {some(lost)}")
-    if strangers := [k for k in state if k not in ours]:
-        say(f"  {len(strangers)} tensors of the file have no place in this network: {some(strangers)}")
-    return missed
 
 
 def profile(model, backbone, pictures, num_classes):

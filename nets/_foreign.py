@@ -1,27 +1,16 @@
-"""Other people's weight files: how they are packed, and their names for torchvision's layers (timm's, Microsoft's for
-Swin, the documented family's), there and back.
+"""Other people's names for torchvision's layers: timm's, Microsoft's (Swin) and the documented family's, and back.
 
 A table holds pairs (their name, torchvision's name) of how a key begins, the first that fits counts; # is a number,
 % the same number less one. What no pair fits keeps its name, so torchvision's own files pass through unchanged.
 """
-import argparse
-import json
 import re
-import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 from torchvision import models
 
+from nets._weights import COMPUTED
 from utils.errors import UserError
-from utils.files import check_regular, load_tensors
-from utils.processes import say
-
-# Where other trainers' checkpoints keep weights. Averages and teachers come first: they are what publishers evaluate.
-ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model", "student", "module")
-# What the network works out from its sizes and no file needs to hold.
-COMPUTED = re.compile(r"relative_position_index$|relative_coords_table$|attn_mask$")
 
 VIT_LAYER = "encoder.layers.encoder_layer_#."
 VIT = [("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("patch_embed.proj.", "conv_proj."),
@@ -126,7 +115,7 @@ def translate(model, state):
         layers = mobile(model, state)
         state = {f"{layers.get(layer, layer)}.{part}": v for k, v in state.items() for layer, _, part in [k.rpartition(".")]}
     named, wanted = {rename(k, table): v for k, v in state.items()}, model.state_dict()
-    return {k: reshape(model, k, v, wanted[k]) if k in wanted and v.shape != wanted[k].shape else v
+    return {k: reshape(model, k, v, wanted[k]) if k in wanted and v.shape != wanted[k].shape and v.is_floating_point() else v
             for k, v in named.items() if not COMPUTED.search(k)}
 
 
@@ -157,76 +146,3 @@ def to_timm(state):
     for key in [key for key in named if key.endswith("qkv.bias") and key[:-8] + "logit_scale" in named]:  # v2
         named[key[:-8] + "q_bias"], _, named[key[:-8] + "v_bias"] = named.pop(key).chunk(3)
     return named
-
-
-def load_safetensors(path, name):
-    check_regular(path, name)
-    try:
-        from safetensors.torch import load_file
-        return load_file(path)
-    except ImportError:
-        raise UserError(f"{name}: reading {str(path)!r} needs one more package: pip install safetensors") from None
-    except Exception as error:  # a broken file can raise nearly anything
-        raise UserError(f"{name}: {str(path)!r} cannot be read, it may be cut short ({error})") from None
-
-
-def choose_entry(state, depth=2):
-    """(the state_dict in a checkpoint, its entry's name), looking into ENTRIES in their order, `depth` levels down.
-
-    ({}, "") where there are no tensors with names. The counter that AveragedModel adds, and its prefix, are taken off.
-    """
-    for key in ENTRIES if depth else ():
-        if isinstance(state.get(key), dict):
-            inner, entry = choose_entry(state[key], depth - 1)
-            if inner:
-                return inner, f"{key}.{entry}".rstrip(".")
-    if not any(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        return {}, ""
-    if "n_averaged" in state:
-        del state["n_averaged"]
-        torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
-    return state, ""
-
-
-def load_weights(path, name="model_path"):
-    """A state_dict from a file: what choose_entry finds. UserError, which calls the path `name`, where it finds none."""
-    load = load_safetensors if Path(path).suffix == ".safetensors" else load_tensors
-    with torch.serialization.safe_globals([argparse.Namespace]):  # a bag of options, it has no code to run
-        state, entry = choose_entry(load(path, name))
-    strange = [key for key in state if not isinstance(key, str)]
-    if strange or not state:
-        why = f"a tensor is called {strange[0]!r}, which is no name" if strange else "it has no tensors by name"
-        raise UserError(f"{name}: {str(path)!r} holds no state_dict ({why}): save model.state_dict() with torch.save")
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor) and (value.is_meta or value.is_quantized or value.layout != torch.strided):
-            raise UserError(f"{name}: {str(path)!r} holds {key!r} quantized, sparse, or without values (meta): save plain "
-                            f"tensors, after dequantize() or to_dense()")
-    if entry:
-        say(f"{path}: taking the weights in its entry {entry}", file=sys.stderr)
-    return state
-
-
-def kind(tensor):
-    """What must agree between two tensors for their numbers to mean the same; floats of 8 bits and fewer need a scale."""
-    return tensor.is_floating_point() and tensor.itemsize > 1, tensor.is_complex(), tensor.dtype == torch.bool
-
-
-def check_numbers(ours, state, source):
-    """UserError where numbers of `state` are of another kind than those of `ours` by this name, or become infinite there."""
-    for name in ours.keys() & state.keys():
-        own, value = ours[name], state[name]
-        if value.shape == own.shape and not name.endswith("num_batches_tracked"):
-            if kind(value) != kind(own):
-                raise UserError(f"{source}: {name} is {value.dtype}, in this network {own.dtype}: save floats, scaled as they were")
-            if not value.to(own.dtype).isfinite().all():
-                raise UserError(f"{source}: {name} holds values that are not finite as {own.dtype}")
-
-
-def classes_beside(path):
-    """The class names of the run in whose folder a weights file lies; None where it lies in none."""
-    config = Path(path).with_name("config.json")
-    try:
-        check_regular(config, "config.json")
-        return [str(name) for name in json.loads(config.read_text(encoding="utf-8"))["class_names"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None

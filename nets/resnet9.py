@@ -1,7 +1,7 @@
 """A residual network to read, for small pictures; and the example of a network of your own.
 
 The ResNet-9 of DAWNBench's fastest CIFAR-10 entries (David Page, "How to train your ResNet", 2018), narrower: at width 24
-it has 0.93 million parameters. Everything that get_model asks of a file nets/NAME.py stands in its last function.
+it has 0.93 million parameters. Its last function is all that get_model asks of a file nets/NAME.py.
 """
 from torch import nn
 
@@ -14,26 +14,33 @@ def convolution(inputs, outputs, stride=1):
                          nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-class Residual(nn.Module):
+class Residual(nn.Sequential):
     """Two convolutions whose result is added to what came in: (N, channels, H, W) → the same."""
 
     def __init__(self, channels):
-        super().__init__()
-        self.pair = nn.Sequential(convolution(channels, channels), convolution(channels, channels))
+        super().__init__(convolution(channels, channels), convolution(channels, channels))
 
     def forward(self, pictures):
-        return pictures + self.pair(pictures)
+        return pictures + super().forward(pictures)
+
+
+class ResNet9(nn.Module):
+    def __init__(self, num_classes, width, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            convolution(3, width, stride),
+            convolution(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width),
+            convolution(2 * width, 4 * width), nn.MaxPool2d(2),
+            convolution(4 * width, 8 * width), nn.MaxPool2d(2), Residual(8 * width))
+        self.head = nn.Linear(8 * width, num_classes)
+
+    def forward(self, pictures):
+        """float (N, 3, H, W) pictures → (N, num_classes) scores."""
+        return self.head(self.body(pictures).amax((2, 3)))
 
 
 def resnet9(num_classes, input_shape, width=24):
-    """(N, 3, H, W) pictures → (N, num_classes) scores. input_shape: (height, width) in pixels, 8 or more."""
+    """The network for pictures of input_shape (height, width), both 8 pixels or more."""
     if min(input_shape) < 8:
         raise UserError(f"input_shape = {list(input_shape)}: resnet9 halves pictures three times, it needs 8 pixels")
-    stride = 2 if min(input_shape) >= 48 else 1  # larger pictures are halved at once, where most of the time goes
-    return nn.Sequential(
-        convolution(3, width, stride),
-        convolution(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width),
-        convolution(2 * width, 4 * width), nn.MaxPool2d(2),
-        convolution(4 * width, 8 * width), nn.MaxPool2d(2), Residual(8 * width),
-        nn.AdaptiveMaxPool2d(1), nn.Flatten(),
-        nn.Linear(8 * width, num_classes))
+    return ResNet9(num_classes, width, stride=2 if min(input_shape) >= 48 else 1)  # large ones: most time goes into the first layers

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from nets import get_model, load_weights
+from nets import get_model
+from nets._weights import load_weights
 from tests.helpers import make_data, make_project, start, train
 from utils import lists
 from utils.dataloader import DataGenerator

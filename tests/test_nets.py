@@ -5,7 +5,8 @@ from torch import nn
 from torchvision import models
 
 import nets
-from nets import get_model, head_layers, load_matching, load_weights, profile
+from nets import get_model, head_layers, profile
+from nets._weights import load_matching, load_weights
 from tests.helpers import write_network
 from utils.errors import UserError
 
@@ -172,7 +173,7 @@ def test_other_kinds_of_numbers(name, change, words):
     state = get_model("resnet18", 3, [32, 32]).state_dict()
     for other in (torch.float16, torch.bfloat16, torch.float64):
         assert load_matching(get_model("resnet18", 3, [32, 32]), {**state, name: state[name].to(other)}, "w.pth") == []
-    with pytest.raises(UserError, match=f"w.pth: {name} .*{words}"):
+    with pytest.raises(UserError, match=f"w.pth: '{name}' .*{words}"):
         load_matching(get_model("resnet18", 3, [32, 32]), {**state, name: change(state[name])}, "w.pth")
 
 
@@ -208,7 +209,7 @@ def test_one_of_my_own(tmp_path, monkeypatch):
 def test_resnet9(shape):
     """The network that ships: any size from 8 pixels on, any number of classes."""
     model = get_model("resnet9", 3, shape)
-    assert model(torch.randn(2, 3, *shape)).shape == (2, 3) and head_layers(model) == {"11"}
+    assert model(torch.randn(2, 3, *shape)).shape == (2, 3) and head_layers(model) == {"head"}
     pictures = torch.zeros(1, 3, *shape)
     parameters, flops, has_batch_norm = profile(model, "resnet9", pictures, 3)
     assert 0.9e6 < parameters < 1e6 and flops < 2.2e8 and has_batch_norm

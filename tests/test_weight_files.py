@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nets import load_matching, load_weights
+from nets._weights import load_matching, load_weights
 from tests.helpers import same
 from utils.files import load_tensors
 from utils.errors import UserError
@@ -106,12 +106,20 @@ def test_no_state_dict(saved, words, tmp_path):
     assert message.startswith("--weights: ") and "model_path" not in message and "\n" not in message
 
 
+def test_names_for_the_terminal(capsys):
+    load_matching(tiny(), {**state(7), "\x1b[2Jevil\n": torch.zeros(1)}, "w\x1b[2J.pth")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"\x1b[2Jevil" in out and len(out.splitlines()) == 3
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strange", [
-    torch.zeros(2, 2, device="meta"), torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr(),
-    torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)])
+    lambda: torch.zeros(2, 2, device="meta"), lambda: torch.eye(2).to_sparse(), lambda: torch.eye(2).to_sparse_csr(),
+    lambda: torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8),
+    lambda: torch.quantize_per_channel(torch.eye(2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
+    lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(2)])])
 def test_tensors_that_are_not_plain(strange, tmp_path):
-    torch.save({"model": {"bias": torch.zeros(2), "weight": strange}}, tmp_path / "w.pth")
+    torch.save({"model": {"bias": torch.zeros(2), "weight": strange()}}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth' (holds 'weight'|cannot be read)") as caught:
         load_weights(tmp_path / "w.pth")
     assert "\n" not in str(caught.value)

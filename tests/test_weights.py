@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torchvision import models
 
-from nets import get_model, load_matching, load_weights
-from nets._foreign import COMPUTED, fit, to_timm
+from nets import get_model
+from nets._foreign import fit, to_timm
+from nets._weights import COMPUTED, load_matching, load_weights
 from tests.helpers import same
 from utils.errors import UserError
 
@@ -199,6 +200,13 @@ def test_vit_of_another_size(capsys):
     assert load_matching(target, distilled, "distilled") == ["encoder.pos_embedding"]
     out = capsys.readouterr().out
     assert "WARNING: 1 tensors" in out and "no place in this network: dist_token" in out
+
+
+def test_a_table_of_another_kind_of_number():
+    """What is resized is not read as floats either."""
+    state = small_vit().state_dict()
+    whole = {**state, "encoder.pos_embedding": state["encoder.pos_embedding"].to(torch.int8)}
+    assert load_matching(small_vit(96), whole, "int8") == ["encoder.pos_embedding"]
 
 
 def test_older_files_of_torchvision():

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nets import get_model, lay_out
-from nets._foreign import check_numbers, load_weights
+from nets._weights import check_numbers, load_weights
 from utils.dataloader import detection_collate
 from utils.errors import UserError
 from utils.fit import score_batch

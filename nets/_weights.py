@@ -1,0 +1,130 @@
+"""Weight files: what stands in one, also in another trainer's, and loading what fits a network."""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from nets import head_layers
+from utils.errors import UserError, plain, shown
+from utils.files import check_regular, load_tensors
+from utils.processes import say
+
+# Where other trainers' checkpoints keep weights. Averages and teachers come first: they are what publishers evaluate.
+ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model", "student", "module")
+# What the network works out from its sizes and no file needs to hold.
+COMPUTED = re.compile(r"relative_position_index$|relative_coords_table$|attn_mask$")
+
+
+def load_safetensors(path, name):
+    check_regular(path, name)
+    try:
+        from safetensors.torch import load_file
+        return load_file(path)
+    except ImportError:
+        raise UserError(f"{name}: reading {str(path)!r} needs one more package: pip install safetensors") from None
+    except Exception as error:  # a broken file can raise nearly anything
+        raise UserError(f"{name}: {str(path)!r} cannot be read, it may be cut short ({error})") from None
+
+
+def choose_entry(state, depth=2):
+    """(the state_dict in a checkpoint, its entry's name), looking into ENTRIES in their order, `depth` levels down.
+
+    ({}, "") where there are no tensors with names. The counter that AveragedModel adds, and its prefix, are taken off.
+    """
+    for key in ENTRIES if depth else ():
+        if isinstance(state.get(key), dict):
+            inner, entry = choose_entry(state[key], depth - 1)
+            if inner:
+                return inner, f"{key}.{entry}".rstrip(".")
+    if not any(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        return {}, ""
+    if "n_averaged" in state:
+        del state["n_averaged"]
+        torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
+    return state, ""
+
+
+def load_weights(path, name="model_path"):
+    """A state_dict from a file: what choose_entry finds. UserError, which calls the path `name`, where it finds none."""
+    load = load_safetensors if Path(path).suffix == ".safetensors" else load_tensors
+    with torch.serialization.safe_globals([argparse.Namespace]):  # a bag of options, it has no code to run
+        state, entry = choose_entry(load(path, name))
+    strange = [key for key in state if not isinstance(key, str)]
+    if strange or not state:
+        why = f"a tensor is called {strange[0]!r}, which is no name" if strange else "it has no tensors by name"
+        raise UserError(f"{name}: {str(path)!r} holds no state_dict ({why}): save model.state_dict() with torch.save")
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and (value.is_meta or value.is_quantized or value.is_nested or value.layout != torch.strided):
+            raise UserError(f"{name}: {str(path)!r} holds {key!r} quantized, sparse, nested or without values (meta): "
+                            f"save plain tensors, after dequantize() or to_dense()")
+    if entry:
+        say(f"{plain(path)}: taking the weights in its entry {entry}", file=sys.stderr)
+    return state
+
+
+def kind(tensor):
+    """What must agree between two tensors for their numbers to mean the same; floats of 8 bits and fewer need a scale."""
+    return tensor.is_floating_point() and tensor.itemsize > 1, tensor.is_complex(), tensor.dtype == torch.bool
+
+
+def check_numbers(ours, state, source):
+    """UserError where numbers of `state` are of another kind than those of `ours` by this name, or become infinite there."""
+    for name in sorted(ours.keys() & state.keys()):
+        own, value = ours[name], state[name]
+        if value.shape == own.shape and not name.endswith("num_batches_tracked"):
+            if kind(value) != kind(own):
+                raise UserError(f"{source}: {name!r} is {value.dtype}, in this network {own.dtype}: save floats, scaled as they were")
+            if not value.to(own.dtype).isfinite().all():
+                raise UserError(f"{source}: {name!r} holds values that are not finite as {own.dtype}")
+
+
+def classes_beside(path):
+    """The class names of the run in whose folder a weights file lies; None where it lies in none."""
+    config = Path(path).with_name("config.json")
+    try:
+        check_regular(config, "config.json")
+        return [str(name) for name in json.loads(config.read_text(encoding="utf-8"))["class_names"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def load_matching(model, state, source, class_names=None):
+    """Load what matches by name and shape, and say how much did. Returns the names that did not.
+
+    state: {name: tensor}; where names differ, nets/_foreign.py translates other libraries'. With class_names, source is the
+    file's path: a run's file for other classes gives no head. UserError: nothing matches, or other kinds of numbers.
+    """
+    ours, prefix = model.state_dict(), ""  # with torchvision's version marks, which a plain dictionary lacks
+    head = {k for k in ours if k.rpartition(".")[0] in head_layers(model)}
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if any(k not in state or state[k].shape != v.shape and k not in head for k, v in model.named_parameters()):
+        from nets import _foreign
+        state, prefix = _foreign.fit(model, state, source)
+    check_numbers(ours, state, source)
+    classes = classes_beside(source) if class_names else None
+    others = head if classes not in (None, list(class_names or [])) else set()
+    wanted = [k for k in ours if not COMPUTED.search(k) and (k in state or not k.endswith("num_batches_tracked"))]
+    matching = {k: state[k] for k in wanted if k in state and state[k].shape == ours[k].shape and k not in others}
+    missed = [k for k in wanted if k not in matching]
+    if not any(k in matching for k, _ in model.named_parameters()):
+        raise UserError(f"{source}: none of the {len(state)} tensors fits this network by name and shape; "
+                        f"set backbone to the network that the weights are of")
+    ours.update(matching)
+    model.load_state_dict(ours)
+
+    def some(names):
+        return plain(", ".join(names[:8]) + (" …" if len(names) > 8 else ""))
+    say(f"{plain(source)}: {len(matching)} of {len(wanted)} tensors loaded" + (f", those under {prefix!r}" if prefix else ""))
+    if new := [k for k in missed if k in head]:
+        why = f"as its classes were {shown(classes)}" if others else "which is normal for other classes"
+        say(f"  the head starts anew, {why}: {some(new)}")
+    elif classes is None:
+        say("  the head is taken as it is: its classes must be yours, in this order")
+    if lost := [k for k in missed if k not in head]:
+        say(f"  WARNING: {len(lost)} tensors of the backbone were not in the file, which is not normal: {some(lost)}")
+    if strangers := [k for k in state if k not in ours]:
+        say(f"  {len(strangers)} tensors of the file have no place in this network: {some(strangers)}")
+    return missed

@@ -97,7 +97,7 @@ def test_batch_sizes_of_several_processes(launched):
         rules.check_settings({**s, "Unfreeze_batch_size": 6})
     with pytest.raises(UserError, match="Unfreeze_batch_size = 3 .*set it to 4$"):
         rules.check_settings({**s, "Unfreeze_batch_size": 3})
-    with pytest.raises(UserError, match="Unfreeze_batch_size = 4 leaves fewer than two pictures.* multiple of 4, 8 or more"):
+    with pytest.raises(UserError, match="Unfreeze_batch_size = 4 leaves fewer than two pictures.* set it to 8, 12, 16 …"):
         rules.check_phases({**s, "Unfreeze_batch_size": 4}, 100, 10, True)
     rules.check_phases({**s, "Unfreeze_batch_size": 4}, 100, 10, False)
     rules.check_phases({**s, "Unfreeze_batch_size": 8}, 100, 10, True)

@@ -195,8 +195,9 @@ def check_phases(s, num_train, num_val, has_batch_norm):
         gpus = torch.cuda.device_count() if s.get("Cuda") and not s.get("distributed") else 1
         parts = torch.arange(s[name] // world_size()).chunk(gpus)  # as DataParallel cuts a batch
         if len(parts) < gpus or len(parts[-1]) < 2:
+            sizes = ", ".join(str(n * world_size() * gpus) for n in (2, 3, 4))
             raise UserError(f"{name} = {s[name]} leaves fewer than two pictures for a process or GPU, and this network's BatchNorm "
-                            f"needs two: set it to a multiple of {world_size() * gpus}, {2 * world_size() * gpus} or more")
+                            f"needs two: set it to {sizes} …")
 
 
 def check_best_by(best_by, names):

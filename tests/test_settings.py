@@ -11,7 +11,7 @@ from tests.helpers import history, make_data, make_project, run_of, train
 from utils import settings as rules
 from utils.errors import UserError
 
-NAMES = {*rules.TYPES, *rules.BOUNDS, *rules.CHOICES}
+NAMES = {*rules.TEXTS, *rules.BOUNDS, *rules.CHOICES}
 CONSTANTS = {name: getattr(trainer, name) for name in NAMES if hasattr(trainer, name)}
 NEW = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
@@ -44,13 +44,13 @@ WRONG = [
     (dict(label_smoothing=1.0), "label_smoothing"), (dict(random_erasing=2), "random_erasing"), (dict(mixup_alpha=-1), "mixup_alpha"),
     (dict(class_weights=True), "class_weights"), (dict(ema_decay=1), "ema_decay"), (dict(accumulate=0), "accumulate"),
     (dict(early_stop=-1), "early_stop"), (dict(val_crop=0), "val_crop"), (dict(crop_scale=2), "crop_scale"),
-    (dict(seed=2 ** 63), "seed = 9223372036854775808 must be"), (dict(mixup_alpha=1e-300), "from 0.01 to 1,000, or 0"),
+    (dict(seed=2 ** 63), "seed = 9223372036854775808 must be"), (dict(mixup_alpha=1e-300), "0, or a number from 0.01 to 1,000"),
     (dict(clip_grad_norm=1e-300), "clip_grad_norm"), (dict(UnFreeze_Epoch=10 ** 400), "UnFreeze_Epoch = 1000"),
     (dict(UnFreeze_Epoch=10 ** 5000), "thousands of digits"), (dict(optimizer_type=10 ** 5000), "thousands of digits"),
     (dict(weight_decay=10 ** 400), "weight_decay"), (dict(save_dir="a\udc80"), "in UTF-8"), (dict(save_dir="a\0b"), "save_dir"),
-    (dict(resume=3), "resume = 3 must be False, True or"), (dict(resume=""), "resume"), (dict(save_dir=""), "save_dir"),
+    (dict(resume=3), "resume = 3 must be False, True, or"), (dict(resume=""), "resume"), (dict(save_dir=""), "save_dir"),
     (dict(sync_bn=True), "set sync_bn = False"), (dict(distributed=True), "torchrun"), (dict(classes_path=None), "classes_path"),
-    (dict(model_path=None), "model_path"), (dict(pretrained="no"), "pretrained = 'no' must be True or False"), (dict(Cuda=0), "Cuda = 0"),
+    (dict(model_path=None), "model_path"), (dict(pretrained="no"), "pretrained = 'no' must be one of True, False"), (dict(Cuda=0), "Cuda = 0"),
     (dict(mean=[123.7, 116.3, 103.5]), r"mean = .* \[red, green, blue\], each a number from 0 to 1"), (dict(mean=0.5), "mean"),
     (dict(std=[0.5, 0.5, 0]), "std"), (dict(std=[0.5, 0.5]), "std"), (dict(std=[0.5, 0.5, float("nan")]), "std"),
 ]
@@ -97,7 +97,7 @@ def test_batch_sizes_of_several_processes(launched):
         rules.check_settings({**s, "Unfreeze_batch_size": 6})
     with pytest.raises(UserError, match="Unfreeze_batch_size = 3 .*set it to 4$"):
         rules.check_settings({**s, "Unfreeze_batch_size": 3})
-    with pytest.raises(UserError, match="Unfreeze_batch_size = 4 leaves fewer than two pictures.* multiple of 4, 8 or more"):
+    with pytest.raises(UserError, match="Unfreeze_batch_size = 4 leaves fewer than two pictures.* set it to 8, 12, 16 …"):
         rules.check_phases({**s, "Unfreeze_batch_size": 4}, 100, 10, True)
     rules.check_phases({**s, "Unfreeze_batch_size": 4}, 100, 10, False)
     rules.check_phases({**s, "Unfreeze_batch_size": 8}, 100, 10, True)
@@ -164,7 +164,7 @@ def test_one_spelling_of_lists_and_paths(monkeypatch):
 @pytest.mark.parametrize("words, sentence", [
     ("--Init_lrr 1", "did you mean 'Init_lr'"), ("Init_lr", "'Init_lr' is no setting"), ("--seed", "--seed: expected one argument"),
     ("--seed --Cuda False", "--seed: expected one"), ("--best_by -mae", "write --name=value"), ("--seed a", "seed = 'a' must be"),
-    ("--Cuda yes", "True or False"), ("--seed " + "9" * 5000, "seed = "), ("--seed " + "0x" + "f" * 5000, "thousands of digits"),
+    ("--Cuda yes", "True, False"), ("--seed " + "9" * 5000, "seed = "), ("--seed " + "0x" + "f" * 5000, "thousands of digits"),
     ("--Init_lr 1e400", "Init_lr = inf"), ("--Init_lr nan", "Init_lr = 'nan'"), ("--Init_lr=-1", "Init_lr = -1 must"), ("--Init_lr -1", "Init_lr = -1 must"),
     ("--Init_lr True", "Init_lr = True"), ("--seed 3 --seed=4", "--seed stands 2 times"), ("--Cuda False --Cuda False", "--Cuda stands"),
     ("--no-pretrained", "did you mean 'pretrained'"), ("--no-Cuda", "did you mean 'Cuda'"), ("--input_shape [224, 224]", "'224\\]' is no setting.*quotes"),
@@ -247,6 +247,8 @@ half: float = gamma / 2  # follows
 on = False  # a flag
 home_dir = "."  # a path
 bare: int
+low = high = 1 # two at once
+table = {}
 """
 
 
@@ -254,21 +256,25 @@ def test_settings_of_ones_own(tmp_path, monkeypatch):
     """Without a rule, the default's type is the rule; annotated ones are settings as well."""
     monkeypatch.setenv("HOME", "/home/me")
     path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
+    path.write_text(SCRIPT, encoding="utf-8-sig")  # as some editors save it
 
     def own_words(*words):
         script = {"__file__": str(path), "__doc__": ""}
         exec(SCRIPT, script)
         return rules.command_line(script, [str(word) for word in words])
-    assert own_words() == {"gamma": 2.0, "steps": 3, "name": "a", "free": None, "size": [1, 2], "half": 1.0, "on": False, "home_dir": "."}
-    found = own_words("--gamma", 3, "--free", "[1]", "--size", "(4,)", "--name", 5, "--on", "True", "--home_dir=~")
-    assert found == {"gamma": 3, "steps": 3, "name": "5", "free": [1], "size": [4], "half": 1.5, "on": True, "home_dir": "/home/me"}
+    assert own_words() == {"gamma": 2.0, "steps": 3, "name": "a", "free": None, "size": [1, 2], "half": 1.0, "on": False, "home_dir": ".",
+                           "low": 1, "high": 1, "table": {}}
+    found = own_words("--gamma", 3, "--free", "[1]", "--size", "(4,)", "--name", 5, "--on", "True", "--home_dir=~",
+                      "--high", 2, "--table", "{1: 2}")
+    assert found == {"gamma": 3, "steps": 3, "name": "5", "free": [1], "size": [4], "half": 1.5, "on": True, "home_dir": "/home/me",
+                     "low": 1, "high": 2, "table": {1: 2}}
     assert own_words("--name=", "--free", "True")["free"] is True
     for words in (("--gamma", "abc"), ("--gamma", "True"), ("--gamma", "1e400"), ("--steps", 2.5), ("--steps", "True"), ("--size", 3),
-                  ("--on", 1), ("--name", "\udc80"), ("--free", "\udc80")):
+                  ("--on", 1), ("--name", "\udc80")):
         with pytest.raises(UserError, match=f"{words[0][2:]} = .* must be "):
             own_words(*words)
-    assert [title for _, _, title in rules.constants(path).values()] == ["First"] * 2 + ["Then"] * 6
+    assert [title for _, _, title in rules.constants(path).values()] == ["First"] * 2 + ["Then"] * 9
+    assert rules.constants(path)["high"][1] == "two at once"
 
 
 def test_a_rule_whose_constant_is_gone_is_passed_over():

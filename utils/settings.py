@@ -11,29 +11,26 @@ from utils.processes import world_size
 from utils.recipe import OPTIMIZERS
 from utils.scheduler import LR_DECAYS, phases
 
-FLAG, WHOLE, NUMBER, TEXT, LIST, RUN, ANY = (bool,), (int,), (int, float), (str,), (list, tuple), (bool, str), (bool, str, object)
-WORDS = {FLAG: "True or False", WHOLE: "a whole number", NUMBER: "a number", TEXT: "a name or path in quotes, in UTF-8",
-         LIST: "a list", RUN: "False, True or the path of a run's folder", ANY: "in UTF-8"}
-TYPES = {  # of settings without bounds or choices; one that a fork adds has its default's
-    **dict.fromkeys(("Cuda", "distributed", "sync_bn", "channels_last", "compile", "pretrained", "Freeze_Train"), FLAG),
-    **dict.fromkeys(("classes_path", "train_annotation_path", "test_annotation_path", "model_path", "save_dir"), TEXT),
-    "backbone": TEXT, "best_by": TEXT, "resume": RUN,
-}
-QUOTES = "'" + '"'
+WHOLE, NUMBER, TEXT, LIST = (int,), (int, float), (str,), (list, tuple)
+TYPES = {WHOLE: "a whole number", NUMBER: "a number", TEXT: "a name or path in quotes, in UTF-8", LIST: "a list"}
+TEXTS = ("classes_path", "train_annotation_path", "test_annotation_path", "model_path", "save_dir", "backbone", "best_by", "resume")
 MOST, BELOW_1 = 10 ** 9, 1 - 1e-6  # more is a slip of the finger
-BOUNDS = {  # setting: the lowest and highest number (whole ones where the lowest is), and what is allowed besides
+BOUNDS = {  # setting: the lowest and highest number, which are whole where the lowest is
     "num_workers": (0, 1000), "cache_mb": (0.0, MOST), "seed": (0, 2 ** 63 - 1), "input_shape": (1, 65535),
     "mean": (0.0, 1), "std": (0.001, 10), "crop_scale": (1e-6, 1), "val_crop": (1e-6, 1), "random_erasing": (0.0, 1),
     "Init_Epoch": (0, MOST), "Freeze_Epoch": (0, MOST), "Freeze_batch_size": (1, MOST), "UnFreeze_Epoch": (1, MOST),
     "Unfreeze_batch_size": (1, MOST), "accumulate": (1, 10_000), "Init_lr": (1e-9, 1000), "Min_lr": (0.0, 1000),
     "momentum": (0.0, BELOW_1), "weight_decay": (0.0, 1000), "backbone_lr_scale": (0.0, 1000),
-    "label_smoothing": (0.0, BELOW_1), "mixup_alpha": (0.01, 1000, 0), "cutmix_alpha": (0.01, 1000, 0),
-    "ema_decay": (0.0, BELOW_1), "clip_grad_norm": (1e-6, MOST, 0), "early_stop": (0, MOST), "save_period": (1, MOST),
-    "save_minutes": (0.0, MOST),
+    "label_smoothing": (0.0, BELOW_1), "mixup_alpha": (0.01, 1000), "cutmix_alpha": (0.01, 1000), "ema_decay": (0.0, BELOW_1),
+    "clip_grad_norm": (1e-6, MOST), "early_stop": (0, MOST), "save_period": (1, MOST), "save_minutes": (0.0, MOST),
 }
-ITEMS = {"input_shape": ("height", "width"), **dict.fromkeys(("mean", "std"), ("red", "green", "blue"))}  # lists of numbers
-CHOICES = {"fp16": (True, False, "auto"), "augmentation": AUGMENTATIONS, "optimizer_type": OPTIMIZERS,
-           "lr_decay_type": LR_DECAYS, "class_weights": ("none", "balanced")}
+ITEMS = {"input_shape": ("height", "width"), **dict.fromkeys(("mean", "std"), ("red", "green", "blue"))}  # lists of such numbers
+FLAGS = ("Cuda", "distributed", "sync_bn", "channels_last", "compile", "pretrained", "Freeze_Train")
+CHOICES = {  # setting: what it may be besides texts or such numbers, or instead of them
+    **dict.fromkeys(FLAGS, (True, False)), "resume": (False, True), "model_path": ("",), "fp16": (True, False, "auto"),
+    "augmentation": AUGMENTATIONS, "optimizer_type": OPTIMIZERS, "lr_decay_type": LR_DECAYS, "class_weights": ("none", "balanced"),
+    **dict.fromkeys(("mixup_alpha", "cutmix_alpha", "clip_grad_norm"), (0,)),
+}
 MEANT = {word: setting for setting, words in {  # what other programs call a setting
     "Init_lr": "lr learning_rate", "UnFreeze_Epoch": "epochs epoch", "Unfreeze_batch_size": "batch_size batch",
     "num_workers": "workers", "Cuda": "gpu gpus device", "backbone": "model arch network", "model_path": "weights checkpoint",
@@ -42,32 +39,32 @@ MEANT = {word: setting for setting, words in {  # what other programs call a set
 }.items() for word in words.split()}
 
 
-def fits(value, kind, low, high, *others):
+def fits(value, kind, low, high):
     """Whether a value is of one of the types, a number within its bounds, and a text that a file name can hold."""
-    if isinstance(value, bool):  # which Python counts as an int
-        return bool in kind
+    if isinstance(value, bool) or not isinstance(value, kind):  # Python counts True as an int
+        return False
     if isinstance(value, str):
-        return str in kind and "\0" not in value and value == value.encode(errors="replace").decode()
-    return isinstance(value, kind) and (kind not in (WHOLE, NUMBER) or low <= value <= high or value in others)
+        return "\0" not in value and value == value.encode(errors="replace").decode()
+    return kind not in (WHOLE, NUMBER) or low <= value <= high
 
 
 def check_value(name, value, default=None):
     """UserError when `value` is not one that the setting `name` can have; one of a fork's own is typed by its `default`."""
-    low, high, *others = BOUNDS.get(name, (-1e300, 1e300))  # nan and inf are outside
-    names, choices, example = ITEMS.get(name, ()), CHOICES.get(name), low if name in BOUNDS else default
-    kind = TYPES.get(name) or next((kind for kind in WORDS if isinstance(example, kind)), ANY)
-    if choices:
-        right = any(value == choice and type(value) is type(choice) for choice in choices)
-        wanted = f"one of {', '.join(map(repr, choices))}{nearest(shown(value).strip(QUOTES), map(str, choices))}"
-    else:
-        items = value if names and isinstance(value, LIST) else [value]
-        right = len(items) == max(len(names), 1) and all(fits(item, kind, low, high, *others) for item in items)
-        right = right and (value != "" or name == "model_path" or name not in TYPES)
-        wanted = (f"[{', '.join(names)}], each " if names else "") + WORDS[kind]
-        wanted += f" from {low:g} to {high:,}" if name in BOUNDS else "" if name in TYPES else ", as its default is"
-        wanted += "".join(f", or {other}" for other in others)
-    if not right:
-        raise UserError(f"{name} = {shown(value)} must be {wanted}")
+    low, high = BOUNDS.get(name, (-1e300, 1e300))  # nan and inf are outside
+    choices, names = CHOICES.get(name, (True, False) if isinstance(default, bool) else ()), ITEMS.get(name, ())
+    example = low if name in BOUNDS else "" if name in TEXTS else None if choices else default
+    kind = next((kind for kind in TYPES if isinstance(example, kind)), None)
+    items = value if names and isinstance(value, LIST) else [value]
+    chosen = any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+    right = kind and len(items) == max(len(names), 1) and all(fits(item, kind, low, high) for item in items)
+    if chosen or right and (value != "" or name not in TEXTS) or not (kind or choices):
+        return
+    wanted, hint = ", ".join(map(repr, choices)), nearest(shown(value).strip("'"), map(str, choices))
+    wanted = f"one of {wanted}" if not kind else f"{wanted}, or " if wanted else ""
+    if kind:
+        wanted += f"[{', '.join(names)}], each {TYPES[kind]}" if names else TYPES[kind]
+        wanted += f" from {low:g} to {high:,}" if name in BOUNDS else "" if name in TEXTS else ", as its default is"
+    raise UserError(f"{name} = {shown(value)} must be {wanted}{hint}")
 
 
 def constants(path):
@@ -75,15 +72,15 @@ def constants(path):
 
     A group's title is a comment that follows a blank line.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         source = file.read()
     lines, found = ["", *source.split("\n")], {}
     titles = {number: line[2:] for number, line in enumerate(lines) if line.startswith("# ") and not lines[number - 1].strip()}
     for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and node.value:
-            title = next((titles[number] for number in reversed(titles) if number < node.lineno), "Settings")
-            found[target.id] = ast.Expression(node.value), lines[node.lineno].partition("  # ")[2], title
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) and node.value else []
+        title = next((titles[number] for number in reversed(titles) if number < node.lineno), "Settings")
+        for name in (target.id for target in targets if isinstance(target, ast.Name)):
+            found[name] = ast.Expression(node.value), lines[node.lineno].partition(" #")[2].strip(), title
     return found
 
 
@@ -96,9 +93,10 @@ def parse(arguments, script, known):
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's own
     groups = {title: parser.add_argument_group(title) for _, _, title in known.values()}
     for name, (_, comment, title) in known.items():
-        default, unsaid = shown(script[name]), [f"or {c!r}" for c in CHOICES.get(name, ()) if repr(c) not in comment]
+        default = shown(script[name])
+        unsaid = [f"or {c!r}" for c in CHOICES.get(name, ()) if c not in (True, False, 0) and repr(c) not in comment]
         groups[title].add_argument(
-            f"--{name}", action="append", help="; ".join([comment, *unsaid, f"default: {default}"]).replace("%", "%%"),
+            f"--{name}", action="append", help="; ".join(filter(None, [comment, *unsaid, f"default: {default}"])).replace("%", "%%"),
             metavar=f'"{default}"' if isinstance(script[name], LIST) else "VALUE")
     try:
         given, unknown = parser.parse_known_args(arguments)
@@ -119,7 +117,7 @@ def parse(arguments, script, known):
 def from_word(name, word, default):
     """The value of a setting that a word of the command line gives: the Python value that it spells, or else the text."""
     if isinstance(default, str) and name not in ("fp16", "resume"):
-        return word[1:-1] if len(word) > 1 and word[0] == word[-1] in QUOTES else word  # some shells leave them
+        return word[1:-1] if len(word) > 1 and word[0] == word[-1] in "'\"" else word  # some shells leave them
     try:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -169,9 +167,8 @@ RELATIONS = (  # settings, what must hold between them, and what is said otherwi
 
 def check_settings(s):
     """UserError for the first setting that is out of range, of the wrong type, or at odds with another one."""
-    for name in (*TYPES, *BOUNDS, *CHOICES):
-        if name in s:
-            check_value(name, s[name])
+    for name, value in s.items():
+        check_value(name, value)
     for names, holds, sentence in RELATIONS:
         if all(name in s for name in names) and not holds(*(s[name] for name in names)):
             raise UserError(sentence.format(*(s[name] for name in names)))
@@ -198,8 +195,9 @@ def check_phases(s, num_train, num_val, has_batch_norm):
         gpus = torch.cuda.device_count() if s.get("Cuda") and not s.get("distributed") else 1
         parts = torch.arange(s[name] // world_size()).chunk(gpus)  # as DataParallel cuts a batch
         if len(parts) < gpus or len(parts[-1]) < 2:
+            sizes = ", ".join(str(n * world_size() * gpus) for n in (2, 3, 4))
             raise UserError(f"{name} = {s[name]} leaves fewer than two pictures for a process or GPU, and this network's BatchNorm "
-                            f"needs two: set it to a multiple of {world_size() * gpus}, {2 * world_size() * gpus} or more")
+                            f"needs two: set it to {sizes} …")
 
 
 def check_best_by(best_by, names):

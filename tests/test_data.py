@@ -1,7 +1,7 @@
 import errno
+import json
 import os
 import pickle
-import random
 import warnings
 from pathlib import Path
 
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from scipy.stats import ks_2samp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 
 from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
 from utils.errors import UserError
 from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_crop
 from utils.sample_data import DEFAULT_PATHS, SHAPES, data_paths, draw_set
-from utils.workers import batches_of, ignore_signals
+from utils.processes import ignore_signals
 
 
 def photo(width, height, seed=0):
@@ -47,8 +47,8 @@ def test_crops_match_the_plain_pipeline(tmp_path, monkeypatch, size, allowed, de
     if decoder == "Pillow's alone":
         monkeypatch.setattr("utils.pictures.decode_jpeg", None)
     photo(*size).save(tmp_path / "photo.jpg", quality=90)
-    rng = random.Random(0)
-    for box in [random_box(rng, 0.08, size[1], size[0]) for _ in range(8)] + [centre_box((224, 224), 0.875, size[1], size[0])]:
+    torch.manual_seed(0)
+    for box in [random_box(0.08, size[1], size[0]) for _ in range(8)] + [centre_box((224, 224), 0.875, size[1], size[0])]:
         ours = read_crop(tmp_path / "photo.jpg", (224, 224), lambda h, w: box)
         assert ours.shape == (224, 224, 3) and ours.dtype == torch.uint8
         theirs = plain(tmp_path / "photo.jpg", box, (224, 224))
@@ -128,17 +128,6 @@ def test_every_kind_of_picture(tmp_path, monkeypatch, kind, decoder):
         assert (crop.mean(2)[:, 2:] - torch.from_numpy(GRADIENT.astype(np.float32))[:, 2:]).abs().max() < 8
 
 
-def test_random_boxes_are_torchvisions():
-    rng = random.Random(0)
-    for height, width in ((375, 500), (100, 900), (900, 100)):
-        ours = np.array([random_box(rng, 0.08, height, width) for _ in range(4000)])
-        theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, height, width), [0.08, 1.0], [3 / 4, 4 / 3])
-                           for _ in range(4000)])
-        assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all() and ours.min() >= 0
-        for part in range(4):
-            assert ks_2samp(ours[:, part], theirs[:, part]).statistic < 0.05
-
-
 def test_transparency_is_white():
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert read_crop(image, (8, 8), whole).min() == 255
@@ -151,6 +140,22 @@ def test_normalize():
         ours = normalize(images.contiguous(memory_format=layout), "cpu")
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5, check_stride=False)
         assert ours.is_contiguous(memory_format=layout)
+    grey = normalize(images, "cpu", dict(mean=[0.5, 0.5, 0.5], std=(0.25, 0.25, 0.25)))
+    torch.testing.assert_close(grey, (images / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
+
+
+def test_normalize_launches_three_kernels():
+    class Count(TorchDispatchMode):
+        calls = ()
+
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            self.calls += str(call),
+            return call(*args, **(kwargs or {}))
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    normalize(images, "cpu")
+    with Count() as count:
+        normalize(images, "cpu")
+    assert count.calls == ("aten._to_copy.default", "aten.sub_.Tensor", "aten.div_.Tensor")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +173,7 @@ def lines(tmp_path_factory):
 def test_augmentation_is_a_function_of_seed_epoch_and_index(lines, augmentation):
     def picture(seed, epoch, index):
         torch.manual_seed(np.random.default_rng().integers(1 << 30))  # whatever came before
-        return DataGenerator(lines, (32, 40), True, augmentation, 0.5, seed=seed)[epoch, index][0]
+        return DataGenerator(lines, (32, 40), True, augmentation, 0.5, seed=seed)[epoch, 5, index][0]
     first = picture(1, 2, 3)
     assert first.shape == (32, 40, 3) and first.dtype == torch.uint8 and torch.equal(first, picture(1, 2, 3))
     assert any(not torch.equal(first, picture(1, epoch, 3)) for epoch in range(3, 12))
@@ -209,75 +214,181 @@ def test_sampler_visits(number, batch, world):
     for epoch in range(6):
         for sampler in [alone, *samplers]:
             sampler.set_epoch(epoch)
-        shares = [[index for _, index in sampler] for sampler in samplers]
+        shares = [[index for _, _, index in sampler] for sampler in samplers]
         assert all(len(share) == len(sampler) == number // batch * batch // world for share, sampler in zip(shares, samplers))
         visited = [index for share in shares for index in share]
         assert len(set(visited)) == len(visited) == number // batch * batch
-        order = [index for _, index in alone]
+        order = [index for _, _, index in alone]
         local = batch // world
         for step in range(number // batch):  # the same pictures in the same step, however many processes
             assert sorted(order[step * batch:(step + 1) * batch]) == sorted(
                 index for share in shares for index in share[step * local:(step + 1) * local])
         left_out.append(set(range(number)) - set(visited))
         alone.set_epoch(epoch, 1)
-        assert [index for _, index in alone] == order[batch:]
+        assert [index for _, _, index in alone] == order[batch:]
     assert all(not a & b for a, b in zip(left_out, left_out[1:]))
 
 
 @pytest.mark.parametrize("number, world", [(10, 1), (11, 2), (1, 4), (7, 3)])
 def test_validation_counts_every_picture_once(number, world):
-    shares = [[index for _, index in EpochSampler(number, 4 * world, rank, world, shuffle=False)] for rank in range(world)]
+    shares = [[index for _, _, index in EpochSampler(number, 4 * world, rank, world, shuffle=False)] for rank in range(world)]
     assert sorted(sum(shares, [])) == list(range(number))
     assert [len(EpochSampler(number, 4 * world, rank, world, shuffle=False)) for rank in range(world)] == list(map(len, shares))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_crops_that_do_not_change_are_read_once(tmp_path, workers):
-    """Also by workers, who share them; what is random stays so, and nothing differs."""
+def epochs(data, number=3):
+    """All batches of some epochs."""
+    sampler = EpochSampler(len(data), 4, shuffle=data.random, seed=1)
+    loader = DataLoader(data, 4, sampler=sampler, collate_fn=detection_collate)
+    for epoch in range(number):
+        sampler.set_epoch(epoch)
+        yield from loader
+
+
+def same(one, other):
+    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
+
+
+@pytest.mark.parametrize("augmentation", ["none", "flip"])
+def test_memory_changes_nothing(tmp_path, augmentation):
+    """Also where pictures are unreadable; each good one is read once."""
     lines = [f"{i % 3};{tmp_path / f'{i}.png'}" for i in range(20)]
-    for i, line in enumerate(lines):
+    for i, line in enumerate(lines[:-2]):
         photo(40, 30, i).save(line.partition(";")[2])
-    def epochs(data, number):
-        sampler = EpochSampler(len(data), 4, shuffle=data.random, seed=1)
-        loader = DataLoader(data, 4, sampler=sampler, num_workers=workers, collate_fn=detection_collate,
-                            worker_init_fn=ignore_signals, persistent_workers=workers > 0)
-        for epoch in number:
-            sampler.set_epoch(epoch)
-            yield from batches_of(loader)
-    plain, cached = (DataGenerator(lines, (24, 24), True, seed=3, cache_mb=size) for size in (0, 1))
-    expected, first = list(epochs(plain, range(3))), epochs(cached, range(3))
-    got = [next(first) for _ in range(len(lines) // 4)]
-    assert cached.share_cached() == 1 and not plain.share_cached()
-    for line in lines:
-        os.remove(line.partition(";")[2])
-    got += first
-    assert all(torch.equal(a, b) for old, new in zip(expected, got, strict=True) for a, b in zip(old[:2], new[:2]))
-    assert not any(batch[2] for batch in got) and len({flip.numpy().tobytes() for flip, _, _ in got}) == len(got)
+    for random in (True, False):
+        plain, kept = (DataGenerator(lines, (24, 24), random, augmentation, 0.3, seed=3, cache_mb=size) for size in (0, 1))
+        assert kept.in_memory and not plain.in_memory
+        expected, got = list(epochs(plain)), list(epochs(kept))
+        assert all(map(same, expected, got)) and any(batch[2] for batch in got)
+        for path in tmp_path.iterdir():
+            path.rename(path.with_suffix(".away"))
+        assert all(map(same, expected, epochs(kept)))
+        for path in tmp_path.iterdir():
+            path.rename(path.with_suffix(".png"))
 
 
-def test_the_cache_has_its_limits(lines, monkeypatch):
-    data = DataGenerator(lines, (300, 300), False, cache_mb=1)  # room for three
-    kept = [data[i] for i in range(len(lines))]
-    assert data.share_cached() == 3 / len(lines) and all(image.is_contiguous() for image, _, _ in kept)
-    data.source = None
-    assert all(torch.equal(data[i][0], kept[i][0]) and data[i][1] == kept[i][1] for i in range(3))
-    assert not len(pickle.loads(pickle.dumps(DataGenerator(lines, (8, 8), cache_mb=1))).cache.class_ids)  # spawned workers have none
+def test_what_is_kept_in_memory(lines):
+    size = 3 * 300 * 300 * len(lines) / 1e6
     for augmentation in AUGMENTATIONS:
-        fixed = DataGenerator(lines, (8, 8), True, augmentation, cache_mb=1)
-        fixed[0, 0]
-        assert bool(fixed.share_cached()) == (augmentation in ("none", "flip"))
-    def no_memory(*size):
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-    monkeypatch.setattr("mmap.mmap", no_memory)
-    data = DataGenerator(lines, (8, 8), False, cache_mb=1)
-    assert torch.equal(data[0][0], data[0][0]) and not data.share_cached()
+        assert DataGenerator(lines, (300, 300), True, augmentation, cache_mb=size).in_memory == (augmentation in ("none", "flip"))
+        assert DataGenerator(lines, (300, 300), False, augmentation, cache_mb=size).in_memory
+    assert not DataGenerator(lines, (300, 301), cache_mb=size).in_memory  # all of them, or none
+    data = DataGenerator(lines[:1], (300, 301), random=False)
+    assert torch.equal(data[0][0], data[0][0]) and not data.kept
 
 
-def test_an_unreadable_picture_is_not_cached(tmp_path):
-    data = DataGenerator([f"1;{tmp_path / 'later.png'}"], (8, 8), False, cache_mb=1)
-    assert data[0][0] is None and data[0][2] and not data.share_cached()
-    Image.new("RGB", (9, 9), "red").save(tmp_path / "later.png")
-    assert data[0][0] is not None and data[0][1] == 1 and data.share_cached() == 1
+def test_training_refuses_a_plain_index(lines):
+    with pytest.raises(UserError, match="EpochSampler"):
+        DataGenerator(lines, (8, 8))[3]
+    assert DataGenerator(lines, (8, 8), random=False)[3][0].shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("augmentation", ["flip", "crop", "trivial"])
+def test_a_picture_that_comes_twice_is_augmented_twice(lines, augmentation):
+    data = DataGenerator(lines, (32, 32), True, augmentation)
+    assert len({data[0, place, 7][0].numpy().tobytes() for place in range(12)}) > 1
+
+
+class Items(list):
+    """A data set of one's own: what its items are, and are raised."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+@pytest.mark.parametrize("label", [0.5, 1.0, np.float32(1), [1, 0], (1,), "one", None, True, torch.tensor([1, 0]), torch.tensor(0.5), 2, -1, np.int64(2)])
+def test_a_label_that_is_no_class_id_is_a_sentence(label):
+    grey = np.zeros((9, 9), np.uint8)
+    data = DataGenerator(Items([(grey, 1), (grey, label)]), (8, 8), random=False, num_classes=2)
+    assert data[0][1] == 1
+    for ask in (lambda: data[1], data.class_ids):
+        with pytest.raises(UserError, match="picture 1 of the data set: .*(whole number|outside 0 … 1)"):
+            ask()
+
+
+@pytest.mark.parametrize("random", [True, False])
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), IndexError("x"), AttributeError("x"), ValueError("x"), ZeroDivisionError(),
+                                   RuntimeError("x"), AssertionError(), MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_a_data_sets_own_mistake_is_no_broken_picture(error, random):
+    data = DataGenerator(Items([(np.zeros((9, 9), np.uint8), 1), error]), (8, 8), random)
+    with pytest.raises(type(error)) as caught:
+        data[0, 0, 1]
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), OSError("image file is truncated"), SyntaxError("broken PNG file"), EOFError(),
+                                   Image.DecompressionBombError("too large")])
+def test_what_reading_a_picture_raises_is_a_broken_picture(error):
+    source = Items([(np.zeros((9, 9), np.uint8), 1), error])
+    image, target, unreadable = DataGenerator(source, (8, 8), random=False)[1]
+    assert image is None and target is None and [index for index, _ in unreadable] == [1]
+    assert DataGenerator(source, (8, 8))[0, 0, 1][1] == 1
+
+
+def test_class_ids():
+    """As items say them, also where a transform changes what `targets` says."""
+    class Transformed(Items):
+        targets, target_transform = [0, 1, 2], None
+
+    grey = np.zeros((9, 9), np.uint8)
+    source = Transformed([(grey, 2), (grey, 1), (grey, 0)])
+    assert DataGenerator(source, (8, 8)).class_ids().tolist() == [0, 1, 2]
+    source.target_transform = lambda label: 2 - label
+    assert DataGenerator(source, (8, 8)).class_ids().tolist() == [2, 1, 0]
+    source.target_transform, source.transforms = None, lambda picture, label: (picture, 2 - label)
+    assert DataGenerator(source, (8, 8)).class_ids().tolist() == [2, 1, 0]
+    ids = DataGenerator(["1;a", "0;b"], (8, 8), num_classes=2).class_ids()
+    assert ids.tolist() == [1, 0] and ids.dtype == np.int64
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("targets, dtype", [([1, 0], torch.int64), ([0.5, 1.5], torch.float32), ([[1, 0], [0, 0]], torch.int64),
+                                            ([[0.5], [1.5]], torch.float32), ([torch.ones(3), torch.zeros(3)], torch.float32)])
+def test_targets_of_any_kind_travel(monkeypatch, workers, targets, dtype):
+    monkeypatch.setattr("utils.dataloader.target_of", lambda label, num_classes: targets[int(label)])
+    data = DataGenerator([(np.zeros((9, 9), np.uint8), i) for i in range(2)], (8, 8), random=False)
+    (_, found, _), = DataLoader(data, 2, collate_fn=detection_collate, num_workers=workers, multiprocessing_context="fork" if workers else None)
+    expected = torch.stack([torch.as_tensor(target) for target in targets])
+    assert torch.equal(found, expected) and found.dtype == dtype and found.is_shared() == bool(workers)
+
+
+def test_fingerprint(lines):
+    def of(source, *options, **more):
+        return DataGenerator(source, *options, **more).fingerprint()
+    base = of(lines, (32, 40), False)
+    assert base == of(lines, [32, 40], False, cache_mb=100) == json.loads(json.dumps(base))
+    for others in ([(32, 32)], [(32, 40), True], [(32, 40), False, "none"]):
+        assert of(lines, *others, val_crop=1.0) != base
+    assert of(lines, (32, 40), False, val_crop=0.9) != base != of(lines, (32, 40), False, num_classes=3)
+    for other in (lines[:-1], lines[1:] + lines[:1], ["1" + lines[0][1:], *lines[1:]]):
+        assert of(other, (32, 40), False)["source"] != base["source"]
+    greys = [(np.full((9, 9), i, np.uint8), i) for i in range(3)]
+    own = of(greys, (8, 8), False)
+    assert own == of(list(greys), (8, 8), False)
+    for other in (greys[:2], greys[::-1], [(grey, 0) for grey, _ in greys], [(grey + 1, label) for grey, label in greys]):
+        assert of(other, (8, 8), False)["source"] != own["source"]
+
+
+def test_a_fingerprint_is_complete_and_without_addresses():
+    class Fork(DataGenerator):
+        def __init__(self, *options, sharpen, **more):
+            super().__init__(*options, **more)
+            self.sharpen, self.function = sharpen, lambda image: image
+    one, same, other = (Fork(["0;a"], (8, 8), sharpen=value).fingerprint() for value in (1, 1, 2))
+    assert one == same != other
+
+
+def test_pictures_of_12_bits_are_noted(tmp_path):
+    ramp = np.tile(np.linspace(0, 1, 64), (64, 1))
+    for i in range(20):
+        Image.fromarray((ramp * 4095).astype(np.uint16)).save(tmp_path / f"{i}.png")
+    lines = [f"0;{tmp_path / f'{i}.png'}" for i in range(20)]
+    assert "12 bits" in DataGenerator(lines, (32, 32)).note()
+    Image.fromarray((ramp * 65535).astype(np.uint16)).save(tmp_path / "0.png")
+    assert not DataGenerator(lines, (32, 32)).note()
 
 
 def test_dataset_travels_to_other_processes(lines):
@@ -293,9 +404,9 @@ def test_unreadable(lines, tmp_path):
     bad = [f"2;{tmp_path / name}\n" for name in ("zero.jpg", "text.jpg", "cut.jpg", "vanished.png")]
     data = DataGenerator(lines + bad, (32, 32), True)
     for index in range(20, 24):
-        image, class_id, unreadable = data[1, index]
+        image, class_id, unreadable = data[1, 0, index]
         assert image.shape == (32, 32, 3) and unreadable[0][0] == index
-        again = data[1, index]
+        again = data[1, 0, index]
         assert torch.equal(image, again[0]) and class_id == again[1]
     images, targets, unreadable = detection_collate([DataGenerator(bad + lines, (32, 32), False)[i] for i in range(6)])
     assert len(images) == len(targets) == 2 and [index for index, _ in unreadable] == [0, 1, 2, 3]

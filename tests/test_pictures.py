@@ -2,7 +2,9 @@
 import io
 import os
 import socket
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from utils.charts import bars, contact_sheet, matrix, shorten
 from utils.errors import UserError
-from utils.pictures import read_crop, to_rgb
+from utils.pictures import FORMATS, endings, opened, read_crop, to_rgb, upright
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
@@ -115,6 +117,36 @@ def test_greys_that_are_not_stretched_or_blackened():
     assert levels(np.full((8, 8), np.nan, np.float32)).max() == 0
 
 
+def png_file(colour, depth, pixels, transparent, width):
+    """A PNG of one row, which Pillow itself does not write."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
+            + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("colour, depth, pixels, transparent", [
+    (0, 1, b"\x40", b"\0\1"), (0, 2, b"\x10", b"\0\1"), (0, 4, b"\x03", b"\0\3"), (0, 8, b"\0\x09", b"\0\x09"),
+    (0, 16, b"\0\0\x30\x39", b"\x30\x39"), (2, 8, b"\0\0\0\1\2\3", b"\0\1\0\2\0\3"),
+    (2, 16, b"\0\0\0\0\0\0\1\7\2\7\3\7", b"\1\7\2\7\3\7")])
+def test_a_transparent_value_of_any_depth_is_white(colour, depth, pixels, transparent):
+    found = read_crop(png_file(colour, depth, pixels, transparent, 2), (1, 2), lambda h, w: (0, 0, h, w))
+    assert found[0].tolist() == [[0, 0, 0], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("kind, white", [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_white_is_zero_is_no_negative(kind, white, lazy):
+    array = (RAMP * white).astype(kind)
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "TIFF")
+    data = bytearray(file.getvalue())
+    place = data.find(struct.pack("<HHI", 262, 3, 1)) + 8  # Pillow itself would write 8 bits only
+    data[place:place + 2] = bytes(2)
+    found = read_crop(Image.open(io.BytesIO(data)) if lazy else data, array.shape, whole)
+    assert np.abs(found.numpy()[..., 0].astype(int) - (1 - RAMP) * 255).max() <= 1
+
+
 def whole(height, width):
     return 0, 0, height, width
 
@@ -160,6 +192,63 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch):
     server.close()
     with pytest.raises(FileNotFoundError):
         read_crop(tmp_path / "gone.jpg", (4, 4), whole)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "MPEG", "HDF5", "WMF", "text", "empty", "HEIC"])
+def test_other_formats_are_not_opened(tmp_path, monkeypatch, kind):
+    """Under any name; for some of them Pillow would start another program."""
+    def start(*arguments, **options):
+        raise SystemExit("a program is started")
+    monkeypatch.setattr("subprocess.Popen", start)
+    begin = {"MPEG": b"\0\0\1\xb3", "HDF5": b"\x89HDF\r\n\x1a\n", "WMF": b"\xd7\xcd\xc6\x9a\0\0", "text": b"no picture", "empty": b"",
+             "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"}
+    if kind in begin:
+        (tmp_path / "cat.jpg").write_bytes(begin[kind] + bytes(100 * (kind != "empty")))
+    else:
+        Image.new("RGB", (9, 9)).save(tmp_path / "cat.jpg", kind)
+    with pytest.raises(OSError, match="empty file" if kind == "empty" else "HEIC.*convert it to JPEG") as caught:
+        read_crop(tmp_path / "cat.jpg", (4, 4), whole)
+    assert "BytesIO" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_formats_are_read_under_any_name(tmp_path, kind):
+    if kind not in Image.SAVE and Image.init() and kind not in Image.SAVE:
+        pytest.skip("Pillow does not write it")
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(tmp_path / "photo.HEIC", kind)
+    found = read_crop(tmp_path / "photo.HEIC", (4, 4), whole)
+    assert (found.float() - torch.tensor([200., 100, 50])).abs().max() < 8
+
+
+def test_endings():
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".mpo"} < endings()
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf", ".heic"} & endings()
+
+
+def test_files_without_an_end_are_not_read(tmp_path):
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(2 ** 31 + 1)
+    kernel = [path for path in ("/proc/self/pagemap", "/proc/kmsg", "/proc/kcore", "/proc/self/mem") if os.path.exists(path)]
+    for path in [tmp_path / "sparse.jpg", *kernel]:
+        with pytest.raises(OSError):
+            read_crop(path, (4, 4), whole)
+
+
+def test_a_fifo_that_takes_a_files_place_does_not_hang(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "file.jpg").write_bytes(png())
+    was = os.stat(tmp_path / "file.jpg")
+    monkeypatch.setattr("utils.pictures.os.stat", lambda path: was)
+    with pytest.raises(OSError, match="empty file"):
+        opened(tmp_path / "fifo.jpg")
+
+
+def test_an_upright_picture_outlives_its_file(tmp_path):
+    half_red(8, 6).save(tmp_path / "photo.png")
+    with opened(tmp_path / "photo.png") as image:
+        seen = upright(image, 6)
+        same = upright(image, 1)
+    assert seen.size == (6, 8) and seen.getpixel((0, 0)) == (0, 0, 255) and same.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_rgb_as_it_is():

@@ -1,33 +1,55 @@
-"""Pictures: decoding with cropping, boxes, and normalisation, for training, evaluation and prediction alike."""
+"""Pictures: which files are read, decoding with cropping, boxes, and normalisation; training and every command share it."""
+import errno
 import io
 import math
 import os
 import stat
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from torchvision.transforms import RandomResizedCrop
 
-from utils.errors import UserError
+from utils.errors import UserError, plain
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:  # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
     decode_jpeg = None
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
+# What is opened, by content, whatever a file is called. Raster formats that Pillow decodes itself: for some others it starts
+# another program. Pillow opens MPO (a JPEG with a second one behind it) as JPEG; TGA has no mark to know it by, so it is last.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "PCX", "SGI", "ICO", "TGA")
+BROKEN = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a file that is no whole picture
 REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quarter, an eighth
-# EXIF orientation: the axes to mirror, after exchanging rows and columns from 5 on
-MIRRORS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # a FIFO that takes a file's place would otherwise wait for a writer
+# EXIF orientation → what Pillow calls it
+TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
 
 
-def normalize(images, device, settings=None):
-    """uint8 (N, 3, H, W) from the loader → float32 on `device`, ImageNet-normalised, in the same memory format: the one place
-    that does it."""
+@cache
+def endings():
+    """The usual file endings of FORMATS, in lower case with their dot."""
+    Image.init()
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, *REDUCIBLE)}
+
+
+@cache
+def constants(figures, device):
+    """255 times each channel's figure, float32 (3, 1, 1): made once, as copying it would make each step wait for a GPU."""
+    return 255 * torch.tensor(figures, device=device)[:, None, None]
+
+
+def normalize(images, device, settings={}):
+    """uint8 (N, 3, H, W) from the loader → float32 on `device`, (image / 255 - mean) / std, in the same memory format: the one
+    place that does it. settings: train.py's, or nothing for MEAN and STD."""
     images = images.to(device, non_blocking=True).to(torch.float32)
-    mean, std = (255 * torch.stack([torch.full((1, 1), figure, device=images.device) for figure in figures])
-                 for figures in (MEAN, STD))  # filled there: copying them would make each step wait for a GPU
+    made = constants.__wrapped__ if torch.compiler.is_compiling() else constants  # a traced tensor is no value to keep
+    mean, std = (made(tuple(settings.get(name, usual)), images.device) for name, usual in (("mean", MEAN), ("std", STD)))
     return images.sub_(mean).div_(std)
 
 
@@ -38,11 +60,15 @@ def to_rgb(image):
     first whose double no finite value reaches, as filters overshoot; beyond them it is the largest value. NaN is black.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        grey, whites = np.asarray(image, np.float32), {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+        raw, whites = np.asarray(image, np.float32), {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
         whites = (65535,) if image.format == "PPM" else whites  # which Pillow reads into 32 bits
-        peak = grey.max(initial=0, where=np.isfinite(grey))
+        peak = raw.max(initial=0, where=np.isfinite(raw))
         white = next((white for white in whites if peak < 2 * white or len(whites) == 1), peak)
-        grey = np.nan_to_num(grey * (255 / white)).clip(0, 255).round()
+        grey = raw * (255 / white)
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's photometric interpretation "white is zero", which Pillow minds
+            grey = 255 - grey                           # in 8 bits alone
+        grey = np.nan_to_num(grey).clip(0, 255).round()
+        grey[raw == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -51,16 +77,12 @@ def to_rgb(image):
 
 
 def orientation(image):
-    """How a Pillow image's rows and columns lie, 1 … 8; it is decoded by this unless it is a JPEG, and is then of the size that
-    counts.
-
-    The rule for every format, size and decoder: EXIF's tag 0x0112 counts where it is a whole number from 1 to 8, everything
-    else is 1, upright. XMP does not count.
-    """
-    for decoded in (False, True):
+    """How a Pillow image's rows and columns lie, 1 … 8: EXIF's tag 0x0112 where it is a whole number from 1 to 8, else 1. XMP
+    does not count. All but a JPEG is decoded by this, and then has the size that counts."""
+    for decode in (image.format not in REDUCIBLE, False):
         for key in ("xmp", "XML:com.adobe.xmp"):
             image.info.pop(key, None)
-        if not decoded and image.format not in REDUCIBLE:
+        if decode:
             image.load()  # TIFF turns itself, by XMP as well; PNG's tags may come last
     try:
         value = image.getexif().get(0x0112)
@@ -69,23 +91,54 @@ def orientation(image):
     return int(value) if value in range(1, 9) else 1
 
 
-def upright(pixels, turn):
-    """(H, W, 3) as stored → as seen."""
-    return (pixels.transpose(0, 1) if turn >= 5 else pixels).flip(MIRRORS[turn])
+def upright(image, turn):
+    """A Pillow image of any mode, whose `orientation` is turn → RGB as seen; it outlives its file."""
+    image.load()
+    image = to_rgb(image)
+    return image.transpose(TURNS[turn]) if turn > 1 else image
+
+
+def why(error):
+    """One line of the reason for an unreadable picture; what the machine lacks is not the picture's fault, and raised again."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise error
+    return plain(f"{type(error).__name__}: {error}")
+
+
+def file_bytes(path):
+    """A regular file's bytes, no more than it says to have: devices have no end, and kernel files without one say 0."""
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode) or state.st_size > 2 ** 31:
+        raise OSError(f"{os.fspath(path)!r} is no regular file, or larger than 2 GiB")
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | NONBLOCK)) as file:
+        return file.read(state.st_size)
+
+
+def opened(source):
+    """A Pillow image, not decoded yet, of a path or a file's bytes. OSError: no regular file, or none of FORMATS."""
+    data = source if isinstance(source, bytes) else file_bytes(source)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:  # whose own words name the place of the bytes in memory
+        raise UnidentifiedImageError("none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
+                                     "PNG" if data else "an empty file") from None
+    # Pillow scales a PNG's pixels to 8 bits, but not its transparent value
+    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.format == "PNG" and image.tile[0][3])
+    if scale and "transparency" in image.info:
+        value = (np.array(image.info["transparency"]) * scale).astype(int).tolist()
+        image.info["transparency"] = tuple(value) if isinstance(value, list) else value
+    return image
 
 
 def contents(source):
     """What read_crop takes → a file's bytes, or a Pillow image that may be changed."""
     if isinstance(source, (str, os.PathLike)):
-        if not stat.S_ISREG(os.stat(source).st_mode):  # asked before, as opening a FIFO waits for ever
-            raise OSError(f"{os.fspath(source)!r} is no regular file")
-        with open(source, "rb") as file:
-            return file.read()
+        return file_bytes(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, Image.Image):
         image = source.copy()
-        image.format = source.format
+        image.format, image.tag_v2 = source.format, getattr(source, "tag_v2", {})
         return image
     shape, dtype = tuple(getattr(source, "shape", ())), str(getattr(source, "dtype", type(source).__name__))
     if not dtype.endswith("uint8") or 0 in shape or not (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3)):
@@ -95,51 +148,45 @@ def contents(source):
     return Image.fromarray(array[..., 0] if shape[2:] == (1,) else array)
 
 
-def opened(data):
-    """A Pillow image of a file's bytes; its error would name the place of the bytes in memory."""
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError("no picture in a format that Pillow reads") from None
-
-
 def read_crop(source, input_shape, choose_box):
     """Decode a picture and resize the box that `choose_box(height, width)` → (top, left, height, width) names.
 
     source: a path, a file's bytes, a Pillow image, or a uint8 array or tensor (H, W), (H, W, 1) or (H, W, 3). The box counts
     in the upright picture's full size. Returns uint8 (H, W, 3) of input_shape. A JPEG is decoded no larger than the crop
-    needs (libjpeg's 1/2, 1/4, 1/8), never smaller than input_shape. Raises UserError for any other source, OSError for a path
-    that is no regular file, and whatever Pillow raises for a file that is no readable picture.
+    needs (libjpeg's 1/2, 1/4, 1/8), never smaller than input_shape. Raises UserError for any other source, and one of BROKEN
+    for a file that is no whole picture.
     """
-    def place(height, width):
-        """(top, left, height, width) of the box and the size to resize it to, in the file's own rows and columns."""
-        sides = (width, height) if turn >= 5 else (height, width)
-        top, left, box_height, box_width = choose_box(*sides)
-        top = sides[0] - top - box_height if 0 in MIRRORS[turn] else top
-        left = sides[1] - left - box_width if 1 in MIRRORS[turn] else left
-        return ((left, top, box_width, box_height), input_shape[::-1]) if turn >= 5 else (
-            (top, left, box_height, box_width), input_shape)
+    try:
+        data = contents(source)
+        with opened(data) if isinstance(data, bytes) else data as image:
+            return crop(image, data, tuple(input_shape), choose_box)
+    except (UserError, *BROKEN):
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
-    source = contents(source)
-    with opened(source) if isinstance(source, bytes) else source as image:
-        turn, stored, jpeg = orientation(image), image.size, image.format in REDUCIBLE
-        (top, left, height, width), shape = place(*stored[::-1])
-        if jpeg and decode_jpeg and isinstance(source, bytes) and math.prod(stored) < 16 * math.prod(input_shape):
-            try:  # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
-                pixels = decode_jpeg(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB)
-            except RuntimeError:
-                pass  # a broken file, which Pillow names
-            else:
-                crop = pixels.permute(1, 2, 0)[None, top:top + height, left:left + width].contiguous().permute(0, 3, 1, 2)
-                # in channels_last memory, which the decoder wrote, it takes half the time
-                return upright(F.interpolate(crop, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0), turn)
-        if jpeg:
-            shrink = max(1, min(height // shape[0], width // shape[1]))
-            image.draft(image.mode, (stored[0] // shrink, stored[1] // shrink))
-        image = to_rgb(image)
-        x, y = image.width / stored[0], image.height / stored[1]  # below 1 where the decoder reduced
-        return upright(torch.from_numpy(np.array(image.resize(shape[::-1], Image.Resampling.BILINEAR, box=(
-            left * x, top * y, (left + width) * x, (top + height) * y)))), turn)
+
+def crop(image, data, input_shape, choose_box):
+    """read_crop of an opened image; data: its file's bytes, which torchvision decodes, or no bytes."""
+    turn, jpeg = orientation(image), image.format in REDUCIBLE
+    width, height = image.size[::-1] if turn >= 5 else image.size
+    top, left, box_height, box_width = choose_box(height, width)
+    if jpeg and turn == 1 and decode_jpeg and isinstance(data, bytes) and height * width < 16 * math.prod(input_shape):
+        try:  # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
+            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:
+            pass  # a broken file, which Pillow names
+        else:
+            box = pixels.permute(1, 2, 0)[None, top:top + box_height, left:left + box_width].contiguous().permute(0, 3, 1, 2)
+            # in channels_last memory, which the decoder wrote, it takes half the time
+            return F.interpolate(box, input_shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    if jpeg:
+        shrink = max(1, min(box_height // input_shape[0], box_width // input_shape[1]))
+        image.draft(image.mode, (image.width // shrink, image.height // shrink))
+    image = upright(image, turn)
+    x, y = image.width / width, image.height / height  # below 1 where the decoder reduced
+    box = left * x, top * y, (left + box_width) * x, (top + box_height) * y
+    return torch.from_numpy(np.array(image.resize(input_shape[::-1], Image.Resampling.BILINEAR, box=box)))
 
 
 def centre_box(input_shape, share, height, width):
@@ -149,14 +196,6 @@ def centre_box(input_shape, share, height, width):
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def random_box(rng, smallest, height, width):
-    """Random resized crop as in torchvision (and "Going Deeper with Convolutions"): `smallest` to all of the area,
-    proportions 3:4 to 4:3; in plain numbers, because torchvision's draws of tensors take a twentieth of an item's time."""
-    for _ in range(10):
-        area = height * width * rng.uniform(smallest, 1)
-        proportion = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        box_height, box_width = round(math.sqrt(area / proportion)), round(math.sqrt(area * proportion))
-        if 0 < box_height <= height and 0 < box_width <= width:
-            return rng.randint(0, height - box_height), rng.randint(0, width - box_width), box_height, box_width
-    box_height, box_width = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+def random_box(smallest, height, width):
+    """Random resized crop ("Going Deeper with Convolutions"): `smallest` to all of the area, proportions 3:4 to 4:3."""
+    return RandomResizedCrop.get_params(torch.empty(1, 1, 1).expand(3, height, width), [smallest, 1.0], [3 / 4, 4 / 3])

@@ -127,11 +127,6 @@ def contact_sheet(pictures, labels, columns=8, cell=112, caption=18):
     return sheet
 
 
-def first_batch(images, captions):
-    """The first 32 of a batch's uint8 (N, 3, H, W) pictures as the network will see them, each with its caption."""
-    return contact_sheet(images[:32].permute(0, 2, 3, 1), captions)
-
-
 def matrix(counts, names):
     """A confusion matrix as a picture: rows true, columns predicted, shaded by the row's share; 2 to 1,000 classes."""
     number, names = len(names), drawable(names)

@@ -6,6 +6,7 @@ and .png, per_class.png and mistakes.png (the most confident ones) into the run'
 import csv
 import io
 import os
+import re
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
@@ -119,9 +120,10 @@ def by_class(run, source, indices, truth, called, answers):
 
 
 def save_csv(path, rows):
-    """A name or path that begins as a formula gets a quote before it: spreadsheets would compute it."""
+    """A name or path that begins as a formula does gets a quote before it: spreadsheets would compute it."""
     def cell(value):
-        return f"{value:.6f}" if isinstance(value, float) else f"'{value}" if str(value).startswith(tuple("=+-@\t\r")) else value
+        formula = re.match(r"[=@\s]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
+        return f"{value:.6f}" if isinstance(value, float) else f"'{value}" if formula else value
     memory = io.StringIO()
     csv.writer(memory, lineterminator="\n").writerows(map(cell, row) for row in rows)
     save_file(path, lambda file: file.write(memory.getvalue().encode("utf-8", "backslashreplace")))

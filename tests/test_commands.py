@@ -14,7 +14,8 @@ from sklearn import metrics
 
 from tests.helpers import environment, history, make_project, picture, run_of, train
 from utils.annotation import main as annotate
-from utils.charts import bars, line_chart, matrix
+from utils import charts
+from utils.charts import bars, drawable, font, line_chart, matrix
 from utils.evaluate import per_class
 
 
@@ -107,7 +108,8 @@ def test_evaluate(trained):
     counts = np.array([[int(cell) for cell in row[1:]] for row in read(folder / run / "confusion_matrix.csv")[1:]])
     assert (counts == metrics.confusion_matrix(truth, called, labels=names)).all()
     expected = metrics.precision_recall_fscore_support(truth, called, labels=names, zero_division=0)
-    for ours, theirs in zip(per_class(counts), expected):
+    ids = [np.array([names.index(name) for name in column]) for column in (truth, called)]
+    for ours, theirs in zip(per_class(*ids, len(names)), expected):
         np.testing.assert_allclose(ours, theirs)
     for name in ("confusion_matrix.png", "per_class.png", "mistakes.png"):
         Image.open(folder / run / name).verify()
@@ -206,6 +208,22 @@ def test_charts_of_many_sizes(number):
     curve = [(i + 1, 1 / (i + 1)) for i in range(number)]
     assert line_chart([("loss", {"training": curve, "validation": []}, None)]).size == (640, 420)
     assert line_chart([("loss", {"training": curve[:1]}, (0, 1))]).size == (640, 420)
+
+
+def test_names_in_any_script(monkeypatch):
+    """A font of the system that has all of a name; without one, the class's number and why."""
+    names = ["cat", "b\u00e4r", "\u732b", "\u732b \u0642", "\ud800"]
+    for caches in (charts.font_files, charts.has, charts.font_file):
+        monkeypatch.setattr(charts, caches.__name__, caches.__wrapped__)
+    monkeypatch.setattr(charts, "FONTS", ())
+    assert drawable(names) == ["cat", *(f"{i} (no font)" for i in range(1, 5))]
+    files = [None, "latin", "chinese"]
+    monkeypatch.setattr(charts, "font_files", lambda: files)
+    monkeypatch.setattr(charts, "has", lambda path, c: c.isascii() or c in {"latin": "\u00e4\u2026", "chinese": "\u732b\u2026"}.get(path, "\u2026"))
+    assert drawable(names) == [*names[:3], "3 (no font)", "4 (no font)"]
+    assert [charts.font_file(name) for name in names] == [None, "latin", "chinese", "", ""]
+    monkeypatch.setattr(charts, "load", lambda path, size: (path, size))
+    assert font(12, names[2]) == ("chinese", 12) and font(12) == (None, 12)
 
 
 @pytest.mark.parametrize("module", ["annotation", "evaluate", "predict", "export"])

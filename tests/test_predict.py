@@ -66,7 +66,7 @@ def test_a_folder_is_answered_in_order_by_several_processes(folder, call, monkey
             Path(folder, "readers").open("a").write(f"{os.getpid()}\n")
             return real(source, *rest)
         monkeypatch.setattr(predict, "read_crop", noting)
-        monkeypatch.setattr(predict, "cores", lambda: 2, raising=False)
+        monkeypatch.setattr(predict, "cores", lambda: 2)
     code, out, err = call("run", "many", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and [row["picture"] for row in rows] == [f"many/{i:02d}.png" for i in range(70)]
@@ -89,6 +89,23 @@ def test_nothing_to_name_is_said(call, words, text):
     assert code == 1 and ("a folder without a picture" in err or "standard input names no picture" in err)
     for line in out.splitlines():
         assert set(json.loads(line)) == {"picture", "error"}
+
+
+def test_a_dash_in_a_list_is_a_file(folder, call):
+    code, out, err = call("run", "-", text=b"-\n" * 1500 + b"many/00.png\nempty\n")
+    assert code == 1 and out.startswith("many/00.png: ") and err.count("unreadable picture: - (FileNotFoundError") == 1500
+    assert "empty (IsADirectoryError: a folder without a picture)" in err
+
+
+def test_paths_do_not_reach_the_terminal_as_they_are(folder, call):
+    names = ["\x1b[2J.png", "a\nforged.png: b 100.0%.png", "\u202egnp.png", "gone\x9b2J\rx.png"]
+    for name in names[:3]:
+        (folder / name).write_bytes((folder / "many/00.png").read_bytes())
+    code, out, err = call("run", *names)
+    assert code == 1 and len(out.splitlines()) == 3 and out.startswith(r"\x1b[2J.png: ") and r"a\nforged.png: b" in out
+    assert not any(c in out + err for c in "\x1b\x9b\r\u202e") and r"gone\x9b2J\rx.png" in err
+    code, out, err = call("run", *names, "--json")
+    assert [json.loads(line)["picture"] for line in out.splitlines()] == names and not any(c in out for c in "\x1b\x9b\r\u202e")
 
 
 def test_an_empty_folder_does_not_end_the_rest(call):
@@ -151,7 +168,7 @@ def test_figures_that_are_not_finite_are_no_json(folder, call, tmp_path):
     broken = weights(folder / "run", "best_epoch_weights.pth")
     broken["classifier.1.bias"][1] = float("nan")
     torch.save(broken, tmp_path / "nan.pth")
-    with pytest.raises(UserError, match="--weights: .*nan.pth holds weights that are not finite"):
+    with pytest.raises(UserError, match="--weights: .*nan.pth: .*not finite"):
         predict.main(["run", "many/00.png", "--weights", str(tmp_path / "nan.pth")])
     with pytest.raises(UserError, match="--weights: .*gone.pth"):
         predict.main(["run", "many/00.png", "--weights", "gone.pth"])

@@ -1,11 +1,12 @@
 """Measure a trained run on a list of pictures: python -m utils.evaluate RUN
 
-Prints top-1, top-5, loss and each class's precision, recall, F1 and support; writes confusion_matrix.csv and .png,
-per_class.png, predictions.csv and mistakes.png (the most confident ones) into the run's folder, or --out.
+Prints every figure of the recipe and each class's precision, recall, F1 and support; writes predictions.csv, confusion_matrix.csv
+and .png, per_class.png and mistakes.png (the most confident ones) into the run's folder, or --out.
 """
 import csv
 import io
 import os
+import re
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
@@ -14,88 +15,118 @@ import numpy as np
 import torch
 
 from utils import lists, recipe
-from utils.charts import bars, contact_sheet, matrix
+from utils.charts import bars, contact_sheet, drawable, matrix
 from utils.dataloader import DataGenerator, own_data
-from utils.errors import UserError
-from utils.files import save_image, save_text, writable
+from utils.errors import UserError, plain
+from utils.files import save_file, save_image, writable
 from utils.processes import ProgressLine, one_sentence_errors
 from utils.trained import TrainedRun
 
-SHOWN = {"top1": "top-1 {:.4%}", "top5": "top-5 {:.4%}", "loss": "loss {:.8g}"}  # other figures by their name
+MOST = 1000  # classes of which a table or a picture can be read
 
 
 def pictures_of(run, annotation=None):
-    """What a DataGenerator takes: the checked lines of the run's test list or of another file, or the fork's own data."""
-    classes, path = run.settings["classes_path"], annotation or run.settings["test_annotation_path"]
-    own = None if annotation else own_data(run.settings)
-    now = own[0] if own else lists.get_classes(classes)[0] if os.path.isfile(classes) else []
-    other = lists.difference(run.class_names, now, run.folder, "own_data" if own else classes)
+    """What a DataGenerator takes: the checked lines of the run's test list or of another file, or the fork's own data.
+
+    A config.json of somebody else may name any file: its words are in a message only where the user names it.
+    """
+    own, number = None if annotation else own_data(run.settings), len(run.class_names)
+    classes = "own_data" if own else run.setting("classes_path", "model_data/cls_classes.txt")
+    path = annotation or run.setting("test_annotation_path", "model_data/cls_test.txt")
+    try:
+        now = own[0] if own else lists.get_classes(classes)[0] if os.path.isfile(classes) else []
+    except UserError:
+        now = [""]  # no list of classes
+    other = lists.difference(run.class_names, now, run.folder, classes).partition(", but ")[0]
     if other and not annotation:
-        raise UserError(f"{other}, so class ids mean other classes: --annotation names a list with the run's ids")
+        raise UserError(f"{other}, but not in {classes}, so class ids mean other classes: --annotation names a list with the run's ids")
     if other:
-        print(f"WARNING: {other}; the ids of {annotation} are taken for the run's")
+        print(f"WARNING: {plain(other)}, but not in {plain(classes)}; the ids of {plain(annotation)} are taken for the run's")
     if own:
         return own[2]
     lists.check_text_file("annotation", path, "python -m utils.annotation DATASETS writes it")
-    with open(path, encoding="utf-8") as file:
-        return lists.check_lines(file.readlines(), path, len(run.class_names), run.folder)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return lists.check_lines(file.readlines(), path, number, run.folder)
+    except UserError:
+        if annotation:
+            raise
+        raise UserError(f"{path}, the run's test list, is none for its {number} classes: --annotation {path} says why") from None
 
 
 def score(run, data, batch_size, num_workers=None):
-    """({figure: number}, float32 (N, classes) probabilities, int64 (N,) true classes, (N,) indices of what was scored)."""
-    criterion, sums, shown, truth, unreadable = recipe.get_criterion(run.settings), Counter(), [], [], []
-    progress = ProgressLine("evaluating", -(-len(data) // batch_size))
-    for step, (scores, targets, named) in enumerate(run.scored(data, batch_size, num_workers), 1):
+    """({figure: number}, the indices of the pictures that could be read, their targets, best class ids, and answers)."""
+    s, sums, targets, best, answers, unreadable = run.settings, Counter(), [], [], [], []
+    criterion, progress = recipe.get_criterion(s), ProgressLine("evaluating", -(-len(data) // batch_size))
+    for step, (scores, truth, named) in enumerate(run.scored(data, batch_size, num_workers), 1):
         for index, reason in named:
             unreadable.append(index)
-            print(f"\nunreadable picture: {data.name(index)} ({reason})")
+            print(f"\nunreadable picture: {plain(data.name(index))} ({plain(reason)})")
         if scores is not None:
-            sums.update(recipe.sums_of(criterion(scores, targets), scores, targets, run.settings))  # adds to what each name has
-            shown.append(recipe.probabilities(scores).cpu())
-            truth.append(targets.cpu())
-            progress.show(step, batch_size, lambda: "top1 {:.1%}".format(recipe.figures_of(sums, run.settings).get("top1", 0)))
+            sums.update(recipe.sums_of(criterion(scores, truth), scores, truth, s))  # adds to what each name has
+            targets.append(truth.cpu())
+            best.append(recipe.ranked(scores, 1)[1][:, 0].cpu())
+            answers += recipe.answers(scores, run.class_names)
+            progress.show(step, batch_size, lambda: ", ".join(recipe.figure_text(*f) for f in recipe.figures_of(sums, s).items()))
     progress.clear()
-    if not truth:
+    indices = np.delete(np.arange(len(data)), unreadable)
+    if not targets:
         raise UserError("no picture of the list can be read, so there is no score")
-    shown, indices = torch.cat(shown), np.delete(np.arange(len(data)), unreadable)
-    for index in indices[~shown.isfinite().all(1).numpy()]:
-        raise UserError(f"the network's scores are not finite, first for {data.name(index)}")
-    return recipe.figures_of(sums, run.settings), shown.numpy(), torch.cat(truth).numpy(), indices
+    for index, answer in zip(indices, answers):
+        if isinstance(answer, str):
+            raise UserError(f"{answer}: {plain(data.name(index))}")
+    return recipe.figures_of(sums, s), indices, torch.cat(targets), torch.cat(best), answers
 
 
-def per_class(confusion):
-    """precision, recall, F1 (0 where undefined) and support from a confusion matrix, rows true, columns predicted."""
-    right, support, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    precision, recall = right / np.maximum(called, 1), right / np.maximum(support, 1)
-    return precision, recall, 2 * right / np.maximum(support + called, 1), support
+def per_class(truth, called, number):
+    """precision, recall, F1 (0 where undefined) and support of each class, from int64 (N,) class ids, true and predicted."""
+    support, named, right = (np.bincount(ids, minlength=number) for ids in (truth, called, truth[truth == called]))
+    return right / np.maximum(named, 1), right / np.maximum(support, 1), 2 * right / np.maximum(support + named, 1), support
 
 
-def save_csv(path, rows):
-    memory = io.StringIO()
-    csv.writer(memory, lineterminator="\n").writerows(rows)
-    save_text(path, memory.getvalue())
-
-
-def report(names, confusion):
-    """The table of per-class figures and their means, as text; the plain mean is that of the classes with pictures."""
-    table, seen = per_class(confusion), confusion.sum(1) > 0
-    width = max(map(len, [*names, "weighted mean"]))
+def report(names, table):
+    """The table of per_class and its means, as text; the plain mean is that of the classes with pictures."""
+    seen, width = table[3] > 0, max(map(len, [*names, "weighted mean"]))
+    row = f"{{:<{width}}}  {{:9.4f}}  {{:6.4f}}  {{:6.4f}}  {{:7d}}".format
     lines = [f"{'class':<{width}}  precision  recall      F1  support"]
-    lines += [f"{name:<{width}}  {p:9.4f}  {r:6.4f}  {f:6.4f}  {n:7d}" for name, p, r, f, n in zip(names, *table)]
+    lines += map(row, names, *table) if len(names) <= MOST else [f"({len(names)} classes: a table or a picture could not be read)"]
     for label, weights in (("mean", seen), ("weighted mean", table[3])):
-        means = [np.average(figure, weights=weights) for figure in table[:3]]
-        lines.append("{:<{}}  {:9.4f}  {:6.4f}  {:6.4f}  {:7d}".format(label, width, *means, confusion.sum()))
+        lines.append(row(label, *(np.average(figure, weights=weights) for figure in table[:3]), table[3].sum()))
     lines += [f"mean: without {np.sum(~seen)} of {len(names)} classes, which have no picture here"] * (not seen.all())
     return "\n".join(lines)
 
 
-def sheet_of_mistakes(source, indices, names, shown, truth, number=32):
-    """The wrongly classified pictures with the highest probability of the wrong class."""
-    called, sure = shown.argmax(1), shown.max(1)
-    wrong = np.argsort(np.where(called != truth, -sure, 1), kind="stable")[:min(number, np.sum(called != truth))]
-    data = DataGenerator(source, (112, 112), random=False)
-    return contact_sheet([data[int(i)][0] for i in indices[wrong]],
-                         [f"{names[truth[i]]}\nnot {names[called[i]]}\n{sure[i]:.0%}" for i in wrong])
+def by_class(run, source, indices, truth, called, answers):
+    """What holds where each picture is of one class: prints the table, returns ({file name: rows or picture}, confusion matrix).
+
+    truth, called: int64 (N,) class ids. Rows of the matrix are true classes; of more than MOST the pairs that occur are listed.
+    """
+    truth, called, names, number = truth.numpy(), called.numpy(), run.class_names, len(run.class_names)
+    shown, table = list(map(plain, names)), per_class(truth, called, number)
+    print(report(shown, table))
+    data, drawn = DataGenerator(source, (112, 112), random=False), drawable(shown)
+    wrong = sorted(np.flatnonzero(truth != called), key=lambda i: -answers[i][0][1])[:32]
+    captions = [f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong]
+    files, confusion = {"mistakes.png": contact_sheet([data[int(indices[i])][0] for i in wrong], captions)}, None
+    if number > MOST:
+        pairs = Counter(zip(truth.tolist(), called.tolist())).most_common()
+        files["confusion_pairs.csv"] = [("true", "predicted", "pictures"), *((names[t], names[c], count) for (t, c), count in pairs)]
+    else:
+        confusion = np.bincount(truth * number + called, minlength=number ** 2).reshape(number, number)
+        rows = ([name, *row] for name, row in zip(names, confusion.tolist()))
+        files.update({"confusion_matrix.csv": [["true \\ predicted", *names], *rows], "confusion_matrix.png": matrix(confusion, shown),
+                      "per_class.png": bars(shown, dict(zip(("precision", "recall", "F1"), table)))})
+    return files, confusion
+
+
+def save_csv(path, rows):
+    """A name or path that begins as a formula does gets a quote before it: spreadsheets would compute it."""
+    def cell(value):
+        formula = re.match(r"[=@\s]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
+        return f"{value:.6f}" if isinstance(value, float) else f"'{value}" if formula else value
+    memory = io.StringIO()
+    csv.writer(memory, lineterminator="\n").writerows(map(cell, row) for row in rows)
+    save_file(path, lambda file: file.write(memory.getvalue().encode("utf-8", "backslashreplace")))
 
 
 def evaluate(run_folder, weights=None, annotation=None, out=None, batch_size=None, num_workers=None):
@@ -105,34 +136,29 @@ def evaluate(run_folder, weights=None, annotation=None, out=None, batch_size=Non
             raise UserError(f"{name} {value!r} must be a whole number from {low} to {high}")
     run = TrainedRun(run_folder, weights)
     source, names = pictures_of(run, annotation), run.class_names
-    out = writable(out or run_folder, "name another folder with --out")
-    s, begin = run.settings, time.monotonic()
-    data = DataGenerator(source, s["input_shape"], random=False, val_crop=s["val_crop"], num_classes=len(names))
-    found, shown, truth, indices = score(run, data, batch_size or s["Unfreeze_batch_size"], num_workers)
-    count, speed = len(truth), len(truth) / max(time.monotonic() - begin, 1e-3)
-    confusion = np.bincount(truth * len(names) + shown.argmax(1), minlength=len(names) ** 2).reshape(len(names), -1)
-    print(report(names, confusion))
-    words = [SHOWN.get(name, name + " {:.6g}").format(found[name]) for name in {**SHOWN, **found} if name in found]
+    out, begin = writable(out or run.folder, "name another folder with --out"), time.monotonic()
+    data = DataGenerator(source, run.input_shape, random=False, val_crop=run.val_crop, num_classes=len(names))
+    figures, indices, targets, best, answers = score(run, data, batch_size or run.setting("Unfreeze_batch_size", 32), num_workers)
+    count, speed = len(indices), len(indices) / max(time.monotonic() - begin, 1e-3)
+    files, confusion = by_class(run, source, indices, targets, best, answers)
+    words = [recipe.figure_text(name, value, exact=True) for name, value in figures.items()]
     unreadable = [f"{len(data) - count} unreadable"] if count < len(data) else []
     print(*words, f"{count} pictures scored", *unreadable, f"{speed:.0f} images/s", sep=", ")
-    best = np.argsort(-shown, axis=1, kind="stable")[:, :5]
-    rows = [["path", "true"] + [f"{what}{k}" for k in range(1, best.shape[1] + 1) for what in ("class", "probability")]]
-    for i, label, five, row in zip(indices, truth, best, shown):
-        cells = [cell for k in five for cell in (names[k], f"{row[k]:.6f}")]
-        rows.append([lists.split_line(data.name(i))[1] or data.name(i), names[label], *cells])
-    save_csv(out / "predictions.csv", rows)
-    save_csv(out / "confusion_matrix.csv",
-             [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, confusion.tolist()))])
-    save_image(out / "confusion_matrix.png", matrix(confusion, names))
-    save_image(out / "per_class.png", bars(names, dict(zip(("precision", "recall", "F1"), per_class(confusion)))))
-    save_image(out / "mistakes.png", sheet_of_mistakes(source, indices, names, shown, truth))
-    print(f"wrote confusion_matrix.csv, confusion_matrix.png, per_class.png, predictions.csv, mistakes.png into {out}")
-    return {**found, "scored": count, "confusion": confusion}
+    most = max(map(len, answers))
+    rows = [["path", "true"] + [f"{what}{k}" for k in range(1, most + 1) for what in ("class", "probability")]]
+    for index, target, answer in zip(indices, targets, answers):
+        name = data.name(index)
+        rows.append([lists.split_line(name)[1] or name, recipe.said(target, names), *(cell for pair in answer for cell in pair)])
+    files["predictions.csv"] = rows
+    for name, content in files.items():
+        (save_csv if name.endswith(".csv") else save_image)(out / name, content)
+    print(f"wrote {', '.join(sorted(files))} into {plain(out)}")
+    return {**figures, "scored": count, "confusion": confusion}
 
 
 def main(arguments=None):
     parser = ArgumentParser("python -m utils.evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", metavar="run", help="a run's folder, logs/…")
+    parser.add_argument("run_folder", metavar="run", help="a run's folder, logs/…, or its name there")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
     parser.add_argument("--annotation", help="list of 'class_id;path' lines (the run's test list)")
     parser.add_argument("--out", help="folder to write into (the run's)")

@@ -20,22 +20,22 @@ from utils.trained import TrainedRun
 class Program(torch.nn.Module):
     """Normalisation, network and probabilities in one."""
 
-    def __init__(self, model):
+    def __init__(self, model, settings={}):
         super().__init__()
-        self.model = model
+        self.model, self.settings = model, settings
 
     def forward(self, images):
-        return recipe.probabilities(self.model(normalize(images, images.device)))
+        return recipe.probabilities(self.model(normalize(images, images.device, self.settings)))
 
 
 def export(run, weights=None):
     """Write RUN/model.pt2, and RUN/model.onnx where its packages are installed; returns the paths."""
-    loaded = TrainedRun(run, weights)
-    written = [writable(run, "the program would stand there") / "model.pt2"]
-    module = Program(loaded.model.cpu().to(memory_format=torch.contiguous_format)).eval()
-    example, sizes = torch.zeros(2, 3, *loaded.settings["input_shape"], dtype=torch.uint8), ({0: torch.export.Dim("batch")},)
+    run = TrainedRun(run, weights)
+    written = [writable(run.folder, "the program would stand there") / "model.pt2"]
+    module = Program(run.model.cpu().to(memory_format=torch.contiguous_format), run.settings).eval()
+    example, sizes = torch.zeros(2, 3, *run.input_shape, dtype=torch.uint8), ({0: torch.export.Dim("batch")},)
     program, memory = torch.export.export(module, (example,), dynamic_shapes=sizes), io.BytesIO()
-    torch.export.save(program, memory, extra_files={"class_names.json": json.dumps(loaded.class_names)})
+    torch.export.save(program, memory, extra_files={"class_names.json": json.dumps(run.class_names)})
     save_file(written[0], lambda file: file.write(memory.getbuffer()))
     if find_spec("onnx") and find_spec("onnxscript"):
         onnx = torch.onnx.export(module, (example,), dynamo=True, verbose=False, input_names=["images"],
@@ -49,7 +49,7 @@ def export(run, weights=None):
 
 def main(arguments=None):
     parser = ArgumentParser("python -m utils.export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, logs/…")
+    parser.add_argument("run", help="a run's folder, logs/…, or its name there")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
     one_sentence_errors()
     for path in export(**vars(parser.parse_args(arguments))):

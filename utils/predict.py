@@ -17,18 +17,19 @@ from PIL import Image, ImageDraw
 
 from utils import recipe
 from utils.annotation import pictures_below
-from utils.charts import font
+from utils.charts import drawable, font
+from utils.errors import UserError, plain
 from utils.files import save_image, writable
-from utils.pictures import centre_box, orientation, read_crop, to_rgb, upright
-from utils.processes import one_sentence_errors
-from utils.trained import TrainedRun, cores
+from utils.pictures import centre_box, contents, opened, orientation, read_crop, to_rgb, upright
+from utils.processes import cores, one_sentence_errors
+from utils.trained import TrainedRun
 
 
 class Pictures:
-    """A run's data set of paths. Item (number, path) → what detection_collate takes, the number for the class id."""
+    """A run's data set of paths. Item (number, path) → what detection_collate takes, the number for the target."""
 
-    def __init__(self, settings):
-        self.shape, self.share = tuple(settings["input_shape"]), settings["val_crop"]
+    def __init__(self, run):
+        self.shape, self.share = tuple(run.input_shape), run.val_crop
 
     def crop(self, picture):
         """uint8 (H, W, 3) of a path, a file's bytes or a Pillow image, as in validation; raises what read_crop raises."""
@@ -41,7 +42,7 @@ class Pictures:
                 raise IsADirectoryError("a folder without a picture")
             return self.crop(path), number, []
         except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-            return None, number, [(number, f"{type(error).__name__}: {error}".replace("\n", " "))]
+            return None, number, [(number, f"{type(error).__name__}: {error}")]
 
 
 class Classifier(TrainedRun):
@@ -49,64 +50,65 @@ class Classifier(TrainedRun):
 
     def __call__(self, picture):
         """picture: a path, a file's bytes or a Pillow image. Raises what Pillow raises for an unreadable one."""
-        best, = self.best(self.scores(Pictures(self.settings).crop(picture).permute(2, 0, 1)[None]))
+        best, = recipe.answers(self.scores(Pictures(self).crop(picture).permute(2, 0, 1)[None]), self.class_names)
         if isinstance(best, str):
             raise ValueError(best)
         return best
 
-    def best(self, scores):
-        """For each row of scores [(class name, probability)], the best five first, or why there are none."""
-        shown = recipe.probabilities(scores)
-        found = shown.topk(min(5, len(self.class_names)))
-        return [[(self.class_names[index], value) for value, index in zip(*row)] if finite
-                else "the network's scores for it are not finite"
-                for finite, *row in zip(shown.isfinite().all(1).tolist(), found.values.tolist(), found.indices.tolist())]
 
-
-def predictions(classify, paths, size, num_workers=0):
-    """Yield (path, [(class name, probability)], or a text that says why there is none) in order, from `size` at a time."""
+def predictions(run, paths, size, num_workers=0):
+    """Yield (path, recipe.answers' answer, or a text that says why there is none) in order, from `size` at a time."""
     sampler, order = tee(enumerate(paths))
-    for scores, numbers, unreadable in classify.scored(Pictures(classify.settings), size, num_workers, sampler):
-        found = dict(unreadable) if scores is None else dict([*unreadable, *zip(numbers.tolist(), classify.best(scores))])
+    for scores, numbers, unreadable in run.scored(Pictures(run), size, num_workers, sampler):
+        found = dict(unreadable)
+        if scores is not None:
+            found.update(zip(numbers.tolist(), recipe.answers(scores, run.class_names)))
         yield from ((path, found[number]) for number, path in islice(order, len(found)))
 
 
 def listed(words):
-    """The picture paths that files, folders and '-' (a list on standard input) name; a folder without any is its own."""
+    """The picture paths that files, folders and '-' (a list of both on standard input) name; a folder without any is its own."""
     for word in words:
-        if word == "-":
-            yield from listed(os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer if line.strip())
-        else:
-            yield from (os.path.isdir(word) and pictures_below(word)) or [word]
+        for path in (os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer if line.strip()) if word == "-" else [word]:
+            yield from (os.path.isdir(path) and pictures_below(path)) or [path]
 
 
 def show(path, found, as_json, utf8):
-    """Print one answer; JSON is escaped where a name is no text, or the terminal cannot show it."""
+    """Print one answer; JSON is escaped where it holds what no terminal should get, or this one cannot show."""
     if isinstance(found, str):
-        print(f"unreadable picture: {path} ({found})", file=sys.stderr)
+        print(f"unreadable picture: {plain(path)} ({plain(found)})", file=sys.stderr)
     if as_json:
-        answer = {"error": found} if isinstance(found, str) else {
-            "top5": [{"class": name, "probability": round(p, 6)} for name, p in found]}
-        print(json.dumps({"picture": path, **answer}, ensure_ascii=not (utf8 and path.isprintable())), flush=True)
+        answer = {"picture": path, **({"error": found} if isinstance(found, str) else {
+            "top5": [{"class": name, "probability": round(p, 6)} for name, p in found]})}
+        text = json.dumps(answer, ensure_ascii=False)
+        print(text if utf8 and text.isprintable() else json.dumps(answer), flush=True)
     elif not isinstance(found, str):
-        print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in found), flush=True)
+        print(f"{plain(path)}: " + ", ".join(recipe.answer_text(plain(name), p) for name, p in found), flush=True)
 
 
-def save_labelled(path, best, target):
-    """A copy of the picture, its longer side at most 1,024 pixels, with the best class on it."""
-    with Image.open(path) as image:
+def save_labelled(path, label, target):
+    """A copy of the picture, its longer side at most 1,024 pixels, with the label on it."""
+    with opened(contents(path)) as image:
         turn = orientation(image)
         image = Image.fromarray(upright(torch.from_numpy(np.array(to_rgb(image))), turn).numpy())
     image.thumbnail((1024, 1024))
-    draw, label, letters = ImageDraw.Draw(image), f"{best[0]} {best[1]:.0%}", font(max(14, image.height // 20))
+    draw, letters = ImageDraw.Draw(image), font(max(14, image.height // 20), label)
     draw.rectangle(draw.textbbox((4, 4), label, letters), "white")
     draw.text((4, 4), label, "black", letters)
     save_image(target, image)
 
 
+def copies_folder(run):
+    """RUN/predictions. A run may be somebody else's: a link there must not lead the copies out of it."""
+    folder = Path(run.folder, "predictions")
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, which copies do not follow: remove it")
+    return writable(folder, "--save needs it")
+
+
 def main(arguments=None):
     parser = ArgumentParser("python -m utils.predict", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, logs/…")
+    parser.add_argument("run", help="a run's folder, logs/…, or its name there")
     parser.add_argument("pictures", nargs="+", help="files, folders, or - for a list on standard input")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -118,21 +120,23 @@ def main(arguments=None):
     utf8 = str(sys.stdout.encoding).lower() in ("utf-8", "utf8")
     if utf8 and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # a name that is no text leaves as it came
-    classify, paths, size, workers = Classifier(options.run, options.weights), listed(options.pictures), 1, 0
+    run, paths, size, workers = Classifier(options.run, options.weights), listed(options.pictures), 1, 0
     if "-" not in options.pictures:  # there, another program may wait for each answer
         paths, size = list(paths), 32
         workers = min(cores(), len(paths) // size)
-    copies, failed, number = options.save and writable(Path(options.run, "predictions"), "--save needs it"), False, -1
-    for number, (path, found) in enumerate(predictions(classify, paths, size, workers)):
+    copies, failed, number = options.save and copies_folder(run), False, -1
+    drawn = dict(zip(run.class_names, drawable(list(map(plain, run.class_names))))) if copies else {}
+    for number, (path, found) in enumerate(predictions(run, paths, size, workers)):
         show(path, found, options.json, utf8)
         failed |= isinstance(found, str)
         if copies and not isinstance(found, str):
             stem = os.fsencode(Path(path).stem)[:200].decode("utf-8", "ignore")  # most file systems hold 255 bytes
+            label = "".join(recipe.answer_text(drawn.get(name, name), p) for name, p in found[:1])
             try:
-                save_labelled(path, found[0], copies / f"{number:05d}_{stem}.png")
+                save_labelled(path, label, copies / f"{number:05d}_{stem}.png")
             except (OSError, ValueError) as error:  # UserError is one, from the OSError that it tells of
                 failed = True
-                print(f"no labelled copy of {path} ({error.__cause__ or error})", file=sys.stderr)
+                print(f"no labelled copy of {plain(path)} ({plain(error.__cause__ or error)})", file=sys.stderr)
     raise SystemExit("error: standard input names no picture" if number < 0 else int(failed))
 
 

@@ -55,6 +55,11 @@ def answers(scores, names):
             for finite, *row in zip(scores.isfinite().all(1).tolist(), values.tolist(), indices.tolist())]
 
 
+def answer_text(name, value):
+    """One of the pairs that `answers` gives, as it is printed and drawn."""
+    return f"{name} {value:.1%}"
+
+
 def said(target, names):
     """A picture's target as captions and tables show it: its class name."""
     return names[int(target)]
@@ -79,11 +84,11 @@ def figures_of(sums, settings):
     return figures
 
 
-def figure_text(name, value):
-    """A figure with its name, as it is printed."""
+def figure_text(name, value, exact=False):
+    """A figure with its name, as it is printed; exact: with digits enough to compare it."""
     if name in ("top1", "top5"):
-        return f"top-{name[3:]} {value:.2%}"
-    return f"{name.replace('_', ' ')} {value:.4f}" if name.endswith("loss") else f"{name.replace('_', ' ')} {value:.4g}"
+        return f"top-{name[3:]} {value:.{4 if exact else 2}%}"
+    return f"{name.replace('_', ' ')} {value:{'.8g' if exact else '.4f' if name.endswith('loss') else '.4g'}}"
 
 
 class EMA(AveragedModel):

@@ -76,9 +76,9 @@ def check_numbers(ours, state, source):
         own, value = ours[name], state[name]
         if value.shape == own.shape and not name.endswith("num_batches_tracked"):
             if kind(value) != kind(own):
-                raise UserError(f"{source}: {name!r} is {value.dtype}, in this network {own.dtype}: save floats, scaled as they were")
+                raise UserError(f"{source} holds {name!r} as {value.dtype}, this network as {own.dtype}: save floats, scaled as they were")
             if not value.to(own.dtype).isfinite().all():
-                raise UserError(f"{source}: {name!r} holds values that are not finite as {own.dtype}")
+                raise UserError(f"{source} holds weights that are not finite as {own.dtype} ({name!r})")
 
 
 def classes_beside(path):

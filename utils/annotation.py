@@ -9,15 +9,15 @@ import os
 import random
 import tempfile
 from collections import Counter
-from functools import cache
+from contextlib import ExitStack
 from pathlib import Path
 
-from PIL import Image
-
-from utils.errors import UserError
-from utils.files import save_text
-from utils.lists import get_classes
-from utils.processes import one_sentence_errors
+from utils.errors import UserError, plain
+from utils.files import clear_drafts, draft, lock, not_written
+from utils.folders import Walk, is_line
+from utils.lists import class_name, get_classes, hint
+from utils.pictures import endings
+from utils.processes import one_sentence_errors, say
 from utils.sample_data import DEFAULT_PATHS
 from utils.shrink import decode, on_all_cores, shrink
 
@@ -25,92 +25,27 @@ FEW = 10  # a class with fewer training pictures is warned about
 SPLITS = ("train", "test", "val", "valid")
 
 
-@cache
-def endings():
-    """The file endings that this Pillow can open, in lower case."""
-    Image.init()
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+def class_folders(walk, folder, without=()):
+    """{class name: its folders} in `folder`, which should hold nothing else."""
+    folders, pictures = walk.entries(folder)
+    walk.left_out["pictures beside the class folders"] += len(pictures)
+    found = {}
+    for entry in folders:
+        if entry.name not in without and walk.is_new(entry.path):
+            found.setdefault(class_name(entry.name), []).append(entry.path)
+    return found
 
 
-class Folders:
-    """Walks through a data set's folders. left_out: {what: how many} of all that was not taken."""
-
-    def __init__(self, root):
-        self.root, self.left_out = os.path.realpath(root), Counter()
-        self.seen = {self.root}
-
-    def is_new(self, path):
-        """Whether to enter a folder: once, and not by a link that leads into the data set or to a folder around others."""
-        real = os.path.realpath(path)
-        inside, around = os.path.join(self.root, ""), os.path.join(real, "")
-        if real in self.seen or os.path.islink(path) and (
-                real.startswith(inside) or any(other.startswith(around) for other in self.seen)):
-            self.left_out["links to folders that are read anyway"] += 1
-            return False
-        self.seen.add(real)
-        return True
-
-    def entries(self, folder):
-        """(its folders, its pictures), sorted [(path, whether it is a link)]; what else it holds is counted."""
-        folders, pictures = [], []
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError:
-            self.left_out["folders that cannot be read"] += 1
-            return folders, pictures
-        for entry in entries:
-            path, ending, link = Path(entry.path).as_posix(), os.path.splitext(entry.name)[1].lower(), entry.is_symlink()
-            if entry.name.startswith("."):
-                continue
-            if os.path.isdir(path) if link else entry.is_dir():
-                folders.append((path, link))
-            elif ending not in endings():
-                self.left_out[f"files ({ending or 'no ending'}) that Pillow does not open"] += 1
-            elif not os.path.isfile(path) if link else not entry.is_file():
-                self.left_out["pictures' names that are no regular files"] += 1
-            elif not is_line(path):
-                self.left_out["names that no text file can hold"] += 1
-            else:
-                pictures.append((path, link))
-        return folders, pictures
-
-    def inside(self, folder, without=()):
-        """{name: path} of the folders to enter in `folder`, which should hold nothing else."""
-        folders, pictures = self.entries(folder)
-        self.left_out["pictures beside the class folders"] += len(pictures)
-        return {Path(path).name: path for path, _ in folders if Path(path).name not in without and self.is_new(path)}
-
-    def pictures(self, folder):
-        """Yield (path, whether it is a link) of the pictures in `folder` and its folders, sorted."""
-        folders, pictures = self.entries(folder)
-        yield from pictures
-        for path, _ in folders:
-            if self.is_new(path):
-                yield from self.pictures(path)
-
-
-def is_line(name):
-    """Whether a line of UTF-8 text can hold it."""
-    return name.isprintable() or not {"\n", "\r"} & {*name} and name.encode("utf-8", "replace") == os.fsencode(name)
-
-
-def pictures_below(folder):
-    """Sorted paths of the pictures in `folder` and its folders."""
-    return [path for path, _ in Folders(folder).pictures(folder)]
-
-
-def find_split(data, datasets, test_share):
-    """({class: folder} for training, the same for test or None). A folder called train may be a class, if others stand by it."""
-    if not os.path.isdir(datasets):
-        raise UserError(f"{datasets!r} is not a folder")
-    folders = {Path(path).name: path for path, _ in Folders(datasets).entries(datasets)[0]}
+def find_split(walk, datasets, test_share):
+    """({class: folders} for training, the same for test or None). A folder called train may be a class, if others stand by it."""
+    folders = {entry.name: entry.path for entry in walk.entries(datasets)[0]}
     splits = {name: folders[name] for name in SPLITS if name in folders}
-    data.seen.update(map(os.path.realpath, splits.values()))
-    others = data.inside(datasets, splits)
-    classes = [name for name, path in others.items() if next(Folders(path).pictures(path), None)]
-    deep = [name for name, path in splits.items() if Folders(path).entries(path)[0]]
+    walk.seen.update(map(os.path.realpath, splits.values()))
+    others = class_folders(walk, datasets, splits)
+    classes = [name for name, paths in others.items() if any(next(Walk(path).below([(0, path)]), 0) for path in paths)]
+    deep = [name for name, path in splits.items() if Walk(path).entries(path)[0]]
     if not splits or classes and not deep:
-        return {**others, **splits}, None
+        return {**others, **{name: [path] for name, path in splits.items()}}, None
     if classes:
         raise UserError(f"{datasets!r} holds {deep[0]!r}, a folder of folders, beside {classes[0]!r}, which holds pictures: as "
                         f"one cannot see whether {deep[0]!r} is a class, move or rename one of them")
@@ -118,51 +53,14 @@ def find_split(data, datasets, test_share):
     if "train" not in deep or test_share is None and not tests and len(splits) > 1:
         raise UserError(f"{datasets!r} holds {' and '.join(map(repr, splits))}, but no class folders in "
                         f"{'train' if 'train' not in deep else [*splits][1]!r}")
-    train = data.inside(splits["train"])
+    train = class_folders(walk, splits["train"])
     if not tests or test_share is not None:
         return train, None
-    test = data.inside(splits[tests[0]])
+    test = class_folders(walk, splits[tests[0]])
     unknown = sorted(set(test) - set(train))
     if unknown:
-        raise UserError(f"{splits[tests[0]]} has classes that training does not have: {', '.join(unknown[:10])}")
+        raise UserError(f"{splits[tests[0]]} has classes that training does not have: {', '.join(map(plain, unknown[:10]))}")
     return train, test
-
-
-def once(found, left_out):
-    """[(…, path, whether it is a link)] without the links to files that stand there themselves, or by an earlier link."""
-    real_folder = cache(os.path.realpath)
-    taken = {os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))
-             for *_, path, link in found if not link} if any(link for *_, link in found) else set()
-    kept = []
-    for *where, path, link in found:
-        target = os.path.realpath(path) if link else None
-        if target in taken:
-            left_out["links to pictures that are listed anyway"] += 1
-        else:
-            kept.append((*where, path))
-            taken.update([target] if link else [])
-    return kept
-
-
-def collect(datasets, test_share, seed):
-    """(class names, [training [(class number, path)], test the same], what was left out and how often)."""
-    data = Folders(datasets)
-    train_folders, test_folders = find_split(data, datasets, test_share)
-    names = sorted(train_folders)
-    if not names:
-        raise UserError(f"{datasets!r} has no class folders: make one folder of pictures for each class")
-    bad = [name for name in names if name != name.strip("\ufeff").strip() or not is_line(name)]
-    if bad:
-        raise UserError(f"the folder {bad[0]!r} cannot be a class name: rename it")
-    found = [(split, number, *picture) for split, folders in enumerate((train_folders, test_folders or {}))
-             for number, name in enumerate(names) if name in folders for picture in data.pictures(folders[name])]
-    found = once(found, data.left_out)
-    lists = [[pair for part, *pair in found if part == split] for split in (0, 1)]
-    if test_folders is None:
-        lists = split_by_class(lists[0], names, 0.2 if test_share is None else test_share, seed)
-    if not all(lists):
-        raise UserError(f"{datasets!r} gives {len(lists[0])} training and {len(lists[1])} test pictures; both need some")
-    return names, lists, data.left_out
 
 
 def split_by_class(pairs, names, share, seed):
@@ -180,6 +78,36 @@ def split_by_class(pairs, names, share, seed):
     return [train, test]
 
 
+def collect(datasets, test_share, seed):
+    """(class names, [training [(class number, path)], test the same], what was left out and how often)."""
+    if not os.path.isdir(datasets):
+        raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
+    walk = Walk(datasets)
+    train, test = find_split(walk, datasets, test_share)
+    names = sorted(train)
+    if not names:
+        raise UserError(f"{datasets!r} has no class folders: make one folder of pictures for each class")
+    bad = [name for name in names if name != name.strip("\ufeff").strip() or not is_line(name)]
+    if bad:
+        raise UserError(f"the folder {bad[0]!r} cannot be a class name: rename it")
+    found = walk.below_once(((split, number), path) for split, folders in enumerate((train, test or {}))
+                            for number, name in enumerate(names) for path in folders.get(name, ()))
+    lists = [[(number, path) for (part, number), path in found if part == split] for split in (0, 1)]
+    if test is None:
+        lists = split_by_class(lists[0], names, 0.2 if test_share is None else test_share, seed)
+    return names, lists, walk.left_out
+
+
+def check_lists(datasets, names, lists):
+    """UserError where nothing can be learnt from the lists, or nothing tested."""
+    if not all(lists):
+        raise UserError(f"{datasets!r} gives {len(lists[0])} training and {len(lists[1])} test pictures; both need some")
+    taught = {number for number, _ in lists[0]}
+    if len(taught) == 1:
+        raise UserError(f"all training pictures of {datasets!r} are of one class, {names[taught.pop()]!r}, so there is nothing to "
+                        f"tell apart: name the folder whose folders are the classes")
+
+
 def check_outputs(options):
     """The files that --classes, --train and --test lead to. UserError unless they are three, and can be written."""
     paths = {name: os.path.realpath(getattr(options, name)) for name in ("classes", "train", "test")}
@@ -194,6 +122,49 @@ def check_outputs(options):
         except OSError as error:
             raise UserError(f"--{name} {path} cannot be written ({error.strerror}): choose another one") from None
     return paths
+
+
+def replace_together(texts):
+    """Write {path: text} of the class file, the training and the test list, which belong together.
+
+    The lists are taken away before any of the three is replaced, and the test list comes back last: whatever instant this
+    stops at, nobody finds files that do not belong together, as one of each two is absent until both are new.
+    """
+    (classes, train, test), fresh = texts, {}
+    with ExitStack() as stack:
+        if hasattr(os, "O_DIRECTORY"):  # not on Windows
+            folder = os.open(os.path.dirname(classes), os.O_DIRECTORY)
+            stack.callback(os.close, folder)
+            if not lock(folder):
+                raise UserError(f"another annotation is writing {classes}: try again")
+        try:
+            for path, text in texts.items():
+                clear_drafts(os.path.dirname(path))
+                fresh[path] = stack.enter_context(draft(path, folder=True)) / "whole"
+                with open(fresh[path], "wb") as file:
+                    file.write(text.encode("utf-8"))
+                    file.flush()
+                    os.fsync(file.fileno())
+            for path in (test, train):
+                Path(path).unlink(missing_ok=True)
+            for path in (classes, train, test):
+                os.replace(fresh[path], path)
+        except OSError as error:
+            raise not_written(path, error) from None
+
+
+def report(names, lists, left_out):
+    """Print how many pictures each class has, and what was left out."""
+    counts = [Counter(number for number, _ in pairs) for pairs in lists]
+    shown = [*map(plain, names)]
+    width = max(map(len, [*shown, "class"]))
+    say(f"{'class':<{width}}  {'training':>8}  {'test':>8}")
+    for number, name in enumerate(shown):
+        train, test = (count[number] for count in counts)
+        note = "no training pictures" if not train else "few training pictures" if train < FEW else "no test pictures" if not test else ""
+        say(f"{name:<{width}}  {train:>8}  {test:>8}" + (f"  WARNING: {note}" if note else ""))
+    for what, count in (+left_out).most_common(10):
+        say(f"left out: {count} {plain(what)}")
 
 
 def main(arguments=None):
@@ -215,33 +186,24 @@ def main(arguments=None):
         raise UserError(f"--shrink {options.shrink} must be 1 or more")
     outputs = check_outputs(options)
     names, lists, left_out = collect(options.datasets, options.test_share, options.seed)
+    check_lists(options.datasets, names, lists)
     if os.path.exists(options.classes) and not options.force:
         old, _ = get_classes(options.classes)
         if names[:len(old)] != old:
             raise UserError(f"{options.classes} has other classes or another order, and trained weights depend on it: "
                             f"--force overwrites it, --classes FILE writes another one")
-    paths = [path for pairs in lists for _, path in pairs]
-    if options.shrink:
-        readable = shrink(paths, options.datasets, options.shrink, options.check)
-    elif options.check:
-        readable = on_all_cores(decode, paths, "checked")
     if options.shrink or options.check:
+        paths = [path for pairs in lists for _, path in pairs]
+        readable = shrink(paths, options.datasets, options.shrink, options.check) if options.shrink else on_all_cores(
+            decode, paths, "checked")
         lists = [[(number, readable[path]) for number, path in pairs if path in readable] for pairs in lists]
-    counts = [Counter(number for number, _ in pairs) for pairs in lists]
-    width = max(map(len, [*names, "class"]))
-    print(f"{'class':<{width}}  {'training':>8}  {'test':>8}")
-    for number, name in enumerate(names):
-        note = "no training pictures" if not counts[0][number] else "few training pictures" if counts[0][number] < FEW else \
-            "no test pictures" if not counts[1][number] else ""
-        print(f"{name:<{width}}  {counts[0][number]:>8}  {counts[1][number]:>8}" + (f"  WARNING: {note}" if note else ""))
-    for what, count in (+left_out).most_common(10):
-        print(f"left out: {count} {what}")
-    save_text(outputs["classes"], "\n".join(names) + "\n")
-    for name, pairs in zip(("train", "test"), lists):
-        save_text(outputs[name], "".join(f"{number};{picture}\n" for number, picture in pairs))
-    print(f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; in train.py (or after "
-          f"python train.py):\n  classes_path = {options.classes!r}\n  train_annotation_path = {options.train!r}\n"
-          f"  test_annotation_path = {options.test!r}")
+        check_lists(options.datasets, names, lists)
+    report(names, lists, left_out)
+    texts = ["".join(f"{number};{path}\n" for number, path in pairs) for pairs in lists]
+    replace_together(dict(zip(outputs.values(), ["\n".join(names) + "\n", *texts])))
+    say(f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; in train.py (or after "
+        f"python train.py):\n  classes_path = {options.classes!r}\n  train_annotation_path = {options.train!r}\n"
+        f"  test_annotation_path = {options.test!r}")
 
 
 if __name__ == "__main__":

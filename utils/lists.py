@@ -1,10 +1,13 @@
 """Class names and annotation lines: what can be wrong with them before training, each as one sentence."""
 import os
+import unicodedata
 from collections import Counter
+from contextlib import contextmanager
+from functools import cache
 
-from utils.errors import UserError
+from utils.errors import UserError, plain
 from utils.files import check_regular
-from utils.processes import gather_objects, rank
+from utils.processes import gather_objects, say
 
 REMEDY = "python -m utils.annotation DATASETS writes it from folders of pictures"
 
@@ -15,15 +18,37 @@ def split_line(line):
     return class_id, path
 
 
+def target_of(label, num_classes=None):
+    """What an annotation line's label says: the class id, an int. UserError, to which the caller adds the place."""
+    digits = label.strip().removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 19):  # int() would take '+0', '0_0' and '٠' as well
+        raise UserError(f"the class id {label[:40]!r} is not a whole number")
+    if num_classes is not None and not 0 <= int(label) < num_classes:
+        raise UserError(f"class id {int(label)} is outside 0 … {num_classes - 1}")
+    return int(label)
+
+
+def class_name(text):
+    """The one spelling of a name: é may be one character or two, and look the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def hint(path):
+    """Why a path may lead nowhere, or ''."""
+    if str(path).startswith("~"):
+        return " ('~' is for shells alone: write the whole path)"
+    return " (folders are divided by '/', not by a backslash)" if "\\" in str(path) and os.sep == "/" else ""
+
+
 def check_text_file(name, path, remedy=REMEDY):
     """UserError when the file is missing, no regular file, empty, unreadable or not UTF-8."""
     try:
         check_regular(path, name)
     except UserError as error:
-        raise UserError(f"{error}: {remedy}") from None
+        raise UserError(f"{error}{hint(path)}: {remedy}") from None
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            data = file.read(os.stat(path).st_size)  # files of the kernel may have no end, and say that they are empty
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[:error.start].count(b"\n") + 1
@@ -34,18 +59,36 @@ def check_text_file(name, path, remedy=REMEDY):
         raise UserError(f"{name}: {path!r} is empty: {remedy}")
 
 
+@contextmanager
+def together(*paths):
+    """Around the reading of the class file and its lists: UserError unless they all stay as they are meanwhile.
+
+    utils.annotation takes a list away before it replaces what belongs to it.
+    """
+    def state():
+        return [(file.st_ino, file.st_mtime_ns, file.st_size) for file in map(os.stat, paths)]
+    try:
+        before = state()
+        yield
+        same = state() == before
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise UserError(f"{', '.join(map(str, paths))} are being written: start again when they are complete")
+
+
 def get_classes(classes_path):
     """(class names, their number) from a text file, one name a line; blank lines are passed over, and it is said."""
     check_text_file("classes_path", classes_path, "write one class name a line")
     with open(classes_path, encoding="utf-8-sig") as file:
-        names = [line.strip() for line in file.read().rstrip().split("\n")]
-    if "" in names and rank() == 0:
-        print(f"WARNING: {classes_path}:{names.index('') + 1} is blank: ids count the names alone, so the class after it has "
-              f"the id of the blank line")
+        names = [class_name(line.strip()) for line in file.read().rstrip().split("\n")]
+    if "" in names:
+        say(f"WARNING: {classes_path}:{names.index('') + 1} is blank: ids count the names alone, so the class after it has "
+            f"the id of the blank line")
     names = [name for name in names if name]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{classes_path} names a class more than once: {', '.join(twice[:5])}")
+        raise UserError(f"{classes_path} names a class more than once: {', '.join(map(plain, twice[:5]))}")
     return names, len(names)
 
 
@@ -54,21 +97,20 @@ def check_lines(lines, path, num_classes, classes_path):
 
     Folders are listed once instead of asking for each file: a million questions are slow on a network disk.
     """
-    kept, folders, missing = [], {}, []
+    kept, folders, labels, missing = [], {}, set(), []
     for number, line in enumerate(lines, 1):
         line = (line[1:] if number == 1 and line.startswith("\ufeff") else line).rstrip("\r\n")
         if not line.strip():
             continue
-        class_id, separator, picture = line.partition(";")
-        where = f"{path}:{number}"
+        label, separator, picture = line.partition(";")
         if not separator or not picture.strip():
-            raise UserError(f"{where} is not 'class_id;path': {line[:120]!r}")
-        digits = class_id.strip().removeprefix("-")
-        if not (digits.isascii() and digits.isdigit() and len(digits) < 19):  # int() would take '+0', '0_0' and '٠' as well
-            raise UserError(f"{where}: the class id {class_id[:40]!r} is not a whole number")
-        if not 0 <= int(class_id) < num_classes:
-            raise UserError(f"{where}: class id {int(class_id)} is outside 0 … {num_classes - 1}, "
-                            f"the {num_classes} classes of {classes_path}")
+            raise UserError(f"{path}:{number} is not 'class_id;path': {line[:120]!r}")
+        if label not in labels:
+            try:
+                target_of(label, num_classes)
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error} ({classes_path} has {num_classes} classes)") from None
+            labels.add(label)
         folder, slash, name = picture.rpartition("/")
         if folder not in folders:
             try:
@@ -76,27 +118,44 @@ def check_lines(lines, path, num_classes, classes_path):
             except (OSError, ValueError):
                 folders[folder] = set()
         if name not in folders[folder] and not os.path.isfile(picture):
-            missing.append(f"{where} {picture}")
+            missing.append(f"{path}:{number} {picture!r}")
         kept.append(line)
     if missing:
         shown = "; ".join(missing[:3]) + ("; …" if len(missing) > 3 else "")
         raise UserError(f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at "
-                        f"{os.getcwd()}): {shown}")
+                        f"{os.getcwd()}): {shown}{hint(missing[0].partition(chr(39))[2])}")
     return kept
+
+
+def labels_of(lines, path):
+    """{picture: its label} of checked lines, whatever the spelling of a picture's folder; says so where one has two."""
+    labels, two, folders = {}, [], cache(os.path.realpath)
+    for line in lines:
+        label, picture = split_line(line)
+        folder, slash, name = picture.rpartition("/")
+        if labels.setdefault(f"{folders(folder + slash)}/{name}", label.strip()) != label.strip():
+            two.append(picture)
+    if two:
+        say(f"WARNING: {path}: {len(two)} pictures stand there with two different labels, the first is {two[0]!r}")
+    return labels
+
+
+def check_both(train_lines, val_lines, train_path, val_path):
+    """UserError when there is nothing to tell apart; says how many pictures are in both lists, or have two labels."""
+    train, val = labels_of(train_lines, train_path), labels_of(val_lines, val_path)
+    kinds = set(train.values())
+    if len(kinds) == 1:
+        raise UserError(f"{train_path}: all pictures have the same label, {kinds.pop()!r}, so there is nothing to learn: was a folder "
+                        f"given to utils.annotation that holds the data set's folder?")
+    shared = len(train.keys() & val.keys())
+    if shared:
+        say(f"WARNING: {shared} pictures are in both the training and the test list: the scores will flatter")
 
 
 def difference(was, now, before, after):
     """'' or the beginning of a sentence: the first class that has another name in the list `now` than in `was`."""
     return next((f"class {number} is {old!r} in {before}, but {new!r} in {after}"
                  for number, (old, new) in enumerate(zip(was, now)) if old != new), "")
-
-
-def warn_shared(train_lines, val_lines):
-    """Print how many pictures stand in both lists."""
-    shared = {split_line(line)[1] for line in val_lines}
-    count = len(shared.intersection(split_line(line)[1] for line in train_lines))
-    if count and rank() == 0:
-        print(f"WARNING: {count} pictures are in both the training and the test list: the scores will flatter")
 
 
 def check_same_everywhere(**fingerprints):

@@ -2,14 +2,14 @@
 import math
 import os
 import random
-import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from utils.errors import UserError
+from utils.files import clear_drafts, draft
 from utils.lists import check_text_file
-from utils.processes import rank
+from utils.processes import say
 
 DEFAULT_PATHS = ("model_data/cls_classes.txt", "model_data/cls_train.txt", "model_data/cls_test.txt")
 FOLDER = Path("model_data/shapes")
@@ -105,16 +105,16 @@ def data_paths(classes_path, train_annotation_path, test_annotation_path):
         for name, path in zip(("classes_path", "train_annotation_path", "test_annotation_path"), given):
             check_text_file(name, path)
         return given
-    if rank() == 0:
-        print(f"{train_annotation_path} is absent: " + (f"training on the sample pictures in {FOLDER}" if FOLDER.exists() else
-              f"drawing {TRAIN} + {TEST} sample pictures into {FOLDER}"), flush=True)
+    say(f"{train_annotation_path} is absent: " + (f"training on the sample pictures in {FOLDER}" if FOLDER.exists() else
+                                                  f"drawing {TRAIN} + {TEST} sample pictures into {FOLDER}"))
     if not FOLDER.exists():
         try:
             FOLDER.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".shapes", dir=FOLDER.parent, ignore_cleanup_errors=True) as draft:
-                draw_set(draft)
-                os.chmod(draft, 0o755)
-                os.rename(draft, FOLDER)  # at once, so that an interrupted drawing leaves no half set
+            clear_drafts(FOLDER.parent)
+            with draft(FOLDER, folder=True) as fresh:
+                draw_set(fresh)
+                os.chmod(fresh, 0o755)
+                os.rename(fresh, FOLDER)  # at once, so that an interrupted drawing leaves no half set
         except OSError as error:
             if not FOLDER.exists():  # else another process was first
                 raise UserError(f"the sample pictures could not be drawn into {FOLDER} ({error.strerror or error}): make "

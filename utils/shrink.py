@@ -1,94 +1,82 @@
 """The same work on many pictures on all cores; reduced copies of large ones."""
+import contextlib
 import os
+import signal
 import sys
-import tempfile
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import UserError
-from utils.pictures import orientation, to_rgb, upright
-from utils.processes import ProgressLine, ignore_signals, stop_workers
-batches_of = iter
+from utils.errors import UserError, plain
+from utils.files import clear_drafts, draft
+from utils.pictures import opened, orientation, to_rgb, upright, why
+from utils.processes import ProgressLine, cores, ignore_signals, say, stop_workers
 
 MARK = ".reduced-copies"  # a file that says whose the folder is
 PAYS = 1.25  # a copy of less than this times its size would save less than a third of the pixels
+KILLED = "it ended the process that read it, most likely for lack of memory"
 
 
-class Attempts(Dataset):
-    """Index → (item, work(item), None), or (item, None, why not)."""
-
-    def __init__(self, work, items):
-        self.work, self.items = work, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        item = self.items[index]
-        try:
-            return item, self.work(item), None
-        except UserError as error:
-            return item, None, error
-        except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-            return item, None, f"{type(error).__name__}: {error}"
+def attempt(work, item):
+    """(item, work(item), None), or (item, None, why it cannot be read)."""
+    try:
+        return item, work(item), None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+        return item, None, why(error)
 
 
-def parcels(work, items, size, workers):
-    """Lists of what Attempts gives, in order; UserError at the next one when a worker is killed."""
-    return batches_of(DataLoader(Attempts(work, items), size, num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals))
-
-
-def results(work, items):
-    """What Attempts gives, one by one. Whatever was under way when a worker was killed is done again, each alone."""
-    cores, at, killed = os.cpu_count() or 1, 0, 0
-    size = max(1, min(16, len(items) // (8 * cores)))
+def results(work, items, workers=min(cores(), 60)):
+    """What `attempt` gives, one by one, in order. Whatever was under way when a worker was killed is done again, each alone."""
+    at, size, posix = 0, max(1, min(16, len(items) // (8 * workers))), hasattr(signal, "pthread_sigmask")
     while at < len(items):
+        pool = ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(0,))
         try:
-            for parcel in parcels(work, items[at:], size, cores):
-                at += len(parcel)
-                yield from parcel
-        except UserError:
-            for item in items[at:at + 2 * cores * size]:  # a loader fetches two parcels for each worker in advance
-                try:
-                    (found,), = parcels(work, [item], 1, 1)
-                    killed = 0
-                except UserError:
-                    killed += 1
-                    if killed == 5:
-                        raise UserError(f"five pictures in a row ended their processes, at last {item}: is there memory left?")
-                    found = item, None, "it ended the process that read it, most likely for lack of memory"
+            if posix:  # Ctrl-C waits until the workers are known: one that has just begun would speak of it, or be left
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            attempts = pool.map(partial(attempt, work), items[at:], chunksize=size)
+            if posix:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for found in attempts:
                 at += 1
                 yield found
+        except BrokenProcessPool:
+            if len(items) == 1:
+                yield items[0], None, KILLED
+                return
+            for item in items[at:at + 2 * workers * size]:
+                at += 1
+                yield from results(work, [item], 1)
 
 
 def on_all_cores(work, items, title):
     """{item: work(item)} of the items that raise nothing; the others are printed. Progress and the time left go to stderr."""
-    progress, done = ProgressLine(title, len(items), stream=sys.stderr), {}
+    progress, done, killed = ProgressLine(title, len(items), stream=sys.stderr), {}, 0
     try:
         for number, (item, result, reason) in enumerate(results(work, items), 1):
-            if isinstance(reason, UserError):
-                raise reason
+            killed = killed + 1 if reason == KILLED else 0
+            if killed == 5:
+                raise UserError(f"five pictures in a row ended their processes, at last {item!r}: is there memory left?")
             if reason:
                 progress.clear()
-                print(f"unreadable: {item} ({reason})", flush=True)
+                say(f"unreadable: {plain(item)} ({reason})")
             else:
                 done[item] = result
             progress.show(number, 1, lambda: f"{number - len(done)} unreadable", due=number == len(items))
     finally:
         stop_workers()
-        print(end="\n" * progress.terminal, file=sys.stderr)
+        say(end="\n" * progress.terminal, file=sys.stderr)
     return done
 
 
 def decode(path):
     """The path of a picture that can be decoded; else Pillow's exception."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         image.load()
     return path
 
@@ -101,10 +89,12 @@ def copies_folder(datasets, size):
         if folder.exists() and any(folder.iterdir()) and not Path(folder, MARK).exists():
             raise UserError(f"{folder} holds other things than reduced copies: rename it")
         folder.mkdir(exist_ok=True)
-        Path(folder, MARK).touch()
+        with contextlib.suppress(FileExistsError):
+            open(Path(folder, MARK), "x").close()  # never through a link
     except OSError as error:
         raise UserError(f"reduced copies cannot be written into {folder} ({error.strerror}): link {base} to a place that has "
                         f"room for them, and name the link") from None
+    clear_drafts(folder)
     return folder
 
 
@@ -115,10 +105,16 @@ def copy_path(path, datasets, folder):
     return Path(folder, Path(path).relative_to(datasets)).as_posix() + ("" if jpeg else ".jpg")
 
 
+def copy_time(path):
+    """The time of a picture's copy, ns: its second, and below it a checksum of what changes when another picture takes its place."""
+    found = os.stat(path)
+    check = zlib.crc32(f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}".encode())
+    return found.st_mtime_ns // 10**9 * 10**9 + check % 10**6 * 1000  # file systems keep microseconds
+
+
 def is_current(path, copy):
-    """A copy has its picture's time, to the nanosecond."""
     try:
-        return os.stat(path).st_mtime_ns == os.stat(copy).st_mtime_ns and os.path.getsize(copy) > 0
+        return copy_time(path) == os.stat(copy).st_mtime_ns and os.path.getsize(copy) > 0
     except OSError:
         return False
 
@@ -129,8 +125,8 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
     Pixels are what training makes of them: upright, transparency on white, colours as stored (an RGB's profile goes along).
     A JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than the copy.
     """
-    time_ns = os.stat(path).st_mtime_ns
-    with Image.open(path) as image:
+    time = copy_time(path)
+    with opened(path) as image:
         if min(image.size) < PAYS * size:
             if check:
                 image.load()
@@ -139,26 +135,27 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
         turn = orientation(image)
         wide, high = (round(side * size / min(image.size)) for side in image.size)
         image.draft(image.mode, (wide, high))
-        pixels = torch.from_numpy(np.array(to_rgb(image)))
-    small = F.interpolate(pixels.permute(2, 0, 1)[None], (high, wide), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    copy, draft = copy_path(path, datasets, folder), Path(drafts, f"{os.getpid()}.jpg")
+        small = upright(to_rgb(image).resize((wide, high), Image.Resampling.BICUBIC), turn)
+    copy, fresh = Path(copy_path(path, datasets, folder)), Path(drafts, f"{os.getpid()}.jpg")
+    if any(place.is_symlink() for place in copy.parents if place.is_relative_to(folder) and place != Path(folder)):
+        raise UserError(f"{copy} would be written through a link, which may lead anywhere: remove the links in {folder}")
     try:
-        os.makedirs(os.path.dirname(copy), exist_ok=True)
-        Image.fromarray(upright(small, turn).numpy()).save(draft, quality=95, subsampling=0, icc_profile=profile)
-        os.utime(draft, ns=(time_ns, time_ns))
-        os.replace(draft, copy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        small.save(fresh, quality=95, subsampling=0, icc_profile=profile)
+        os.utime(fresh, ns=(time, time))
+        os.replace(fresh, copy)
     except OSError as error:
         raise UserError(f"{copy} could not be written ({error.strerror or error}): make room, then the same command "
                         f"goes on") from None
-    return copy
+    return copy.as_posix()
 
 
 def shrink(paths, datasets, size, check):
     """{picture: the path to list, its copy's where one pays} of the readable ones; only what is new or changed is done."""
     folder = copies_folder(datasets, size)
     done = {path: copy for path in paths if is_current(path, copy := copy_path(path, datasets, folder))}
-    with tempfile.TemporaryDirectory(prefix=".drafts", dir=folder, ignore_cleanup_errors=True) as drafts:
+    with draft(folder / "copies", folder=True) as drafts:
         done |= on_all_cores(partial(reduced_copy, datasets=datasets, folder=folder, size=size, check=check, drafts=drafts),
                              [path for path in paths if path not in done], "shrunk")
-    print(f"{sum(path != listed for path, listed in done.items())} of {len(paths)} pictures are listed as copies in {folder}")
+    say(f"{sum(path != listed for path, listed in done.items())} of {len(paths)} pictures are listed as copies in {folder}")
     return done

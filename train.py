@@ -46,11 +46,13 @@ test_annotation_path = "model_data/cls_test.txt"  # pictures to validate on
 input_shape = [64, 64]  # [height, width] that the network sees
 augmentation = "flip"  # 'none', 'flip', 'crop', or crop and a policy: 'trivial', 'rand', 'auto', 'aug_mix'
 crop_scale = 0.08  # smallest share of a picture's area that a random crop keeps
+mean = [0.485, 0.456, 0.406]  # of red, green and blue from 0 to 1, which pictures are normalised with: ImageNet's
+std = [0.229, 0.224, 0.225]  # their standard deviations
 val_crop = 1.0  # share of the picture's sides in validation's centre crop (224 of 256: 0.875)
 random_erasing = 0.0  # probability of blanking a random rectangle
 
 # The network
-backbone = "shufflenet_v2_x1_0"  # any torchvision classifier, or a file of nets/
+backbone = "resnet9"  # a file of nets/, or any torchvision classifier
 pretrained = False  # start from torchvision's weights (downloaded once)
 model_path = ""  # or from a weights file; '' for none
 
@@ -101,14 +103,15 @@ if __name__ == "__main__":
     else:
         classes_path, train_annotation_path, test_annotation_path = data_paths(
             classes_path, train_annotation_path, test_annotation_path)
-        class_names, num_classes = lists.get_classes(classes_path)
-        with open(train_annotation_path, encoding='utf-8') as f:
-            train_lines = f.readlines()
-        with open(test_annotation_path, encoding='utf-8') as f:
-            val_lines = f.readlines()
+        with lists.together(classes_path, train_annotation_path, test_annotation_path):
+            class_names, num_classes = lists.get_classes(classes_path)
+            with open(train_annotation_path, encoding='utf-8') as f:
+                train_lines = f.readlines()
+            with open(test_annotation_path, encoding='utf-8') as f:
+                val_lines = f.readlines()
         train_lines = lists.check_lines(train_lines, train_annotation_path, num_classes, classes_path)
         val_lines = lists.check_lines(val_lines, test_annotation_path, num_classes, classes_path)
-        lists.warn_shared(train_lines, val_lines)
+        lists.check_both(train_lines, val_lines, train_annotation_path, test_annotation_path)
         np.random.seed(10101)
         np.random.shuffle(train_lines)
         np.random.seed(None)
@@ -117,7 +120,10 @@ if __name__ == "__main__":
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb)
     del train_lines, val_lines
     lists.check_same_everywhere(train_annotation_path=train_data.fingerprint(), test_annotation_path=val_data.fingerprint())
+    say(train_data.note(), end="")
     settings = {name: globals()[name] for name in settings}  # with the sample's paths
+    if train_data.in_memory and val_data.in_memory and not Cuda:
+        num_workers = 0  # loader processes would take more from a CPU that trains than they save
     run, state = processes.on_rank_0(lambda: continued_run(resume, save_dir, settings, class_names))
 
     # The network

@@ -19,13 +19,15 @@ def split_line(line):
 
 
 def target_of(label, num_classes=None):
-    """What an annotation line's label says: the class id, an int. UserError, to which the caller adds the place."""
-    digits = label.strip().removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 19):  # int() would take '+0', '0_0' and '٠' as well
-        raise UserError(f"the class id {label[:40]!r} is not a whole number")
-    if num_classes is not None and not 0 <= int(label) < num_classes:
-        raise UserError(f"class id {int(label)} is outside 0 … {num_classes - 1}")
-    return int(label)
+    """What a label says, the text of an annotation line or whatever a data set gives: the class id, an int. UserError, to which
+    the caller adds the place."""
+    text = str(label).strip()
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 19):  # int() would take '+0', '0_0', '٠' and 0.5 as well
+        raise UserError(f"the class id {text[:40]!r} is not a whole number")
+    if num_classes is not None and not 0 <= int(text) < num_classes:
+        raise UserError(f"class id {int(text)} is outside 0 … {num_classes - 1}")
+    return int(text)
 
 
 def class_name(text):

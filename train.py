@@ -19,8 +19,9 @@ from utils.charts import contact_sheet
 from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
 from utils.files import save_image
-from utils.fit import choose_precision, figure_names, fit_one_epoch
+from utils.fit import figure_names, fit_one_epoch
 from utils.loss_history import LossHistory
+from utils.precision import choose_precision
 from utils.processes import ignore_signals, rank, say, world_size
 from utils.recipe import balanced_weights, get_optimizer, get_recipe, said
 from utils.run import begin_run, continued_run, new_run, write_config

@@ -1,6 +1,5 @@
 """fit_one_epoch: one epoch of training and validation, as documented, and the parts that evaluation shares."""
 import contextlib
-import copy
 import math
 import random
 import time
@@ -14,9 +13,6 @@ from utils.pictures import normalize
 from utils.processes import ProgressLine, rank, say, world_size
 from utils.recipe import Recipe, figure_text, figures_of, sums_of
 from utils.scheduler import set_optimizer_lr
-
-FASTER = 1.1  # what bfloat16 must gain on a CPU to be worth its rounding to 8 bits
-
 
 named_unreadable = set()  # pictures that were named already
 
@@ -222,26 +218,3 @@ def figure_names(model, batch, Cuda, recipe):
     scores, targets = score_batch(model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings)
     figures = figures_of(sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings), recipe.settings)
     return ["val_loss" if name == "loss" else name for name in figures]
-
-
-def choose_precision(settings, model, batch, recipe, steps):
-    """(fp16, why) of the setting; for 'auto' True on CUDA, and on a CPU what trains this network faster, found by trying.
-
-    Tried on a copy of the model with a batch of the training pictures, in turn, four times each at the most, until 5 s or 2 % of
-    the training's `steps` have passed. Instruction sets do not tell: bfloat16 makes some networks three times as fast and
-    others half as fast on one machine.
-    """
-    if settings["fp16"] != "auto" or settings["Cuda"]:
-        return bool(settings["fp16"]), ""
-    trial, seconds, begin, off = copy.deepcopy(model).train(), {False: [], True: []}, time.perf_counter(), torch.amp.GradScaler("cpu", enabled=False)
-    with torch.random.fork_rng(devices=[]):
-        for attempt in range(4):
-            for fp16 in (False, True):
-                start = time.perf_counter()
-                backward(trial, [batch], "cpu", False, fp16, off, recipe)
-                seconds[fp16].append(time.perf_counter() - start)
-                trial.zero_grad()
-            if attempt and time.perf_counter() - begin > max(5, 0.02 * steps * min(seconds[False])):
-                break
-    single, half = (len(batch[0]) / min(seconds[fp16]) for fp16 in (False, True))
-    return half > FASTER * single, f"tried: float32 {single:.0f}, bfloat16 {half:.0f} images/s"

@@ -109,7 +109,7 @@ def test_paths_and_rates(tmp_path):
 def test_a_setting_of_ones_own(tmp_path):
     make_data(make_project(tmp_path, UnFreeze_Epoch=1, Min_lr="Init_lr * 0.01  # lowest\nwarm = Init_lr / 2  # my own"), train=24, test=6)
     out, _ = train(tmp_path, "--help")
-    assert re.search(r"--warm VALUE +my own; default: 0.005", out)
+    assert re.search(r"--warm VALUE +my own [^-]*;\s+default:\s+0.005", out)
     for words, value in (([], 0.005), (["--Init_lr", 0.04], 0.02), (["--warm", "1"], 1)):
         train(tmp_path, *words, "--save_dir", f"{value}")
         run, = (tmp_path / f"{value}").iterdir()

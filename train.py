@@ -144,8 +144,9 @@ if __name__ == "__main__":
     optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
     weights = balanced_weights(train_data.class_ids(), num_classes) if class_weights == "balanced" else None
     recipe = get_recipe(settings, model, num_classes, weights.cuda() if weights is not None and Cuda else weights)
-    first = EpochSampler(num_train, Unfreeze_batch_size, rank(), world_size(), seed=seed)
-    batch = detection_collate([train_data[item] for _, item in zip(range(min(64, Unfreeze_batch_size // world_size())), first)])
+    size = Freeze_batch_size if Freeze_Train and Init_Epoch < Freeze_Epoch else Unfreeze_batch_size  # of the first phase
+    first = EpochSampler(num_train, size, rank(), world_size(), seed=seed)
+    batch = detection_collate([train_data[item] for _, item in zip(range(min(64, size // world_size())), first)])
     check_best_by(best_by, figure_names(model, batch, Cuda, recipe))
     settings["fp16"], tried = processes.on_rank_0(lambda: choose_precision(settings, model, batch, recipe, num_train))
     fp16 = settings["fp16"]
@@ -162,7 +163,7 @@ if __name__ == "__main__":
     config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, {
         "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
         "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
-        "optimizer": describe_rates(settings, is_transformer(backbone)),
+        "optimizer": describe_rates({**settings, "Init_Epoch": Init_Epoch}, is_transformer(backbone)),
         "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'} {tried}"}))
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()

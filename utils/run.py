@@ -17,6 +17,7 @@ from utils.errors import UserError, plain, shown
 from utils.files import check_regular, clear_drafts, save_text
 from utils.lists import difference
 from utils.processes import say, world_size
+from utils.scheduler import phases
 
 try:
     import fcntl
@@ -178,7 +179,7 @@ def begin_run(run, settings, class_names, facts):
     s = settings
     rows = {"run": run, **facts, "input_shape": s["input_shape"],
             "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}" + (f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""),
-            "batch_size": f"{s['Unfreeze_batch_size']} over {world_size()} processes, {s.get('accumulate', 1)} to a step"}
+            "batch_size": f"{', then '.join(str(s[name]) for name in phases(s))} over {world_size()} processes, {s.get('accumulate', 1)} to a step"}
     say("\n".join(f"  {name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "torchvision": torchvision.__version__, "pillow": PIL.__version__}

@@ -38,12 +38,8 @@ def has(path, character):
 @cache
 def font_file(text):
     """The first font that has all of a text and the ellipsis that may end it; '' where none has."""
-    fonts, characters = font_files(), set(text + "…") - {" "}
-    found = next((path for path in fonts if all(has(path, c) for c in characters)), "")
-    if found:  # the next text is most likely of the same script
-        fonts.remove(found)
-        fonts.insert(1, found)
-    return found
+    characters = set(text + "…") - {" "}
+    return next((path for path in font_files() if all(has(path, c) for c in characters)), "")
 
 
 def font(size, text=""):

@@ -89,7 +89,8 @@ def report(names, table):
     seen, width = table[3] > 0, max(map(len, [*names, "weighted mean"]))
     row = f"{{:<{width}}}  {{:9.4f}}  {{:6.4f}}  {{:6.4f}}  {{:7d}}".format
     lines = [f"{'class':<{width}}  precision  recall      F1  support"]
-    lines += map(row, names, *table) if len(names) <= MOST else [f"({len(names)} classes: a table or a picture could not be read)"]
+    lines += map(row, names, *table) if len(names) <= MOST else [
+        f"({len(names)} classes are more than anybody reads: left out here, with confusion_matrix.png and per_class.png)"]
     for label, weights in (("mean", seen), ("weighted mean", table[3])):
         lines.append(row(label, *(np.average(figure, weights=weights) for figure in table[:3]), table[3].sum()))
     lines += [f"mean: without {np.sum(~seen)} of {len(names)} classes, which have no picture here"] * (not seen.all())
@@ -122,7 +123,7 @@ def by_class(run, source, indices, truth, called, answers):
 def save_csv(path, rows):
     """A name or path that begins as a formula does gets a quote before it: spreadsheets would compute it."""
     def cell(value):
-        formula = re.match(r"[=@\s]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
+        formula = re.match(r"[=@\t\r\n]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
         return f"{value:.6f}" if isinstance(value, float) else f"'{value}" if formula else value
     memory = io.StringIO()
     csv.writer(memory, lineterminator="\n").writerows(map(cell, row) for row in rows)

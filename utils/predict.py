@@ -11,16 +11,14 @@ from functools import partial
 from itertools import islice, tee
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
 from utils import recipe
-from utils.annotation import pictures_below
 from utils.charts import drawable, font
 from utils.errors import UserError, plain
 from utils.files import save_image, writable
-from utils.pictures import centre_box, contents, opened, orientation, read_crop, to_rgb, upright
+from utils.folders import pictures_below
+from utils.pictures import centre_box, opened, orientation, read_crop, upright, why
 from utils.processes import cores, one_sentence_errors
 from utils.trained import TrainedRun
 
@@ -42,7 +40,7 @@ class Pictures:
                 raise IsADirectoryError("a folder without a picture")
             return self.crop(path), number, []
         except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-            return None, number, [(number, f"{type(error).__name__}: {error}")]
+            return None, number, [(number, why(error))]
 
 
 class Classifier(TrainedRun):
@@ -88,9 +86,8 @@ def show(path, found, as_json, utf8):
 
 def save_labelled(path, label, target):
     """A copy of the picture, its longer side at most 1,024 pixels, with the label on it."""
-    with opened(contents(path)) as image:
-        turn = orientation(image)
-        image = Image.fromarray(upright(torch.from_numpy(np.array(to_rgb(image))), turn).numpy())
+    with opened(path) as image:
+        image = upright(image, orientation(image))
     image.thumbnail((1024, 1024))
     draw, letters = ImageDraw.Draw(image), font(max(14, image.height // 20), label)
     draw.rectangle(draw.textbbox((4, 4), label, letters), "white")

@@ -54,8 +54,6 @@ def test_whole_runs_end_with_one_sentence(tmp_path):
     assert not (folder / "logs").exists() or not list((folder / "logs").glob("*/*.pth"))
 
 
-
-
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):

@@ -17,6 +17,7 @@ from tests.bench_tools import Reference, pairs, photos, report, seconds
 from tests.helpers import history, make_project, runs, train
 from utils.annotation import main as annotate
 from utils.dataloader import DataGenerator, detection_collate
+from utils.processes import cores
 from utils.shrink import copy_path, reduced_copy, results
 
 SIZE = 512  # shorter side of the copies
@@ -31,7 +32,7 @@ def limit(path):
 
 
 def everything(work, paths):
-    for _, _, reason in results(work, paths):
+    for _, _, reason in results(work, paths, cores()):
         assert reason is None, reason
 
 

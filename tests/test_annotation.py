@@ -1,4 +1,6 @@
 """Folders of pictures as people have them: links, odd files and names, outputs that clash, processes that die."""
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -13,9 +15,11 @@ import pytest
 from PIL import Image
 
 from tests.helpers import environment
+from utils import lists
 from utils.annotation import main as annotate
 from utils.errors import UserError
 from utils.folders import pictures_below
+from utils.sample_data import DEFAULT_PATHS
 from utils.shrink import on_all_cores
 
 
@@ -185,6 +189,187 @@ def test_a_linked_list_is_written_through():
     annotate(["ds", "--train", "train.txt", "--test", "test.txt"])
     assert os.path.islink("train.txt") and os.path.islink("test.txt")
     assert Path("far/train.txt").read_text().count("\n") == 8 and Path("far/new.txt").read_text().count("\n") == 2
+
+
+def reader():
+    """What train.py does, in three parts; UserError, or names and lists that belong together."""
+    with lists.together(*DEFAULT_PATHS):
+        names, _ = lists.get_classes(DEFAULT_PATHS[0])
+        yield
+        train = Path(DEFAULT_PATHS[1]).read_text().split()
+        yield
+        test = Path(DEFAULT_PATHS[2]).read_text().split()
+    pairs = [(names[int(label)], path.split("/")[1]) for label, path in map(lists.split_line, train + test)]
+    assert all(name == folder for name, folder in pairs) and len({*train, *test}) == len(pairs) == 5 * len(names)
+
+
+def refuses(steps):
+    """Whether a reader ends in a sentence."""
+    try:
+        return [*steps] and False
+    except UserError:
+        return True
+
+
+def instants(monkeypatch, act):
+    """Call act(number) before each step of writing files."""
+    count = iter(range(1000))
+    for name in ("replace", "unlink", "fsync"):
+        def step(*words, real=getattr(os, name), **options):
+            act(next(count))
+            return real(*words, **options)
+        monkeypatch.setattr(os, name, step)
+    return count
+
+
+def two_sets():
+    """Lists of two classes, and a third class, which comes first, and another split to write now."""
+    numbered("ds/b", "ds/c")
+    annotate(["ds"])
+    numbered("ds/a")
+    return ["ds", "--force", "--seed", "3"]
+
+
+def test_whoever_reads_meanwhile_gets_what_belongs_together(monkeypatch):
+    """A reader that reads its three files at any three instants."""
+    words, waiting, ends = two_sets(), [], []
+    last = 8  # instants: three files are made safe, two lists taken away, three files put into place
+
+    def act(now):
+        assert now <= last
+        for schedule, steps in waiting:
+            if now in schedule:
+                try:
+                    for _ in range(schedule.count(now)):
+                        next(steps)
+                except (UserError, StopIteration) as end:
+                    ends.append((schedule, type(end)))
+        waiting[:] = [(schedule, steps) for schedule, steps in waiting if schedule not in dict(ends)]
+    waiting += [((i, j, k), reader()) for i in range(last + 1) for j in range(i, last + 1) for k in range(j, last + 1)]
+    with monkeypatch.context() as patch:
+        count = instants(patch, act)
+        annotate(words)
+        act(next(count))
+    assert not waiting and {kind for _, kind in ends} == {UserError, StopIteration}
+    assert dict(ends)[0, 0, 0] == dict(ends)[last, last, last] == StopIteration and dict(ends)[5, 5, 5] == UserError
+    assert len(listed()) == 15 and not refuses(reader())
+
+
+def test_a_kill_at_any_instant(monkeypatch):
+    """train.py refuses, or reads what belongs together; the same command mends it and leaves nothing behind."""
+    words, number, refused = two_sets(), 0, 0
+    while True:
+        child = os.fork()
+        if not child:
+            instants(monkeypatch, lambda now: now == number and os.kill(os.getpid(), signal.SIGKILL))
+            annotate(words)
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        refused += refuses(reader())
+        assert lists.get_classes(DEFAULT_PATHS[0])[0] in (["b", "c"], ["a", "b", "c"])
+        annotate(words)
+        assert len(listed()) == 15 and not refuses(reader())
+        assert sorted(os.listdir("model_data")) == ["cls_classes.txt", "cls_test.txt", "cls_train.txt"]
+        if not ended:
+            break
+        number += 1
+        annotate(["ds", "--force", "--seed", str(number)])
+    assert number == 8 and refused == 4
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_full_disk_changes_nothing(at, monkeypatch):
+    words = two_sets()
+    before = {path: Path(path).read_bytes() for path in DEFAULT_PATHS}
+
+    def full(now):
+        if now == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        instants(patch, full)
+        with pytest.raises(UserError, match="No space left"):
+            annotate(words)
+    assert {path: Path(path).read_bytes() for path in DEFAULT_PATHS} == before and len(os.listdir("model_data")) == 3
+
+
+def test_one_of_two_annotations_writes():
+    words = two_sets()
+    before = {path: Path(path).read_bytes() for path in DEFAULT_PATHS}
+    other = os.open("model_data", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another annotation.*try again"):
+        annotate(words)
+    assert {path: Path(path).read_bytes() for path in DEFAULT_PATHS} == before
+    os.close(other)
+    annotate(words)
+
+
+@pytest.mark.parametrize("folders, given, named", [
+    (["ds/train", "ds/test"], "ds", "no class folders"), (["ds/train"], "ds", "'train'"), (["up/ds/cat", "up/ds/dog"], "up", "'ds'"),
+    (["up/ds/train/cat", "up/ds/test/cat"], "up", "'ds'"), (["ds/train/cat", "ds/test/cat"], "ds", "'cat'"), (["ds/cat"], "ds", "'cat'"),
+    (["ds"], "ds", "a folder for each class")])
+def test_one_class_is_nothing_to_learn(folders, given, named):
+    numbered(*folders)
+    Path(given, "papers").mkdir()  # without pictures
+    with pytest.raises(UserError, match=named):
+        annotate([given])
+    assert not os.path.exists("model_data/cls_train.txt")
+
+
+def test_one_class_where_the_other_cannot_be_read():
+    numbered("ds/cat", "ds/dog")
+    for path in Path("ds/dog").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="one class, 'cat'"):
+        annotate(["ds", "--check"])
+
+
+def test_one_name_in_two_spellings():
+    """é is one character on one disk and two on another: the class is one, and each path is as it lies there."""
+    one, two = normalize("NFC", "café"), normalize("NFD", "café")
+    numbered(f"ds/train/{one}", f"ds/train/{two}", "ds/train/tea", f"ds/test/{two}", "ds/test/tea")
+    annotate(["ds"])
+    assert classes() == [one, "tea"] and sum(listed().values()) == 25
+    assert {line.rpartition("/")[0] for line in listed()} == {
+        f"0;ds/train/{one}", f"0;ds/train/{two}", f"0;ds/test/{two}", "1;ds/train/tea", "1;ds/test/tea"}
+    assert all(os.path.isfile(line.partition(";")[2]) for line in listed())
+
+
+def test_what_operating_systems_leave_behind(capsys):
+    numbered("ds/cat", "ds/dog", "ds/__MACOSX/cat", "ds/@eaDir", "ds/cat/@eaDir", "ds/$RECYCLE.BIN", "ds/.ipynb_checkpoints",
+             "ds/dog/.Trash-1000", "ds/System Volume Information", "ds/lost+found")
+    tree("ds/cat/._0.png")
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        Path("ds/cat", name).write_text("nothing")
+    annotate(["ds"])
+    assert classes() == ["cat", "dog"] and sum(listed().values()) == 10 and "left out" not in capsys.readouterr().out
+
+
+def test_names_do_not_move_the_cursor(capsys):
+    numbered("ds/\x1b[2Jcat", "ds/dog\u202e")
+    Path("ds/dog\u202e/\x1b]0;x\x07.png").write_text("nothing")
+    Path("ds/dog\u202e/a.\x1b[1m").write_text("nothing")
+    annotate(["ds", "--check"])
+    out, err = capsys.readouterr()
+    assert out.isascii() and "\x1b" not in out + err and out.count("\\x1b[2Jcat") == 1 and "unreadable: ds/dog\\u202e/\\x1b]0;x\\x07.png" in out
+
+
+@pytest.mark.parametrize("name, words", [("ds ", "'ds ' is not a folder"), ("~/ds", "write the whole path"), ("ds\\cat", "backslash")])
+def test_folders_that_are_not_there(name, words):
+    numbered("ds/cat")
+    with pytest.raises(UserError, match=words):
+        annotate([name])
+
+
+def where(path):
+    return f"{path} {os.getpid()}"
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_as_many_processes_as_cores(number, monkeypatch):
+    monkeypatch.setattr("utils.shrink.cores", lambda: number)
+    processes = {text.split()[1] for text in on_all_cores(where, [*map(str, range(50))], "tried").values()}
+    assert 1 <= len(processes) <= number and str(os.getpid()) not in processes
 
 
 def fragile(path):

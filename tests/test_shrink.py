@@ -84,6 +84,65 @@ def test_copies(capsys):
     assert "shrunk 8/8" in capsys.readouterr().err  # three of them, one that was emptied, and four without a copy
 
 
+def test_another_picture_with_the_same_time_and_size():
+    for name in ("cat/a", "cat/b", "dog/a", "dog/b"):
+        save(f"photos/{name}.bmp", photo(200, 150))
+    annotate(["photos", "--shrink", "64"])
+    before, old = snapshot("photos-64"), os.stat("photos/cat/a.bmp")
+    save("new.bmp", photo(200, 150, 7))
+    os.utime("new.bmp", ns=(old.st_atime_ns, old.st_mtime_ns))
+    os.replace("new.bmp", "photos/cat/a.bmp")
+    assert (os.stat("photos/cat/a.bmp").st_mtime_ns, os.path.getsize("photos/cat/a.bmp")) == (old.st_mtime_ns, old.st_size)
+    annotate(["photos", "--shrink", "64"])
+    after = snapshot("photos-64")
+    assert {path.as_posix() for path in after if after[path] != before[path]} == {"photos-64/cat/a.bmp.jpg"}
+    shown = np.asarray(Image.open("photos-64/cat/a.bmp.jpg"), float)
+    assert np.abs(shown - np.asarray(photo(200, 150, 7).resize((85, 64), Image.Resampling.BICUBIC), float)).mean() < 6
+
+
+@pytest.mark.parametrize("link", ["folder", "deep folder", "mark", "copy"])
+def test_links_in_the_copies_folder_lead_nothing_out_of_it(link):
+    large()
+    save("photos/cat/deep/er/c.jpg", photo(400, 300))
+    for folder in ("photos-64", "home/er"):
+        Path(folder).mkdir(parents=True)
+    for name in ("home/.bashrc", "home/a.jpg", "home/er/c.jpg"):
+        Path(name).write_text("mine")
+    before = snapshot("home")
+    if link != "mark":
+        Path("photos-64/.reduced-copies").touch()
+    if link == "copy":
+        Path("photos-64/cat").mkdir()
+    target = {"folder": "cat", "deep folder": "cat/deep", "mark": ".reduced-copies", "copy": "cat/a.jpg"}[link]
+    Path("photos-64", target).parent.mkdir(exist_ok=True)
+    Path("photos-64", target).symlink_to(Path("home/.bashrc" if link in ("mark", "copy") else "home").absolute())
+    if "folder" in link:
+        with pytest.raises(UserError, match="through a link.*remove"):
+            annotate(["photos", "--shrink", "64"])
+    else:
+        annotate(["photos", "--shrink", "64"])
+        assert len(listed()) == 5 and all(Image.open(path).size == (85, 64) for path in listed())
+    assert snapshot("home") == before and len(list(Path("home").rglob("*"))) == 4
+    if link == "mark":  # one that leads nowhere makes no file either
+        shutil.rmtree("photos-64")
+        Path("photos-64").mkdir()
+        Path("photos-64/.reduced-copies").symlink_to(Path("home/new").absolute())
+        with pytest.raises(UserError, match="other things"):
+            annotate(["photos", "--shrink", "64"])
+        assert not os.path.lexists("home/new")
+
+
+def test_what_a_killed_pass_leaves_is_cleared():
+    large()
+    Path("photos-64").mkdir()
+    for name in (".reduced-copies", ".copies.abcd.draft"):
+        Path("photos-64", name).touch()
+    Path("photos-64/.copies.efgh.draft").mkdir()
+    Path("photos-64/.copies.efgh.draft/99.jpg").touch()
+    annotate(["photos", "--shrink", "64"])
+    assert sorted(os.listdir("photos-64")) == [".reduced-copies", "cat", "dog"]
+
+
 def test_another_size_has_another_folder():
     large()
     for size in (64, 32):

@@ -101,7 +101,8 @@ def collect(datasets, test_share, seed):
 def check_lists(datasets, names, lists):
     """UserError where nothing can be learnt from the lists, or nothing tested."""
     if not all(lists):
-        raise UserError(f"{datasets!r} gives {len(lists[0])} training and {len(lists[1])} test pictures; both need some")
+        raise UserError(f"{datasets!r} gives {len(lists[0])} training and {len(lists[1])} test pictures; both need "
+                        f"some, in a folder for each class")
     taught = {number for number, _ in lists[0]}
     if len(taught) == 1:
         raise UserError(f"all training pictures of {datasets!r} are of one class, {names[taught.pop()]!r}, so there is nothing to "

@@ -36,9 +36,9 @@ def class_name(text):
 
 
 def hint(path):
-    """Why a path may lead nowhere, or ''."""
+    """' (why a path may lead nowhere)', or ''."""
     if str(path).startswith("~"):
-        return " ('~' is for shells alone: write the whole path)"
+        return " ('~' means nothing outside of a shell: write the whole path)"
     return " (folders are divided by '/', not by a backslash)" if "\\" in str(path) and os.sep == "/" else ""
 
 
@@ -46,19 +46,17 @@ def check_text_file(name, path, remedy=REMEDY):
     """UserError when the file is missing, no regular file, empty, unreadable or not UTF-8."""
     try:
         check_regular(path, name)
-    except UserError as error:
-        raise UserError(f"{error}{hint(path)}: {remedy}") from None
-    try:
         with open(path, "rb") as file:
-            data = file.read(os.stat(path).st_size)  # files of the kernel may have no end, and say that they are empty
-        data.decode("utf-8")
+            data = file.read(os.stat(path).st_size)  # a file of the kernel may have no end, and says that it is empty
+        if not data.decode("utf-8").removeprefix("\ufeff").strip():
+            raise UserError(f"{name}: {path!r} is empty")
     except UnicodeDecodeError as error:
         line = data[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line} is not UTF-8 text: save {name}'s file as UTF-8") from None
+    except UserError as error:
+        raise UserError(f"{error}{hint(path)}: {remedy}") from None
     except OSError as error:
         raise UserError(f"{name}: {path!r} cannot be read ({error.strerror})") from None
-    if not data.removeprefix(b"\xef\xbb\xbf").strip():
-        raise UserError(f"{name}: {path!r} is empty: {remedy}")
 
 
 @contextmanager
@@ -120,35 +118,32 @@ def check_lines(lines, path, num_classes, classes_path):
             except (OSError, ValueError):
                 folders[folder] = set()
         if name not in folders[folder] and not os.path.isfile(picture):
-            missing.append(f"{path}:{number} {picture!r}")
+            missing.append((number, picture))
         kept.append(line)
     if missing:
-        shown = "; ".join(missing[:3]) + ("; …" if len(missing) > 3 else "")
+        shown = "; ".join([f"{path}:{number} {picture!r}" for number, picture in missing[:3]] + ["…"] * (len(missing) > 3))
         raise UserError(f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at "
-                        f"{os.getcwd()}): {shown}{hint(missing[0].partition(chr(39))[2])}")
+                        f"{os.getcwd()}): {shown}{hint(missing[0][1])}")
     return kept
 
 
-def labels_of(lines, path):
-    """{picture: its label} of checked lines, whatever the spelling of a picture's folder; says so where one has two."""
-    labels, two, folders = {}, [], cache(os.path.realpath)
-    for line in lines:
-        label, picture = split_line(line)
-        folder, slash, name = picture.rpartition("/")
-        if labels.setdefault(f"{folders(folder + slash)}/{name}", label.strip()) != label.strip():
-            two.append(picture)
-    if two:
-        say(f"WARNING: {path}: {len(two)} pictures stand there with two different labels, the first is {two[0]!r}")
-    return labels
-
-
 def check_both(train_lines, val_lines, train_path, val_path):
-    """UserError when there is nothing to tell apart; says how many pictures are in both lists, or have two labels."""
-    train, val = labels_of(train_lines, train_path), labels_of(val_lines, val_path)
-    kinds = set(train.values())
-    if len(kinds) == 1:
-        raise UserError(f"{train_path}: all pictures have the same label, {kinds.pop()!r}, so there is nothing to learn: was a folder "
-                        f"given to utils.annotation that holds the data set's folder?")
+    """Checked lines: UserError when there is one label alone; a warning of pictures with two labels, or in both lists."""
+    folders, found = cache(os.path.realpath), []  # one picture may be spelled in several ways
+    for path, lines in ((train_path, train_lines), (val_path, val_lines)):
+        labels, others = {}, []
+        for line in lines:
+            label, picture = split_line(line)
+            folder, slash, file = picture.rpartition("/")
+            if labels.setdefault((folders(folder + slash), file), label) != label:
+                others.append(picture)
+        if others:
+            say(f"WARNING: {path}: {len(others)} lines give a picture another label than a line before, the first is {others[0]!r}")
+        found.append(labels)
+    train, val = found
+    if len(set(train.values())) == 1:
+        raise UserError(f"{train_path}: all pictures have the label {min(train.values())!r}, so there is nothing to tell apart: name "
+                        "the folder whose folders are the classes to utils.annotation, not one around it")
     shared = len(train.keys() & val.keys())
     if shared:
         say(f"WARNING: {shared} pictures are in both the training and the test list: the scores will flatter")
@@ -163,8 +158,8 @@ def difference(was, now, before, after):
 def check_same_everywhere(**fingerprints):
     """UserError unless every process has read the same lists, {setting: fingerprint}. Collective."""
     everyone = gather_objects(fingerprints)
-    for name, mine in fingerprints.items():
-        for number, other in enumerate(everyone):
-            if other[name] != everyone[0][name]:
-                raise UserError(f"{name}: the lists of the processes differ ({everyone[0][name]} on rank 0, {other[name]} on "
+    for number, other in enumerate(everyone):
+        for name, value in other.items():
+            if value != everyone[0][name]:
+                raise UserError(f"{name}: the lists of the processes differ ({everyone[0][name]} on rank 0, {value} on "
                                 f"rank {number}): every machine needs the same file")

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import zlib
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -21,30 +22,34 @@ PAYS = 1.25  # a copy of less than this times its size would save less than a th
 KILLED = "it ended the process that read it, most likely for lack of memory"
 
 
-def attempt(work, item):
-    """(item, work(item), None), or (item, None, why it cannot be read)."""
-    try:
-        return item, work(item), None
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-        return item, None, why(error)
+def attempts(work, items):
+    """[(item, work(item), None), or (item, None, why it cannot be read)]."""
+    found = []
+    for item in items:
+        try:
+            found.append((item, work(item), None))
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+            found.append((item, None, why(error)))
+    return found
 
 
-def results(work, items, workers=min(cores(), 60)):
-    """What `attempt` gives, one by one, in order. Whatever was under way when a worker was killed is done again, each alone."""
-    at, size, posix = 0, max(1, min(16, len(items) // (8 * workers))), hasattr(signal, "pthread_sigmask")
+def results(work, items, workers):
+    """What `attempts` gives, one by one, in order. Whatever was under way when a worker was killed is done again, each alone."""
+    at, size = 0, max(1, min(16, len(items) // (8 * workers)))
     while at < len(items):
         pool = ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(0,))
         try:
-            if posix:  # Ctrl-C waits until the workers are known: one that has just begun would speak of it, or be left
-                mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            attempts = pool.map(partial(attempt, work), items[at:], chunksize=size)
-            if posix:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for found in attempts:
-                at += 1
-                yield found
+            with contextlib.ExitStack() as begun:  # until then Ctrl-C waits: a worker that nobody knows yet would outlive it
+                if hasattr(signal, "pthread_sigmask"):
+                    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+                    begun.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+                parcels = deque(pool.submit(attempts, work, items[i:i + size]) for i in range(at, len(items), size))
+            while parcels:
+                found = parcels.popleft().result()
+                at += len(found)
+                yield from found
         except BrokenProcessPool:
             if len(items) == 1:
                 yield items[0], None, KILLED
@@ -58,7 +63,7 @@ def on_all_cores(work, items, title):
     """{item: work(item)} of the items that raise nothing; the others are printed. Progress and the time left go to stderr."""
     progress, done, killed = ProgressLine(title, len(items), stream=sys.stderr), {}, 0
     try:
-        for number, (item, result, reason) in enumerate(results(work, items), 1):
+        for number, (item, result, reason) in enumerate(results(work, items, min(cores(), 60)), 1):
             killed = killed + 1 if reason == KILLED else 0
             if killed == 5:
                 raise UserError(f"five pictures in a row ended their processes, at last {item!r}: is there memory left?")

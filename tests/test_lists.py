@@ -1,0 +1,149 @@
+"""Class names and annotation lines: what is wrong with them becomes one sentence that names it."""
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from utils import lists
+from utils.dataloader import DataGenerator
+from utils.errors import UserError
+
+
+def lines_of(text, classes=3):
+    return lists.check_lines(text.splitlines(keepends=True), "list.txt", classes, "classes.txt")
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("0;a\nno separator\n", "list.txt:2 is not"), ("0;a\n\nx;a\n", "list.txt:3: the class id 'x'"), ("-1;a\n", "class id -1 is outside 0 … 2"),
+    ("3;a\n", "class id 3 is outside.*classes.txt"), ("1.0;a\n", "whole number"), ("0;\n", "list.txt:1 is not"), (";a\n", "''"),
+    ("0_0;a\n", "whole number"), ("+0;a\n", "whole number"), ("٠;a\n", "whole number"), ("9" * 5000 + ";a\n", "whole number"),
+    ("0;a\n1;gone\n2;gone too\n0;b\n1;3\n1;4\n", "5 of 6 pictures do not exist.*list.txt:2 'gone'; list.txt:3 'gone too'; .*; …"),
+    ("0;a \n", "list.txt:1 'a '"), ("0;~/a\n", "'~/a' .*write the whole path"), ("0;x\\a\n", "not by a backslash")])
+def test_annotation_lines(tmp_path, monkeypatch, text, sentence):
+    monkeypatch.chdir(tmp_path)
+    Path("a").touch()
+    with pytest.raises(UserError, match=sentence):
+        lines_of(text)
+
+
+def test_good_lines_of_every_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a b.jpg", "x;y.jpg", "漢字/é ü.png", "plain", "trailing "]
+    Path("漢字").mkdir()
+    for name in names:
+        Path(name).touch()
+    text = "\ufeff0;a b.jpg\r\n\r\n1;x;y.jpg\r\n 2 ;漢字/é ü.png\n   \n0;" + str(tmp_path / "plain") + "\n1;trailing "
+    kept = lines_of(text)
+    data = DataGenerator(kept, (8, 8))
+    assert [data.name(i).partition(";")[2] for i in range(len(data))] == [*names[:3], str(tmp_path / "plain"), "trailing "]
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (None, "does not exist.*python -m utils.annotation"), (b"", "is empty"), (b" \n\n", "is empty"), (b"\xef\xbb\xbf", "is empty"),
+    (b"0;a\n0;\xff\xfe\n", "list.txt:2 is not UTF-8"), ("folder", "is a folder")])
+def test_text_files(tmp_path, monkeypatch, content, sentence):
+    monkeypatch.chdir(tmp_path)
+    if content == "folder":
+        Path("list.txt").mkdir()
+    elif content is not None:
+        Path("list.txt").write_bytes(content)
+    for name in ("classes_path", "train_annotation_path"):
+        with pytest.raises(UserError, match=sentence):
+            lists.check_text_file(name, "list.txt", "python -m utils.annotation writes it")
+
+
+def test_class_files(tmp_path, capsys):
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffcat\r\n\r\ndog house\r\n".encode())
+    assert lists.get_classes(path) == (["cat", "dog house"], 2)
+    path.write_text("cat\n\ndog\n")
+    assert lists.get_classes(path) == (["cat", "dog"], 2) and "classes.txt:2 is blank" in capsys.readouterr().out
+    path.write_text("cafe\u0301\ndog\n", encoding="utf-8")
+    assert lists.get_classes(path) == (["caf\u00e9", "dog"], 2)
+    for text, named in (("cat\ndog\ncat\n", "cat"), ("cafe\u0301\ncaf\u00e9\n", "caf\u00e9"), ("\x1b[2Jcat\n" * 2, r"\\x1b\[2Jcat")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=f"more than once: {named}"):
+            lists.get_classes(path)
+
+
+def both(train, val):
+    lists.check_both(train, val, "train.txt", "test.txt")
+
+
+def test_two_lists(tmp_path, monkeypatch, capsys):
+    """One picture is one, however its folder is spelled: in both lists, or twice in one."""
+    monkeypatch.chdir(tmp_path)
+    Path("real").mkdir()
+    Path("linked").symlink_to("real")
+    both(["0;a\n", "1;b\n", "0;c\n"], ["1;b\n", "0;c\n", "0;d\n"])
+    assert capsys.readouterr().out.count("WARNING") == 1
+    both(["0;a", "1;real/b", "0;c", "1;other/c", "1;d"], [f"0;{tmp_path}/a", "1;linked/../linked/b", "0;./c", "0;e"])
+    assert "3 pictures are in both" in capsys.readouterr().out
+    both(["0;a", "1;b", "0;a", "1;./a", "2;a"], ["0;c", "1;./c"])
+    out = capsys.readouterr().out
+    assert "train.txt: 2 lines" in out and "'./a'" in out and "test.txt: 1 lines" in out and "both" not in out
+
+
+def test_one_label_is_nothing_to_learn():
+    with pytest.raises(UserError, match="label '0'.*nothing to tell apart"):
+        both(["0;a", "0;b"], ["0;c", "1;d"])
+
+
+def test_labels():
+    assert [lists.target_of(label, 3) for label in ("0", " 2 ", 1)] == [0, 2, 1] and lists.target_of("7") == 7
+    for label in ("", "+0", "0_0", "٠", "1.0", 1.0, True, "-1", 3, "9" * 5000):
+        with pytest.raises(UserError, match="class id"):
+            lists.target_of(label, 3)
+
+
+def test_lists_that_change_while_they_are_read(tmp_path):
+    """Together or not at all; by an editor, or by a rename that keeps time and size."""
+    paths = [tmp_path / name for name in ("classes", "train", "test")]
+    for path in paths:
+        path.write_text("0;a\n")
+    with lists.together(*paths):
+        pass
+    def renamed(path):
+        (tmp_path / "new").write_text("1;a\n")
+        os.utime(tmp_path / "new", ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+        os.replace(tmp_path / "new", path)
+    for change in (lambda path: path.write_text("1;bb\n"), renamed, Path.unlink):
+        for path in paths:
+            with pytest.raises(UserError, match="being written"):
+                with lists.together(*paths):
+                    change(path)
+            path.write_text("0;a\n")
+    with pytest.raises(UserError, match="its own words"):
+        with lists.together(*paths):
+            raise UserError("its own words")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=80) | st.text(alphabet="0129;:/.a\n\r \ufeff-", max_size=40).map(str.encode), st.integers(1, 4))
+def test_random_bytes_as_annotation(tmp_path_factory, data, classes):
+    path = tmp_path_factory.getbasetemp() / "fuzz.txt"
+    path.write_bytes(data)
+    try:
+        lists.check_text_file("train_annotation_path", str(path), "write it")
+        with open(path, encoding="utf-8") as f:
+            kept = lists.check_lines(f.readlines(), "fuzz.txt", classes, "classes")
+        dataset = DataGenerator(kept, (8, 8))
+        assert [dataset.name(i) for i in range(len(dataset))] == kept
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_million_lines_are_checked_quickly_enough(tmp_path):
+    """No timing here (the benchmark has it): that folders are listed, not every file asked for."""
+    for i in range(50):
+        (tmp_path / f"{i}.jpg").touch()
+    lines = [f"{i % 3};{tmp_path}/{i % 50}.jpg\n" for i in range(20_000)]
+    calls = []
+    real = os.path.isfile
+    try:
+        lists.os.path.isfile = lambda path: calls.append(path) or real(path)
+        assert len(lists.check_lines(lines, "list", 3, "classes")) == 20_000
+    finally:
+        lists.os.path.isfile = real
+    assert not calls

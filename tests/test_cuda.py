@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from nets import get_model, head_layers
-from tests.helpers import (ROOT, environment, history, make_data, make_project, run_of, runs, same, torchrun, train, weights,
+from tests.helpers import (ROOT, environment, history, make_data, make_project, run_of, runs, torchrun, train, weights,
                            write_network)
 from utils.checkpoint import Position
 from utils.fit import backward, optimizer_step
@@ -133,8 +133,7 @@ def test_compiled(tmp_path):
     with machine():
         train(folder, timeout=200)
     learned(folder)
-    network = get_model("resnet18", 3, [32, 32])  # any: keys are plain
-    assert not any("_orig_mod" in name for name in [*weights(run_of(folder)), *checkpoint(run_of(folder))["model"]]), network
+    assert list(weights(run_of(folder))) == list(checkpoint(run_of(folder))["model"]) and "0.weight" in weights(run_of(folder))
 
 
 def alike(a, b):
@@ -249,7 +248,7 @@ def test_to_a_cpu_and_back(cuda_run, tmp_path):
     (80, 1, ["--ema_decay", 0.9]),  # its average
     (80, 2, []),  # the buckets of DistributedDataParallel
     (110, 1, []),  # the gradients
-    (170, 1, ["--Unfreeze_batch_size", 16])])  # the optimizer
+    (170, 1, ["--ema_decay", 0.9])])  # the optimizer
 def test_out_of_memory(tmp_path, megabytes, gpus, words):
     folder = project(tmp_path, backbone="'resnet18'")
     with machine(gpus, FAKE_MEM_MB=megabytes):
@@ -267,7 +266,7 @@ def test_compile_wants_one_gpu_a_process(tmp_path):
 
 def test_one_picture_for_each_gpu(tmp_path):
     """DataParallel splits 3 pictures into 2 and 1, which BatchNorm cannot take."""
-    folder = project(tmp_path)
+    folder = project(tmp_path, NETWORK.replace("nn.Flatten(),", "nn.Flatten(), nn.BatchNorm1d(16),"))
     with machine(2):
         for batch_size in (2, 3):
             _, err = train(folder, "--Unfreeze_batch_size", batch_size, code=1)
@@ -286,7 +285,7 @@ def test_gradients_that_stay_nan(tmp_path):
 
 
 def test_the_first_bad_loss_is_named_within_bounds(tmp_path):
-    folder = project(tmp_path, NETWORK + ", nn.Hardtanh(math.nan, math.inf)".replace("math.", "torch."))
+    folder = project(tmp_path, NETWORK + ", nn.Threshold(torch.inf, torch.nan)")
     path = folder / "nets" / "small.py"
     path.write_text("import torch\n" + path.read_text())
     with machine():

@@ -6,9 +6,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torchvision.transforms import v2
 from nets import get_model, head_layers
 from tests.helpers import (ROOT, environment, history, make_data, make_project, run_of, runs, torchrun, train, weights,
                            write_network)
-from utils.checkpoint import Position
+from utils.errors import sentence
 from utils.fit import backward, optimizer_step
 from utils.pictures import normalize
 from utils.recipe import EMA, Recipe, get_optimizer, sums_of
@@ -70,7 +72,7 @@ def checkpoint(run):
 
 def one_sentence(err, *words):
     """A mistake of the user's, told without a traceback."""
-    said = [line for line in err.splitlines() if line.startswith(("error: ", "[rank"))]
+    said = re.findall(r"^(?:\[rank \d+\] )?error: (.*)", err, re.M)
     assert said and "Traceback" not in err and all(word in said[0] for word in words), err
 
 
@@ -84,7 +86,8 @@ def test_the_unedited_file(tmp_path, own_data):
     with machine():
         train(tmp_path, "--UnFreeze_Epoch", 1, timeout=300)
     row, = history(run_of(tmp_path))
-    assert row["top1"] > (0.5 if own_data else 0.15) and all(math.isfinite(value) for value in row.values())
+    assert row["train_loss"] < math.log(3 if own_data else 10)  # what guessing has
+    assert all(math.isfinite(value) for value in row.values())
     state = checkpoint(run_of(tmp_path))
     assert state["scaler"]["scale"] == row["scale"] and all(t.isfinite().all() for t in state["model"].values())
 
@@ -299,7 +302,7 @@ Last error:
 Error while creating shared memory segment /dev/shm/nccl-vyUsAH (size 33030528), error: No space left on device (28)"""
 ERRORS = [
     (torch.AcceleratorError, "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be "
-     "asynchronously reported", ["GPU", "torch"]),
+     "asynchronously reported", ["GPU", "PyTorch"]),
     (dist.DistBackendError, NCCL, ["/dev/shm", "No space left", "ncclSystemError"]),
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20.00 MiB.", ["Unfreeze_batch_size", "input_shape"]),
     (torch.AcceleratorError, "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'", ["Unfreeze_batch_size", "input_shape"]),
@@ -309,7 +312,6 @@ ERRORS = [
 
 @pytest.mark.parametrize("kind, text, words", ERRORS)
 def test_sentences_of_errors(kind, text, words):
-    from utils.errors import sentence
     told = sentence(kind(text) if kind is not torch.AcceleratorError else accelerator_error(text))
     assert told and all(word in told for word in words), told
 
@@ -323,21 +325,22 @@ def accelerator_error(text):
 
 def test_no_step_waits_for_the_gpu():
     with machine():
-        torch.cuda.init()
-    model = get_model("resnet18", 10, [64, 64]).cuda()
-    optimizer, scaler = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4), torch.amp.GradScaler("cuda")
+        model = get_model("resnet18", 10, [64, 64]).cuda()
+    optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
+    device, scaler = torch.device("cuda"), torch.amp.GradScaler("cuda", init_scale=128.0)  # whose first step does not overflow
     parts = [(torch.zeros(8, 3, 64, 64, dtype=torch.uint8).pin_memory(), torch.zeros(8, dtype=torch.int64).pin_memory(), [])] * 2
-    position = Position(0, torch.device("cuda"), 0)
     recipe = Recipe(mix=v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)]), ema=EMA(model, 0.9))
+    sums = Counter()
     for mode in ("default", "error", "error", "error"):  # the first step may set things up
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            backward(model, parts, position.device, True, True, scaler, recipe, position)
+            for loss, scores, targets in backward(model, parts, device, True, True, scaler, recipe):
+                sums.update(sums_of(loss, scores, targets, recipe.settings))
             optimizer_step(optimizer, scaler, 1.0)
             recipe.ema.update_parameters(model)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert position.sums["pictures"] == 64
+    assert sums["pictures"] == 64
 
 
 class Launches(TorchDispatchMode):
@@ -361,9 +364,9 @@ def test_small_launches():
     with machine():
         device = torch.device("cuda", 0)
     pictures = torch.zeros(8, 3, 32, 32, dtype=torch.uint8).pin_memory()
-    assert launches(lambda: normalize(pictures, device)) <= 4  # a copy, and three
+    assert launches(lambda: normalize(pictures, device, {})) <= 4  # a copy, and three
     model = get_model("resnet18", 10, [32, 32]).to(device)
     ema = EMA(model, 0.9)
     assert launches(lambda: ema.update_parameters(model)) <= 6  # however many layers
     scores, targets, loss = torch.zeros(8, 10, device=device), torch.zeros(8, dtype=torch.int64, device=device), torch.zeros((), device=device)
-    assert launches(lambda: sums_of(loss, scores, targets)) <= 14
+    assert launches(lambda: sums_of(loss, scores, targets, {})) <= 14

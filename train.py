@@ -120,7 +120,8 @@ if __name__ == "__main__":
     train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed, num_classes, cache_mb)
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb)
     del train_lines, val_lines
-    lists.check_same_everywhere(train_annotation_path=train_data.fingerprint(), test_annotation_path=val_data.fingerprint())
+    lists.check_same_everywhere(train_annotation_path=train_data.fingerprint()["source"],
+                                test_annotation_path=val_data.fingerprint()["source"])
     say(train_data.note(), end="")
     settings = {name: globals()[name] for name in settings}  # with the sample's paths
     if train_data.in_memory and val_data.in_memory and not Cuda:
@@ -169,7 +170,7 @@ if __name__ == "__main__":
     checkpoint.catch_signals()
     if state is None and rank() == 0:
         save_image(os.path.join(save_dir, "first_batch.png"), contact_sheet(
-            batch[0].permute(0, 2, 3, 1), [said(target, class_names) for target in batch[1]]))
+            batch[0][:32].permute(0, 2, 3, 1), [said(target, class_names) for target in batch[1]]))
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):

@@ -37,7 +37,7 @@ fp16 = "auto"  # mixed precision: float16 on CUDA, bfloat16 on CPU; 'auto': on C
 channels_last = True  # memory format of pictures and weights; faster for nearly every convolutional network
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = 2  # data-loader processes for each training process
-cache_mb = 500  # memory for pictures of each list, in each training process, where augmentation is 'none' or 'flip'; 0 = off
+cache_mb = 500  # on a CPU: keep the pictures of a list that needs less memory, with augmentation 'none' or 'flip'; 0 = off
 seed = 11  # of weights, order and augmentation
 
 # The data: lines of 'class_id;path', written by python -m utils.annotation
@@ -117,14 +117,15 @@ if __name__ == "__main__":
         np.random.shuffle(train_lines)
         np.random.seed(None)
     num_train, num_val, num_classes = len(train_lines), len(val_lines), len(class_names)
-    train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed, num_classes, cache_mb)
+    train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed, num_classes,
+                               cache_mb * (not Cuda), mean)  # beside a GPU each loader process would keep its own
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb)
     del train_lines, val_lines
     lists.check_same_everywhere(train_annotation_path=train_data.fingerprint()["source"],
                                 test_annotation_path=val_data.fingerprint()["source"])
     say(train_data.note(), end="")
     settings = {name: globals()[name] for name in settings}  # with the sample's paths
-    if train_data.in_memory and val_data.in_memory and not Cuda:
+    if train_data.in_memory:
         num_workers = 0  # loader processes would take more from a CPU that trains than they save
     run, state = processes.on_rank_0(lambda: continued_run(resume, save_dir, settings, class_names))
 
@@ -158,7 +159,7 @@ if __name__ == "__main__":
     loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
     checkpoint = Checkpoint(
         save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema, "history": loss_history},
-        save_minutes, scored_on=f"{val_data.fingerprint()} {best_by}")
+        save_minutes, scored_on=f"{val_data.fingerprint()} {mean} {std} {best_by}")
     if state:
         checkpoint.load(state)
     config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, {

@@ -243,7 +243,7 @@ def test_a_run_in_training_is_left_alone(tmp_path):
         wait_for(living, "epoch 2/1000:")  # so the first epoch's checkpoint is written
         busy = run_of(folder)
         _, err = train(folder, "--resume", f"logs/{busy.name}", code=1)
-        assert "before the process that trains it has ended" in err
+        assert "is being trained by another process" in err
         out, _ = train(folder, "--UnFreeze_Epoch", 1)
         assert "is being trained by another process" in out and "starting a new one" in out and len(runs(folder)) == 2
     finally:

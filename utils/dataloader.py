@@ -119,7 +119,7 @@ class DataGenerator(Dataset):
         return {**options, "source": f"{len(self)} pictures, {zlib.crc32(content):08x}"}
 
     def note(self):
-        """What to say before a training whose pictures are nearly black, a line, or ''."""
+        """A line to print before a training whose pictures are nearly black, or ''."""
         peaks = [image.max() for image, _, _ in self.some() if image is not None]
         return "NOTE: the pictures look nearly black, no value of some of them is above 16 of 255. So do greys of 12 bits in " \
                "16-bit files, where white is 65535: multiply them by 16\n" if peaks and max(peaks) <= 16 else ""

@@ -14,7 +14,7 @@ from utils.dataloader import DataGenerator, EpochSampler, detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.recipe import Recipe, get_optimizer
-from utils.workers import ignore_signals
+from utils.processes import ignore_signals
 
 
 def bench_pictures(folder):
@@ -23,7 +23,7 @@ def bench_pictures(folder):
 
     def reading(paths, random):
         data = DataGenerator([f"0;{p}" for p in paths], (224, 224), random, "crop", val_crop=0.875)
-        return lambda: seconds(lambda: detection_collate([data[1, i] for i in range(len(paths))]))
+        return lambda: seconds(lambda: detection_collate([data[1, i, i] for i in range(len(paths))]))
     for paths, size, target in ((small, "500×375", "≥ 2"), (photos(folder, 32, 500, 375, grain=0), "500×375", "≥ 2"),
                                 (photos(folder, 6, 3264, 2448), "3264×2448", "≥ 4"),
                                 (photos(folder, 6, 3264, 2448, grain=0), "3264×2448", "≥ 4")):

@@ -244,8 +244,8 @@ def test_a_run_in_training_is_left_alone(tmp_path):
         busy = run_of(folder)
         _, err = train(folder, "--resume", f"logs/{busy.name}", code=1)
         assert "is being trained by another process" in err
-        out, _ = train(folder, "--UnFreeze_Epoch", 1)
-        assert "is being trained by another process" in out and "starting a new one" in out and len(runs(folder)) == 2
+        _, err = train(folder, "--UnFreeze_Epoch", 1, code=1)  # not an older, abandoned one either
+        assert "is being trained by another process" in err and "resume = False" in err and len(runs(folder)) == 1
     finally:
         os.killpg(living.pid, signal.SIGKILL)
         living.communicate()

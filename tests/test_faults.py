@@ -136,11 +136,11 @@ def test_a_test_list_that_goes_away(tmp_path):
 
 
 def test_an_error_in_a_worker_keeps_its_own_text(tmp_path):
-    folder = make_project(tmp_path, num_workers=1)
+    folder = make_project(tmp_path, num_workers=1, cache_mb=0)
     make_data(folder, train=24, test=6)
     text = (folder / "utils/dataloader.py").read_text()
     for error, shown in (("RuntimeError('my own mistake')", "RuntimeError: my own mistake"), ("KeyError('lost')", "'lost'")):
-        (folder / "utils/dataloader.py").write_text(text.replace("    readable = [item", f"    raise {error}\n    readable = [item"))
+        (folder / "utils/dataloader.py").write_text(text.replace("    readable = [", f"    raise {error}\n    readable = [", 1))
         _, err = train(folder, code=1)
         assert shown in err and "Traceback" in err and "worker died" not in err
 
@@ -188,7 +188,7 @@ def test_little_shared_memory(tmp_path):
     """As in a container with docker's 64 MB: one sentence instead of waiting for ever."""
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"], capture_output=True).returncode:
         pytest.skip("no private mounts here")
-    folder = make_project(tmp_path, num_workers=2, Unfreeze_batch_size=24, input_shape=[256, 256])
+    folder = make_project(tmp_path, num_workers=2, cache_mb=0, Unfreeze_batch_size=24, input_shape=[256, 256])
     make_data(folder, train=72, test=24)
     result = subprocess.run(["unshare", "-m", "bash", "-c", f"mount -t tmpfs -o size=4m tmpfs /dev/shm && exec {sys.executable} train.py"],
                             cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)

@@ -204,7 +204,7 @@ def test_tensorboard_is_optional(first):
 
 def test_sample_data(tmp_path):
     """Without any list, the shapes are drawn and trained on; with a list named, their absence is an error."""
-    folder = make_project(tmp_path, UnFreeze_Epoch=1, num_workers=2, Unfreeze_batch_size=100, backbone="'shufflenet_v2_x0_5'")
+    folder = make_project(tmp_path, UnFreeze_Epoch=1, num_workers=2, cache_mb=500, Unfreeze_batch_size=100, backbone="'shufflenet_v2_x0_5'")
     out, _ = train(folder)
     assert out.count("drawing 5000 + 600 sample pictures") == 1
     assert len(list((folder / "model_data/shapes/train").rglob("*.png"))) == 5000

@@ -15,7 +15,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(backbone="'squeezenet1_1'", input_shape=[32, 32], UnFreeze_Epoch=2, Freeze_batch_size=8, num_workers=0,
-             Unfreeze_batch_size=8, Init_lr=1e-2, fp16=False, Cuda="TEST_CUDA" in os.environ)  # the switch: TEST_CUDA=1
+             Unfreeze_batch_size=8, Init_lr=1e-2, fp16=False, cache_mb=0,
+             Cuda="TEST_CUDA" in os.environ)  # the switch: TEST_CUDA=1
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 

@@ -59,9 +59,9 @@ model_path = ""  # or from a weights file; '' for none
 
 # The phases: epochs up to Freeze_Epoch train the head alone, the others everything
 Init_Epoch = 0  # epoch to start at
-Freeze_Epoch = 5  # last epoch of the frozen phase
+Freeze_Epoch = 2  # last epoch of the frozen phase
 Freeze_batch_size = 32  # pictures a step over all processes, frozen
-UnFreeze_Epoch = 10  # last epoch
+UnFreeze_Epoch = 5  # last epoch of all: the number of epochs
 Unfreeze_batch_size = 32  # pictures a step over all processes, unfrozen
 Freeze_Train = False  # begin with the frozen phase (useful from pretrained weights)
 accumulate = 1  # batches whose gradients make one optimizer step
@@ -88,7 +88,7 @@ early_stop = 0  # stop after this many epochs without a better one; 0 = off
 # The run's folder
 save_dir = "logs"  # each run makes a folder here
 save_period = 10  # epochs between kept weight files
-save_minutes = 10  # also save the state inside long epochs; 0 = off
+save_minutes = 5  # also save the state inside long epochs: what a failure may cost; 0 = off
 resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 
 if __name__ == "__main__":

@@ -166,3 +166,25 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
     train(folder, "--Unfreeze_batch_size", 8, "--best_by", "f1", code=1)
     assert not list((folder / "logs").iterdir() if (folder / "logs").exists() else [])
     assert not runs(folder) if (folder / "logs").exists() else True
+
+
+def test_a_day_is_no_end_of_the_time_left(capsys):
+    from utils.processes import ProgressLine
+    line = ProgressLine("epoch 1/2", 1000)
+    line.begin -= 100  # seconds ago
+    line.show(1, 8, lambda: "", due=True)
+    assert "27:45:00 left" in capsys.readouterr().out
+
+
+def test_nothing_is_left_behind(tmp_path):
+    """No folder for temporary files, and no semaphore, where loader processes come from a server of them."""
+    folder = make_project(tmp_path / "project", UnFreeze_Epoch=1, num_workers=1)
+    make_data(folder, train=16, test=6)
+    text = (folder / "train.py").read_text()
+    (folder / "train.py").write_text(text.replace("worker_init_fn=ignore_signals", "worker_init_fn=ignore_signals, "
+                                                  "multiprocessing_context='forkserver'"))
+    (tmp_path / "temporary").mkdir()
+    result = subprocess.run([sys.executable, "train.py"], cwd=folder, env={**environment(), "TMPDIR": str(tmp_path / "temporary")},
+                            capture_output=True, text=True, timeout=90)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert not list((tmp_path / "temporary").iterdir())

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from utils import processes
 from utils.errors import UserError
-from utils.files import check_sums, load_tensors, save_tensors
+from utils.files import check_sums, load_tensors, on_cpu, save_tensors
 from utils.processes import rank, say
 from utils.recipe import restore_optimizer
 
@@ -55,12 +55,14 @@ def load_checkpoint(run):
     return None
 
 
-def check_finite(model, where):
-    """UserError when a weight is NaN or infinite."""
-    floating = [t for t in model.state_dict().values() if t.is_floating_point()]
-    if not torch.stack([torch.isfinite(t).all() for t in floating]).all():
-        raise UserError(f"the weights are not finite any more {where}: lower Init_lr, or set clip_grad_norm; "
-                        f"the files saved before are intact")
+def check_finite(state):
+    """UserError when a weight or the loss in a checkpoint is NaN or infinite."""
+    where = f"in epoch {state['epoch'] + 1}, step {state['step']}" if state["step"] else f"after epoch {state['epoch']}"
+    for name, what in (("model", "weights are"), ("ema", "averaged weights are"), ("totals", "loss is")):
+        tensors = [value for value in (state[name] or {}).values() if isinstance(value, torch.Tensor)]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise UserError(f"the {what} not finite any more {where}: lower Init_lr, or set clip_grad_norm; the files saved before "
+                            f"are intact")
 
 
 class Checkpoint:
@@ -106,7 +108,8 @@ class Checkpoint:
             self.position.step = kept["step"]
             if rank() == 0:
                 self.position.unreadable = kept["totals"].pop("unreadable")
-                self.position.sums.update(kept["totals"])
+                device = next(self.parts["model"].parameters()).device
+                self.position.sums.update({name: value.to(device) for name, value in kept["totals"].items()})
         return self.position
 
     def save(self, epoch, step=0, totals=None):
@@ -115,11 +118,10 @@ class Checkpoint:
         UserError when the weights are not finite, or the disk is full; the files saved before are then intact.
         """
         if rank() == 0:
-            for name in ("model", "ema"):
-                if self.parts.get(name):
-                    check_finite(self.parts[name], f"in epoch {epoch + 1}, step {step}" if step else f"after epoch {epoch}")
             state = {name: part and part.state_dict() for name, part in self.parts.items()}
-            state.update(best=self.best, epoch=epoch, step=step, totals=totals, order=self.order, scored_on=self.scored_on)
+            state = on_cpu({**state, "best": self.best, "epoch": epoch, "step": step, "totals": totals, "order": self.order,
+                            "scored_on": self.scored_on})
+            check_finite(state)
             save_tensors(Path(self.run, LAST), state, keep=Path(self.run, BEFORE))
         processes.barrier()
         self.saved_at = time.monotonic()

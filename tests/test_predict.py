@@ -91,6 +91,11 @@ def test_nothing_to_name_is_said(call, words, text):
         assert set(json.loads(line)) == {"picture", "error"}
 
 
+def test_a_closed_standard_input_names_no_picture(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert list(predict.listed(["-", "a.png"])) == ["a.png"]
+
+
 def test_a_dash_in_a_list_is_a_file(folder, call):
     code, out, err = call("run", "-", text=b"-\n" * 1500 + b"many/00.png\nempty\n")
     assert code == 1 and out.startswith("many/00.png: ") and err.count("unreadable picture: - (FileNotFoundError") == 1500

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.helpers import ROOT, environment, make_run, picture, weights
 from utils import predict
-from utils.errors import UserError
+from utils.errors import UserError, sentence
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,11 @@ def test_nothing_to_name_is_said(call, words, text):
     assert code == 1 and ("a folder without a picture" in err or "standard input names no picture" in err)
     for line in out.splitlines():
         assert set(json.loads(line)) == {"picture", "error"}
+
+
+def test_a_closed_standard_input_names_no_picture(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert list(predict.listed(["-", "a.png"])) == ["a.png"]
 
 
 def test_a_dash_in_a_list_is_a_file(folder, call):
@@ -214,5 +219,6 @@ def test_a_killed_worker_is_one_sentence(folder, call, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
     monkeypatch.setattr(predict, "read_crop", die)
     monkeypatch.setattr(predict, "cores", lambda: 2)
-    with pytest.raises(UserError, match="data-loader worker died"):
+    with pytest.raises(RuntimeError) as caught:
         predict.main(["run", "many"])
+    assert "data-loader worker died" in sentence(caught.value)

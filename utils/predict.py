@@ -67,7 +67,8 @@ def predictions(run, paths, size, num_workers=0):
 def listed(words):
     """The picture paths that files, folders and '-' (a list of both on standard input) name; a folder without any is its own."""
     for word in words:
-        for path in (os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer if line.strip()) if word == "-" else [word]:
+        lines = sys.stdin.buffer if word == "-" and sys.stdin else []  # None where it is closed
+        for path in (os.fsdecode(line).rstrip("\r\n") for line in lines if line.strip()) if word == "-" else [word]:
             yield from (os.path.isdir(path) and pictures_below(path)) or [path]
 
 

@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from utils import recipe
-from utils.annotation import pictures_below
 from utils.charts import drawable, font
 from utils.errors import UserError, plain
 from utils.files import save_image, writable
+from utils.folders import pictures_below
 from utils.pictures import centre_box, contents, opened, orientation, read_crop, to_rgb, upright
 from utils.processes import cores, one_sentence_errors
 from utils.trained import TrainedRun

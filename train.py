@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from nets import get_model, head_layers, is_transformer, lay_out, load_file, profile
 from utils import lists, processes
-from utils.charts import contact_sheet
+from utils.charts import contact_sheet, drawable
 from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
 from utils.files import save_image
@@ -171,7 +171,7 @@ if __name__ == "__main__":
     checkpoint.catch_signals()
     if state is None and rank() == 0:
         save_image(os.path.join(save_dir, "first_batch.png"), contact_sheet(
-            batch[0][:32].permute(0, 2, 3, 1), [said(target, class_names) for target in batch[1]]))
+            batch[0][:32].permute(0, 2, 3, 1), [said(target, drawable(class_names)) for target in batch[1]]))
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):

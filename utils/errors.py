@@ -48,7 +48,7 @@ def shown(value, length=80) -> str:
 
 def plain(text) -> str:
     """A name or path from somebody else as a terminal may show it: what would move the cursor or begin a line is escaped."""
-    return "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def sentence(error):

@@ -13,7 +13,7 @@ import uuid
 import torch
 import torch.distributed as dist
 
-from utils.errors import LOST, sentence
+from utils.errors import LOST, plain, sentence
 
 launch_id = uuid.uuid4().hex  # the same for all processes of one launch, also after torchrun has restarted them
 
@@ -194,7 +194,7 @@ def show_error(kind, error, trace):
     told, other = sentence(error), int(os.environ.get("LOCAL_RANK", 0)) > 0
     time.sleep(2 * other + 5 * bool(told and told.startswith(LOST)))
     whose = f"[rank {rank()}] " if other else ""
-    print(f"{whose}error: {told}" if told else whose + "".join(traceback.format_exception(kind, error, trace)), file=sys.stderr)
+    print(f"{whose}error: {plain(told)}" if told else whose + "".join(traceback.format_exception(kind, error, trace)), file=sys.stderr)
     end(1)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from utils.errors import UserError, plain
-from utils.files import clear_drafts, draft
+from utils.files import clear_drafts, draft, writable
 from utils.pictures import opened, orientation, to_rgb, upright, why
 from utils.processes import ProgressLine, cores, ignore_signals, say, stop_workers
 
@@ -36,8 +36,9 @@ def attempts(work, items):
 
 
 def results(work, items, workers):
-    """What `attempts` gives, one by one, in order. Whatever was under way when a worker was killed is done again, each alone."""
-    at, size = 0, max(1, min(16, len(items) // (8 * workers)))
+    """What `attempts` gives, in order. What was under way when one of several workers was killed is done again by a single
+    one, which takes item by item, so that it is known at which it died."""
+    at, size = 0, max(1, min(16, len(items) // (8 * workers))) if workers > 1 else 1
     while at < len(items):
         pool = ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(0,))
         try:
@@ -51,12 +52,13 @@ def results(work, items, workers):
                 at += len(found)
                 yield from found
         except BrokenProcessPool:
-            if len(items) == 1:
-                yield items[0], None, KILLED
-                return
-            for item in items[at:at + 2 * workers * size]:
+            if workers == 1:
+                yield items[at], None, KILLED
                 at += 1
-                yield from results(work, [item], 1)
+            else:
+                again = items[at:at + 2 * workers * size]
+                at += len(again)
+                yield from results(work, again, 1)
 
 
 def on_all_cores(work, items, title):
@@ -89,16 +91,11 @@ def decode(path):
 def copies_folder(datasets, size):
     """The folder for the copies, beside the data set's: photos-512. UserError where it is not ours, or cannot be made."""
     base = Path(datasets) if Path(datasets).name not in ("", "..") else Path(datasets).resolve()
-    folder = base.with_name(f"{base.name}-{size}")
-    try:
-        if folder.exists() and any(folder.iterdir()) and not Path(folder, MARK).exists():
-            raise UserError(f"{folder} holds other things than reduced copies: rename it")
-        folder.mkdir(exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            open(Path(folder, MARK), "x").close()  # never through a link
-    except OSError as error:
-        raise UserError(f"reduced copies cannot be written into {folder} ({error.strerror}): link {base} to a place that has "
-                        f"room for them, and name the link") from None
+    folder = writable(base.with_name(f"{base.name}-{size}"), f"link {base} to a place that has room for reduced copies, and name the link")
+    if any(folder.iterdir()) and not Path(folder, MARK).exists():
+        raise UserError(f"{folder} holds other things than reduced copies: rename it")
+    with contextlib.suppress(FileExistsError):
+        open(Path(folder, MARK), "x").close()  # which makes nothing through a link
     clear_drafts(folder)
     return folder
 
@@ -143,20 +140,25 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
         small = upright(to_rgb(image).resize((wide, high), Image.Resampling.BICUBIC), turn)
     copy, fresh = Path(copy_path(path, datasets, folder)), Path(drafts, f"{os.getpid()}.jpg")
     if any(place.is_symlink() for place in copy.parents if place.is_relative_to(folder) and place != Path(folder)):
-        raise UserError(f"{copy} would be written through a link, which may lead anywhere: remove the links in {folder}")
+        raise UserError(f"{str(copy)!r} would be written through a link, which may lead anywhere: remove the links in {folder}")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         small.save(fresh, quality=95, subsampling=0, icc_profile=profile)
         os.utime(fresh, ns=(time, time))
         os.replace(fresh, copy)
     except OSError as error:
-        raise UserError(f"{copy} could not be written ({error.strerror or error}): make room, then the same command "
+        raise UserError(f"{str(copy)!r} could not be written ({error.strerror or error}): make room, then the same command "
                         f"goes on") from None
     return copy.as_posix()
 
 
 def shrink(paths, datasets, size, check):
-    """{picture: the path to list, its copy's where one pays} of the readable ones; only what is new or changed is done."""
+    """{picture: the path to list, its copy's where one pays} of the readable ones; only what is new or changed is done.
+
+    Without a size no copies are made.
+    """
+    if not size:
+        return on_all_cores(decode, paths, "checked")
     folder = copies_folder(datasets, size)
     done = {path: copy for path in paths if is_current(path, copy := copy_path(path, datasets, folder))}
     with draft(folder / "copies", folder=True) as drafts:

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from tests.helpers import edit, environment, history, make_data, make_project, run_of, runs, start, train, weights
+from tests.helpers import edit, environment, history, make_data, make_project, run_of, start, train
 from tests.test_resume import children, wait_for
 from utils.errors import sentence
 

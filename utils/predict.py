@@ -18,11 +18,7 @@ from utils.charts import drawable, font
 from utils.errors import UserError, plain
 from utils.files import save_image, writable
 from utils.folders import pictures_below
-<<<<<<< HEAD
 from utils.pictures import centre_box, opened, orientation, read_crop, upright, why
-=======
-from utils.pictures import centre_box, contents, opened, orientation, read_crop, to_rgb, upright
->>>>>>> 566b647ad9549074cd40bf1c974bb3e500595b9a
 from utils.processes import cores, one_sentence_errors
 from utils.trained import TrainedRun
 

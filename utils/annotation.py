@@ -7,13 +7,12 @@
 import argparse
 import os
 import random
-import tempfile
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
 from utils.errors import UserError, plain
-from utils.files import clear_drafts, draft, lock, not_written
+from utils.files import clear_drafts, draft, lock, not_written, writable
 from utils.folders import Walk, is_line
 from utils.lists import class_name, get_classes, hint
 from utils.pictures import endings
@@ -117,11 +116,7 @@ def check_outputs(options):
             raise UserError(f"--{name} {path} is to be written twice: --classes, --train and --test must be three files")
         if os.path.lexists(path) and not os.path.isfile(path) or os.path.splitext(path)[1].lower() in endings():
             raise UserError(f"--{name} {path} is no text file: choose another one")
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            tempfile.TemporaryFile(dir=os.path.dirname(path)).close()
-        except OSError as error:
-            raise UserError(f"--{name} {path} cannot be written ({error.strerror}): choose another one") from None
+        writable(os.path.dirname(path), f"it is the folder of --{name} {path}, choose another one")
     return paths
 
 
@@ -162,8 +157,8 @@ def report(names, lists, left_out):
     say(f"{'class':<{width}}  {'training':>8}  {'test':>8}")
     for number, name in enumerate(shown):
         train, test = (count[number] for count in counts)
-        note = "no training pictures" if not train else "few training pictures" if train < FEW else "no test pictures" if not test else ""
-        say(f"{name:<{width}}  {train:>8}  {test:>8}" + (f"  WARNING: {note}" if note else ""))
+        note = "no training pictures" if not train else "few training pictures" if train < FEW else "no test pictures"
+        say(f"{name:<{width}}  {train:>8}  {test:>8}" + f"  WARNING: {note}" * (train < FEW or not test))
     for what, count in (+left_out).most_common(10):
         say(f"left out: {count} {plain(what)}")
 

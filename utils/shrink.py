@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from utils.errors import UserError, plain
-from utils.files import clear_drafts, draft
+from utils.files import clear_drafts, draft, writable
 from utils.pictures import opened, orientation, to_rgb, upright, why
 from utils.processes import ProgressLine, cores, ignore_signals, say, stop_workers
 
@@ -89,16 +89,11 @@ def decode(path):
 def copies_folder(datasets, size):
     """The folder for the copies, beside the data set's: photos-512. UserError where it is not ours, or cannot be made."""
     base = Path(datasets) if Path(datasets).name not in ("", "..") else Path(datasets).resolve()
-    folder = base.with_name(f"{base.name}-{size}")
-    try:
-        if folder.exists() and any(folder.iterdir()) and not Path(folder, MARK).exists():
-            raise UserError(f"{folder} holds other things than reduced copies: rename it")
-        folder.mkdir(exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            open(Path(folder, MARK), "x").close()  # never through a link
-    except OSError as error:
-        raise UserError(f"reduced copies cannot be written into {folder} ({error.strerror}): link {base} to a place that has "
-                        f"room for them, and name the link") from None
+    folder = writable(base.with_name(f"{base.name}-{size}"), f"link {base} to a place that has room for reduced copies, and name the link")
+    if any(folder.iterdir()) and not Path(folder, MARK).exists():
+        raise UserError(f"{folder} holds other things than reduced copies: rename it")
+    with contextlib.suppress(FileExistsError):
+        open(Path(folder, MARK), "x").close()  # which makes nothing through a link
     clear_drafts(folder)
     return folder
 

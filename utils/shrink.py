@@ -138,14 +138,14 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
         small = upright(to_rgb(image).resize((wide, high), Image.Resampling.BICUBIC), turn)
     copy, fresh = Path(copy_path(path, datasets, folder)), Path(drafts, f"{os.getpid()}.jpg")
     if any(place.is_symlink() for place in copy.parents if place.is_relative_to(folder) and place != Path(folder)):
-        raise UserError(f"{copy} would be written through a link, which may lead anywhere: remove the links in {folder}")
+        raise UserError(f"{str(copy)!r} would be written through a link, which may lead anywhere: remove the links in {folder}")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         small.save(fresh, quality=95, subsampling=0, icc_profile=profile)
         os.utime(fresh, ns=(time, time))
         os.replace(fresh, copy)
     except OSError as error:
-        raise UserError(f"{copy} could not be written ({error.strerror or error}): make room, then the same command "
+        raise UserError(f"{str(copy)!r} could not be written ({error.strerror or error}): make room, then the same command "
                         f"goes on") from None
     return copy.as_posix()
 

@@ -172,7 +172,7 @@ def test_outputs_that_cannot_be_made_are_found_first(output, monkeypatch):
     os.mkfifo("fifo")
     os.mkdir("far")
     Path("blocked").write_text("a file")
-    monkeypatch.setattr("utils.annotation.on_all_cores", None)
+    monkeypatch.setattr("utils.annotation.shrink", None)
     before = Path("ds/cat/0.png").read_bytes()
     for option in ("--train", "--test"):
         with pytest.raises(UserError, match=f"{option}.*choose another one"):
@@ -380,7 +380,9 @@ def fragile(path):
     return path.upper()
 
 
-def test_a_killed_process_costs_its_picture_alone(capsys):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_killed_process_costs_its_picture_alone(number, monkeypatch, capsys):
+    monkeypatch.setattr("utils.shrink.cores", lambda: number)
     items = [f"{i}" for i in range(40)] + ["deadly"] + [f"{i}" for i in range(40, 60)] + ["wrong"]
     done = on_all_cores(fragile, items, "tried")
     assert done == {f"{i}": f"{i}" for i in range(60)}
@@ -404,8 +406,6 @@ def work(path):
     open("begun", "w").close()
     time.sleep(60)
 utils.shrink.decode = work
-import utils.annotation
-utils.annotation.decode = work
 if __name__ == "__main__":
     main(["ds", "--check"])
 """

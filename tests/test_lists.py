@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from utils import lists
+from utils import lists, sample_data
 from utils.dataloader import DataGenerator
 from utils.errors import UserError
 
@@ -147,3 +147,11 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     finally:
         lists.os.path.isfile = real
     assert not calls
+
+
+def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.sample_data.draw_set", lambda folder: Path(folder, "train.txt").touch())
+    Path("model_data/.shapes.abcd.draft").mkdir(parents=True)
+    assert sample_data.data_paths(*sample_data.DEFAULT_PATHS)[1] == "model_data/shapes/train.txt"
+    assert os.listdir("model_data") == ["shapes"] and os.listdir("model_data/shapes") == ["train.txt"]

@@ -9,6 +9,8 @@ import os
 import random
 from collections import Counter
 from contextlib import ExitStack
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from utils.errors import UserError, plain
@@ -18,7 +20,7 @@ from utils.lists import class_name, get_classes, hint
 from utils.pictures import endings
 from utils.processes import one_sentence_errors, say
 from utils.sample_data import DEFAULT_PATHS
-from utils.shrink import decode, on_all_cores, shrink
+from utils.shrink import shrink
 
 FEW = 10  # a class with fewer training pictures is warned about
 SPLITS = ("train", "test", "val", "valid")
@@ -63,17 +65,14 @@ def find_split(walk, datasets, test_share):
 
 
 def split_by_class(pairs, names, share, seed):
-    """[training pairs, test pairs]: `share` of each class for the test, at least one picture where there are two."""
-    paths = {number: [] for number in range(len(names))}
-    for number, path in pairs:
-        paths[number].append(path)
+    """[training pairs, test pairs] of sorted pairs: `share` of each class for the test, at least one picture where there are two."""
     train, test = [], []
-    for number, name in enumerate(names):
-        random.Random(f"{seed} {name}").shuffle(paths[number])
-        count = len(paths[number])
-        count = min(max(round(count * share), 1), count - 1) if count > 1 else 0
-        test += [(number, path) for path in sorted(paths[number][:count])]
-        train += [(number, path) for path in sorted(paths[number][count:])]
+    for number, group in groupby(pairs, itemgetter(0)):
+        mine = [*group]
+        random.Random(f"{seed} {names[number]}").shuffle(mine)
+        count = min(max(round(len(mine) * share), 1), len(mine) - 1)
+        test += sorted(mine[:count])
+        train += sorted(mine[count:])
     return [train, test]
 
 
@@ -190,8 +189,7 @@ def main(arguments=None):
                             f"--force overwrites it, --classes FILE writes another one")
     if options.shrink or options.check:
         paths = [path for pairs in lists for _, path in pairs]
-        readable = shrink(paths, options.datasets, options.shrink, options.check) if options.shrink else on_all_cores(
-            decode, paths, "checked")
+        readable = shrink(paths, options.datasets, options.shrink, options.check)
         lists = [[(number, readable[path]) for number, path in pairs if path in readable] for pairs in lists]
         check_lists(options.datasets, names, lists)
     report(names, lists, left_out)

@@ -3,7 +3,7 @@ import os
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 from utils.errors import UserError, plain
 from utils.files import check_regular
@@ -97,7 +97,7 @@ def check_lines(lines, path, num_classes, classes_path):
 
     Folders are listed once instead of asking for each file: a million questions are slow on a network disk.
     """
-    kept, folders, labels, missing = [], {}, set(), []
+    kept, folders, missing, read = [], {}, [], cache(partial(target_of, num_classes=num_classes))
     for number, line in enumerate(lines, 1):
         line = (line[1:] if number == 1 and line.startswith("\ufeff") else line).rstrip("\r\n")
         if not line.strip():
@@ -105,12 +105,10 @@ def check_lines(lines, path, num_classes, classes_path):
         label, separator, picture = line.partition(";")
         if not separator or not picture.strip():
             raise UserError(f"{path}:{number} is not 'class_id;path': {line[:120]!r}")
-        if label not in labels:
-            try:
-                target_of(label, num_classes)
-            except UserError as error:
-                raise UserError(f"{path}:{number}: {error} ({classes_path} has {num_classes} classes)") from None
-            labels.add(label)
+        try:
+            read(label)
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error} ({classes_path} has {num_classes} classes)") from None
         folder, slash, name = picture.rpartition("/")
         if folder not in folders:
             try:
@@ -135,7 +133,7 @@ def check_both(train_lines, val_lines, train_path, val_path):
         for line in lines:
             label, picture = split_line(line)
             folder, slash, file = picture.rpartition("/")
-            if labels.setdefault((folders(folder + slash), file), label) != label:
+            if labels.setdefault((folders(folder + slash), file), label.strip()) != label.strip():
                 others.append(picture)
         if others:
             say(f"WARNING: {path}: {len(others)} lines give a picture another label than a line before, the first is {others[0]!r}")

@@ -36,8 +36,9 @@ def attempts(work, items):
 
 
 def results(work, items, workers):
-    """What `attempts` gives, one by one, in order. Whatever was under way when a worker was killed is done again, each alone."""
-    at, size = 0, max(1, min(16, len(items) // (8 * workers)))
+    """What `attempts` gives, in order. What was under way when one of several workers was killed is done again by a single
+    one, which takes item by item, so that it is known at which it died."""
+    at, size = 0, max(1, min(16, len(items) // (8 * workers))) if workers > 1 else 1
     while at < len(items):
         pool = ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(0,))
         try:
@@ -51,12 +52,13 @@ def results(work, items, workers):
                 at += len(found)
                 yield from found
         except BrokenProcessPool:
-            if len(items) == 1:
-                yield items[0], None, KILLED
-                return
-            for item in items[at:at + 2 * workers * size]:
+            if workers == 1:
+                yield items[at], None, KILLED
                 at += 1
-                yield from results(work, [item], 1)
+            else:
+                again = items[at:at + 2 * workers * size]
+                at += len(again)
+                yield from results(work, again, 1)
 
 
 def on_all_cores(work, items, title):
@@ -151,7 +153,12 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
 
 
 def shrink(paths, datasets, size, check):
-    """{picture: the path to list, its copy's where one pays} of the readable ones; only what is new or changed is done."""
+    """{picture: the path to list, its copy's where one pays} of the readable ones; only what is new or changed is done.
+
+    Without a size no copies are made.
+    """
+    if not size:
+        return on_all_cores(decode, paths, "checked")
     folder = copies_folder(datasets, size)
     done = {path: copy for path in paths if is_current(path, copy := copy_path(path, datasets, folder))}
     with draft(folder / "copies", folder=True) as drafts:

@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -13,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nets import get_model, head_layers
 from tests.bench_trainings import FINETUNE, SCRATCH
 from tests.helpers import environment, history, make_data, make_project, run_of, same, train, weights
-from utils.checkpoint import Position
 from utils.fit import backward, optimizer_step
-from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, get_recipe
+from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, get_recipe, sums_of
 
 DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0)
 NO_SCALER = torch.amp.GradScaler("cuda", enabled=False)
@@ -36,9 +36,10 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     large = [(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), [])]
     gradients = []
     for given in (parts, large):
-        model, position = network(), Position(0, torch.device("cpu"), 0)
-        backward(model, given, position.device, False, False, NO_SCALER, Recipe(), position)
-        gradients.append(([p.grad for p in model.parameters()], position.sums))
+        model, sums = network(), Counter()
+        for loss, scores, targets in backward(model, given, "cpu", False, False, NO_SCALER, Recipe()):
+            sums.update(sums_of(loss, scores, targets, {}))
+        gradients.append(([p.grad for p in model.parameters()], sums))
     for a, b in zip(*[g[0] for g in gradients]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert gradients[0][1]["loss"].item() == pytest.approx(gradients[1][1]["loss"].item(), rel=1e-5)
@@ -55,15 +56,16 @@ class Waits(TorchDispatchMode):
 
 
 def test_a_step_reads_no_figure():
-    model, position, parts = network(), Position(0, torch.device("cpu"), 0), batches([4, 4])
+    model, sums, parts = network(), Counter(), batches([4, 4])
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
     for _ in range(2):  # the first one may set things up
         with Waits() as waits:
-            backward(model, parts, position.device, False, False, NO_SCALER, Recipe(), position)
+            for loss, scores, targets in backward(model, parts, "cpu", False, False, NO_SCALER, Recipe()):
+                sums.update(sums_of(loss, scores, targets, {}))
             optimizer_step(optimizer, NO_SCALER, 1.0)
-    assert waits.count == 0 and position.sums["pictures"] == 16
+    assert waits.count == 0 and sums["pictures"] == 16
     with Waits() as waits:
-        position.sums["loss"].new_tensor(position.sums["loss"].item())
+        sums["loss"].new_tensor(sums["loss"].item())
     assert waits.count == 2  # it can count
 
 
@@ -92,8 +94,11 @@ def test_label_smoothing_and_class_weights():
     found = balanced_weights(targets.numpy(), 3)
     assert found.tolist() == pytest.approx(compute_class_weight("balanced", classes=targets.unique().numpy(), y=targets.numpy()).tolist())
     recipe = get_recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), 3, found)
-    each = F.cross_entropy(scores, targets, found, label_smoothing=0.1, reduction="none")
+    each = found[targets] * F.cross_entropy(scores, targets, label_smoothing=0.1, reduction="none")
     torch.testing.assert_close(recipe.criterion(scores, targets), each.mean())
+    mixed = 0.3 * F.one_hot(targets, 3).float() + 0.7 * F.one_hot(targets.flip(0), 3).float()
+    both = 0.3 * each + 0.7 * found[targets.flip(0)] * F.cross_entropy(scores, targets.flip(0), label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(recipe.criterion(scores, mixed), both.mean())
     assert found[targets].mean() == pytest.approx(1)  # so that the rate means what it means without weights
     torch.testing.assert_close(recipe.val_criterion(scores, targets), F.cross_entropy(scores, targets))
 
@@ -128,20 +133,23 @@ def test_ema_is_the_one_of_torch():
     assert all(int(v) == 4 for k, v in ours.state_dict().items() if k.endswith("num_batches_tracked"))
 
 
-def test_early_stop(tmp_path):
-    folder = make_project(tmp_path, early_stop=2, UnFreeze_Epoch=30, Init_lr=0.01, backbone="'resnet18'")
-    make_data(folder, train=96, test=12)
-    out, _ = train(folder)
-    rows = history(run_of(folder))
-    best = max(rows, key=lambda row: row["top1"])
-    assert len(rows) == best["epoch"] + 2 < 30
-    _, err = train(folder, "--resume", f"logs/{run_of(folder).name}", code=1)
-    assert "finished" in err
-
-
 @pytest.mark.parametrize("recipe", [SCRATCH, FINETUNE], ids=["scratch", "finetune"])
 def test_the_recipes_that_are_measured(tmp_path, recipe):
     folder = make_project(tmp_path, UnFreeze_Epoch=2)
     make_data(folder, train=24, test=6)
     train(folder, *(word for name, value in {**recipe, "Freeze_Epoch": 1}.items() for word in (f"--{name}", value)))
     assert len(history(run_of(folder))) == 2
+
+
+@pytest.mark.parametrize("counts", [[980, 20], [960] * 9 + [10]])
+def test_the_best_scores_under_class_weights_are_right(counts):
+    """With smoothing and weights, the loss's own optimum names every picture rightly where pictures can be told apart."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    recipe = get_recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), len(counts), balanced_weights(labels.numpy(), len(counts)))
+    scores = torch.zeros(len(counts), len(counts), requires_grad=True)  # one row of scores for the pictures of each class
+    optimizer = torch.optim.Adam([scores], 0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        recipe.criterion(scores[labels], labels).backward()
+        optimizer.step()
+    assert scores.argmax(1).tolist() == list(range(len(counts)))

@@ -26,11 +26,6 @@ def others_at_work():
     return now and hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.1
 
 
-# Idle OpenMP threads spin. Long turns wake them fast; where anything else wants their cores, the default of endless turns
-# made training 30 times slower
-os.environ.setdefault("GOMP_SPINCOUNT", "1000" if others_at_work() else "5000")
-
-
 def quiet_interrupt(kind, error, trace):
     """Ctrl-C while torch is being imported needs no traceback."""
     if issubclass(kind, KeyboardInterrupt):
@@ -39,3 +34,7 @@ def quiet_interrupt(kind, error, trace):
 
 
 sys.excepthook = quiet_interrupt
+
+# Idle OpenMP threads spin. Long turns wake them fast; where anything else wants their cores, the default of endless turns
+# made training 30 times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "1000" if others_at_work() else "5000")

@@ -31,12 +31,14 @@ def draft(path, folder=False):
     """
     path, make = Path(path), tempfile.mkdtemp if folder else tempfile.mkstemp
     made = make(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)
-    number, name = (os.open(made, os.O_RDONLY), made) if folder else made
+    number, name = made if not folder else (os.open(made, os.O_RDONLY) if fcntl else None, made)
     try:
-        lock(number)
+        if number is not None:  # Windows opens no folder
+            lock(number)
         yield Path(name)
     finally:
-        os.close(number)
+        if number is not None:
+            os.close(number)
         remove(name)
 
 

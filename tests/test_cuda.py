@@ -154,14 +154,27 @@ def alike(a, b):
     return all(map(alike, a, b)) and len(a) == len(b) if isinstance(a, (list, tuple)) else a == b
 
 
+ANY_SHAPE = """
+scalar_sums = sums_of
+
+
+def sums_of(loss, scores, targets, settings):
+    return {**scalar_sums(loss, scores, targets, settings), "by_class": scores.detach().double().sum(0)}
+"""
 WAYS = [("sgd", 1, 1)] + [pytest.param(*way, marks=pytest.mark.slow)
                           for way in (("adamw", 1, 1), ("sgd", 2, 1), ("sgd", 2, 2), ("adamw", 2, 2))]
 
 
 @pytest.mark.parametrize("optimizer, gpus, processes", WAYS)
 def test_a_signal_after_an_overflow_changes_no_bit(tmp_path, optimizer, gpus, processes):
-    """Steps 2 and 6 overflow, the signal comes in step 4: the end is that of the run that was left alone."""
+    """Steps 2 and 6 overflow, the signal comes in step 4: the end is that of the run that was left alone.
+
+    A fork's sum that is no scalar is continued on the GPU as well.
+    """
     alone, stopped = (project(tmp_path / name, optimizer_type=repr(optimizer), momentum=0.8) for name in ("alone", "stopped"))
+    for folder in (alone, stopped):
+        with open(folder / "utils/recipe.py", "a") as file:
+            file.write(ANY_SHAPE)
     with machine(gpus, FAKE_INF_AT="2,6"):
         train(alone, launcher=launcher(processes))
     with machine(gpus, FAKE_INF_AT="2,6", FAKE_SIGTERM_AT=4):
@@ -288,13 +301,16 @@ def test_gradients_that_stay_nan(tmp_path):
     one_sentence(err, "gradient", "scale")
 
 
-def test_the_first_bad_loss_is_named_within_bounds(tmp_path):
-    folder = project(tmp_path, NETWORK + ", nn.Threshold(torch.inf, torch.nan)")
+@pytest.mark.parametrize("fakes", [{}, {"FAKE_SIGTERM_AT": 3}])
+def test_the_first_bad_loss_is_named_within_bounds(tmp_path, fakes):
+    """A GPU's losses are not looked at in every step; a signal before the next look saves nothing that cannot be continued."""
+    folder = project(tmp_path, NETWORK + ", nn.Threshold(math.inf, math.nan)")
     path = folder / "nets" / "small.py"
-    path.write_text("import torch\n" + path.read_text())
-    with machine():
+    path.write_text("import math\n" + path.read_text())
+    with machine(**fakes):
         _, err = train(folder, code=1)
-    one_sentence(err, "loss is not finite", "by step")
+    one_sentence(err, "loss is not finite", "step")
+    assert not (run_of(folder) / "last_checkpoint.pth").exists() and ("by step" in err or fakes)
 
 
 NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5

@@ -29,28 +29,30 @@ def draft(path, folder=False):
 
     It is locked, so that clear_drafts can tell the draft of a living program from what a killed one has left.
     """
-    path, make = Path(path), tempfile.mkdtemp if folder else tempfile.mkstemp
-    made = make(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)
-    number, name = made if not folder else (os.open(made, os.O_RDONLY) if fcntl else None, made)
+    path, held = Path(path), None
+    options = dict(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)
+    if folder:
+        name = tempfile.mkdtemp(**options)
+    else:
+        number, name = tempfile.mkstemp(**options)
+        os.close(number)  # Windows moves no file that is open
     try:
-        if number is not None:  # Windows opens no folder
-            lock(number)
+        if fcntl:
+            held = os.open(name, os.O_RDONLY)
+            lock(held)
         yield Path(name)
     finally:
-        if number is not None:
-            os.close(number)
+        if held is not None:
+            os.close(held)
         remove(name)
 
 
 def lock(number):
     """Whether an open file is now this program's alone; True as well where there are no locks. It ends with the program."""
     try:
-        if fcntl:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True
 
 
@@ -76,10 +78,11 @@ def save_file(path, write, keep=None):
     """
     path = Path(path)
     try:
-        with draft(path) as fresh, open(fresh, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        with draft(path) as fresh:
+            with open(fresh, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
             os.chmod(fresh, 0o666 & ~UMASK)
             if keep and path.is_file():
                 os.replace(path, keep)

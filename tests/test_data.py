@@ -197,7 +197,7 @@ def test_workers_change_nothing(lines, context):
 def test_lines_are_shared_tensors(lines):
     data = DataGenerator(lines, (32, 32))
     assert [data.name(i) for i in range(len(data))] == [line.rstrip("\n") for line in lines]
-    assert data.source.packed.is_shared() and data.source.ends.is_shared()
+    assert data.source.text.is_shared() and data.source.ends.is_shared()
     assert not any(isinstance(v, (list, np.ndarray)) and len(v) > 10 for v in vars(data).values())
 
 

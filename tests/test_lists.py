@@ -33,7 +33,7 @@ def test_good_lines_of_every_kind(tmp_path, monkeypatch):
     Path("漢字").mkdir()
     for name in names:
         Path(name).touch()
-    text = "\ufeff0;a b.jpg\r\n\r\n1;x;y.jpg\r\n 2 ;漢字/é ü.png\n   \n0;" + str(tmp_path / "plain") + "\n1;trailing "
+    text = "\ufeff0;a b.jpg\r\n\r\n\ufeff1;x;y.jpg\r\n 2 ;漢字/é ü.png\n   \n0;" + str(tmp_path / "plain") + "\n1;trailing "
     kept = lines_of(text)
     data = DataGenerator(kept, (8, 8))
     assert [data.name(i).partition(";")[2] for i in range(len(data))] == [*names[:3], str(tmp_path / "plain"), "trailing "]
@@ -57,6 +57,8 @@ def test_class_files(tmp_path, capsys):
     path = tmp_path / "classes.txt"
     path.write_bytes("\ufeffcat\r\n\r\ndog house\r\n".encode())
     assert lists.get_classes(path) == (["cat", "dog house"], 2)
+    path.write_bytes("cat\rdog\u2028house\r".encode())
+    assert lists.get_classes(path) == (["cat", "dog\u2028house"], 2)
     path.write_text("cat\n\ndog\n")
     assert lists.get_classes(path) == (["cat", "dog"], 2) and "classes.txt:2 is blank" in capsys.readouterr().out
     path.write_text("cafe\u0301\ndog\n", encoding="utf-8")

@@ -36,22 +36,21 @@ def own_data(settings):
 class AnnotationLines(Dataset):
     """Checked 'class_id;path' lines as a data set: item i is (path, class id as text).
 
-    They are packed into two shared-memory tensors, because a list of Python strings would be copied into every
-    worker little by little, as its reference counts are touched.
+    They stand in one shared-memory tensor, each between two line ends, because a list of Python strings would be copied
+    into every worker little by little, as its reference counts are touched.
     """
 
     def __init__(self, lines):
-        packed = "\n".join(line.rstrip("\r\n") for line in lines).encode("utf-8", "surrogateescape")
-        self.packed = torch.frombuffer(bytearray(packed or b"\n"), dtype=torch.uint8).share_memory_()
-        ends = np.append(np.flatnonzero(self.packed.numpy() == ord("\n")), len(packed))
-        self.ends = torch.from_numpy(ends[:len(lines)]).share_memory_()
+        text = "\n" + "".join(line.rstrip("\r\n") + "\n" for line in lines)
+        self.text = torch.frombuffer(bytearray(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8).share_memory_()
+        self.ends = (self.text == ord("\n")).nonzero()[:, 0].share_memory_()
 
     def __len__(self):
-        return len(self.ends)
+        return len(self.ends) - 1
 
     def line(self, index):
-        start = int(self.ends[index - 1]) + 1 if index else 0
-        return bytes(self.packed[start:int(self.ends[index])].numpy()).decode("utf-8", "surrogateescape")
+        text = self.text[int(self.ends[index]) + 1:int(self.ends[index + 1])]
+        return bytes(text.numpy()).decode("utf-8", "surrogateescape")
 
     def __getitem__(self, index):
         label, path = split_line(self.line(index))
@@ -98,9 +97,9 @@ class DataGenerator(Dataset):
     def class_ids(self):
         """The target of every picture, int64 (N,) of class ids: from the data set's `targets`, as torchvision's have, unless a
         transform may change them, else picture by picture."""
-        changed = any(getattr(self.source, name, None) for name in ("transforms", "target_transform"))
-        labels = None if changed else getattr(self.source, "targets", None)
-        labels = (self.source[index][1] for index in range(len(self))) if labels is None else labels
+        labels = getattr(self.source, "targets", None)
+        if labels is None or any(getattr(self.source, name, None) for name in ("transforms", "target_transform")):
+            labels = (self.source[index][1] for index in range(len(self)))
         return np.array([self.target(index, label) for index, label in enumerate(labels)])
 
     def some(self):
@@ -111,9 +110,11 @@ class DataGenerator(Dataset):
     def fingerprint(self):
         """{name: text} of all that a score depends on: every attribute but the memory. Of the source it is the lines, or
         another data set's `targets` and some pictures."""
-        content = self.source.packed.numpy() if isinstance(self.source, AnnotationLines) else repr(
-            [np.asarray(getattr(self.source, "targets", ()), object).tolist(),
-             *((image is not None and image.tolist(), target) for image, target, _ in self.some())]).encode()
+        if isinstance(self.source, AnnotationLines):
+            content = self.source.text.numpy()
+        else:
+            pictures = [(image is not None and image.tolist(), target) for image, target, _ in self.some()]
+            content = repr([np.asarray(getattr(self.source, "targets", ()), object).tolist(), *pictures]).encode()
         options = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in vars(self).items()
                    if name not in ("kept", "in_memory")}
         return {**options, "source": f"{len(self)} pictures, {zlib.crc32(content):08x}"}
@@ -142,21 +143,22 @@ class DataGenerator(Dataset):
         rng, unreadable = random.Random(f"{self.seed} {epoch} {place} {index}"), []  # a text seeds well mixed
         if self.random:
             torch.default_generator.manual_seed(rng.getrandbits(63))  # torch.manual_seed would walk through every device
-        while len(unreadable) < 100:
+        while True:
             try:
                 image, target = self.read(index)
+                break
             except BROKEN as error:
                 unreadable.append((index, why(error)))
-                if not self.random:
-                    return None, None, unreadable
-                index = rng.randrange(len(self))
-                continue
-            if self.random and self.augmentation != "none" and rng.random() < 0.5:
-                image = image.flip(1)  # v2's flip wants (3, H, W) and takes three times as long
-            for transform in self.transforms:
-                image = transform(image.permute(2, 0, 1)).permute(1, 2, 0)
-            return image.contiguous(), target, unreadable
-        raise UserError(f"100 pictures in a row cannot be read, the last one: {self.name(unreadable[-1][0])} ({unreadable[-1][1]})")
+            if not self.random:
+                return None, None, unreadable
+            if len(unreadable) == 100:
+                raise UserError(f"100 pictures in a row cannot be read, the last one: {self.name(index)} ({unreadable[-1][1]})")
+            index = rng.randrange(len(self))
+        if self.random and self.augmentation != "none" and rng.random() < 0.5:
+            image = image.flip(1)  # v2's flip wants (3, H, W) and takes three times as long
+        for transform in self.transforms:
+            image = transform(image.permute(2, 0, 1)).permute(1, 2, 0)
+        return image.contiguous(), target, unreadable
 
 
 def detection_collate(batch):

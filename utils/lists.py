@@ -1,8 +1,9 @@
 """Class names and annotation lines: what can be wrong with them before training, each as one sentence."""
 import os
+import re
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 
 from utils.errors import UserError, plain
@@ -22,8 +23,7 @@ def target_of(label, num_classes=None):
     """What a label says, the text of an annotation line or whatever a data set gives: the class id, an int. UserError, to which
     the caller adds the place."""
     text = str(label).strip()
-    digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 19):  # int() would take '+0', '0_0', '٠' and 0.5 as well
+    if not re.fullmatch("-?[0-9]{1,18}", text):  # int() would take '+0', '0_0', '٠' and 0.5 as well
         raise UserError(f"the class id {text[:40]!r} is not a whole number")
     if num_classes is not None and not 0 <= int(text) < num_classes:
         raise UserError(f"class id {int(text)} is outside 0 … {num_classes - 1}")
@@ -43,13 +43,15 @@ def hint(path):
 
 
 def check_text_file(name, path, remedy=REMEDY):
-    """UserError when the file is missing, no regular file, empty, unreadable or not UTF-8."""
+    """The file's text without a BOM; UserError when it is missing, no regular file, empty, unreadable or not UTF-8."""
     try:
         check_regular(path, name)
         with open(path, "rb") as file:
             data = file.read(os.stat(path).st_size)  # a file of the kernel may have no end, and says that it is empty
-        if not data.decode("utf-8").removeprefix("\ufeff").strip():
+        text = data.decode("utf-8").removeprefix("\ufeff")
+        if not text.strip():
             raise UserError(f"{name}: {path!r} is empty")
+        return text
     except UnicodeDecodeError as error:
         line = data[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line} is not UTF-8 text: save {name}'s file as UTF-8") from None
@@ -67,43 +69,39 @@ def together(*paths):
     """
     def state():
         return [(file.st_ino, file.st_mtime_ns, file.st_size) for file in map(os.stat, paths)]
-    try:
+    with suppress(FileNotFoundError):
         before = state()
         yield
-        same = state() == before
-    except FileNotFoundError:
-        same = False
-    if not same:
-        raise UserError(f"{', '.join(map(str, paths))} are being written: start again when they are complete")
+        if state() == before:
+            return
+    raise UserError(f"{', '.join(map(str, paths))} are being written: start again when they are complete")
 
 
 def get_classes(classes_path):
     """(class names, their number) from a text file, one name a line; blank lines are passed over, and it is said."""
-    check_text_file("classes_path", classes_path, "write one class name a line")
-    with open(classes_path, encoding="utf-8-sig") as file:
-        names = [class_name(line.strip()) for line in file.read().rstrip().split("\n")]
+    text = check_text_file("classes_path", classes_path, "write one class name a line")
+    names = [class_name(line.strip()) for line in re.split("\r\n?|\n", text.rstrip())]
     if "" in names:
         say(f"WARNING: {classes_path}:{names.index('') + 1} is blank: ids count the names alone, so the class after it has "
             f"the id of the blank line")
     names = [name for name in names if name]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{classes_path} names a class more than once: {', '.join(map(plain, twice[:5]))}")
     return names, len(names)
 
 
 def check_lines(lines, path, num_classes, classes_path):
-    """Annotation lines without blank ones and the BOM. UserError names the first wrong line; missing pictures are counted.
+    """Annotation lines without blank ones and BOMs. UserError names the first wrong line; missing pictures are counted.
 
     Folders are listed once instead of asking for each file: a million questions are slow on a network disk.
     """
     kept, folders, missing, read = [], {}, [], cache(partial(target_of, num_classes=num_classes))
     for number, line in enumerate(lines, 1):
-        line = (line[1:] if number == 1 and line.startswith("\ufeff") else line).rstrip("\r\n")
+        line = line.removeprefix("\ufeff").rstrip("\r\n")  # a BOM stands inside as well where files were joined
         if not line.strip():
             continue
-        label, separator, picture = line.partition(";")
-        if not separator or not picture.strip():
+        label, picture = split_line(line)
+        if not picture.strip():
             raise UserError(f"{path}:{number} is not 'class_id;path': {line[:120]!r}")
         try:
             read(label)
@@ -111,10 +109,9 @@ def check_lines(lines, path, num_classes, classes_path):
             raise UserError(f"{path}:{number}: {error} ({classes_path} has {num_classes} classes)") from None
         folder, slash, name = picture.rpartition("/")
         if folder not in folders:
-            try:
-                folders[folder] = set(os.listdir(folder + slash or "."))
-            except (OSError, ValueError):
-                folders[folder] = set()
+            folders[folder] = set()
+            with suppress(OSError, ValueError):
+                folders[folder].update(os.listdir(folder + slash or "."))
         if name not in folders[folder] and not os.path.isfile(picture):
             missing.append((number, picture))
         kept.append(line)
@@ -142,8 +139,7 @@ def check_both(train_lines, val_lines, train_path, val_path):
     if len(set(train.values())) == 1:
         raise UserError(f"{train_path}: all pictures have the label {min(train.values())!r}, so there is nothing to tell apart: name "
                         "the folder whose folders are the classes to utils.annotation, not one around it")
-    shared = len(train.keys() & val.keys())
-    if shared:
+    if shared := len(train.keys() & val.keys()):
         say(f"WARNING: {shared} pictures are in both the training and the test list: the scores will flatter")
 
 

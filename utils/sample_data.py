@@ -16,32 +16,26 @@ FOLDER = Path("model_data/shapes")
 SIZE, TRAIN, TEST = 64, 5000, 600
 
 
-def regular(points, inner=1.0):
-    """A regular polygon, or with `inner` < 1 a star, as (x, y) on the unit circle."""
-    count = points * (2 if inner < 1 else 1)
-    return [((inner if inner < 1 and i % 2 else 1) * math.cos(2 * math.pi * i / count),
-             (inner if inner < 1 and i % 2 else 1) * math.sin(2 * math.pi * i / count)) for i in range(count)]
-
-
 def curve(x, y, points=48):
-    return [(x(2 * math.pi * i / points), y(2 * math.pi * i / points)) for i in range(points)]
+    """An outline: (x(t), y(t)) at evenly spaced angles t; of the unit circle, a regular polygon's few corners."""
+    angles = [2 * math.pi * i / points for i in range(points)]
+    return [(x(t), y(t)) for t in angles]
 
 
-CROSS = [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3),
-         (-1, -.3), (-.3, -.3)]
-ARROW = [(-1, -.28), (.1, -.28), (.1, -.8), (1, 0), (.1, .8), (.1, .28), (-1, .28)]
+CIRCLE = curve(math.cos, math.sin)
 SHAPES = {  # outlines in a square from -1 to 1; the ring's hole is drawn as well
-    "arrow": ARROW,
-    "circle": curve(math.cos, math.sin),
-    "crescent": curve(math.cos, math.sin)[6:43] + curve(lambda t: .25 + .8 * math.cos(t), lambda t: .8 * math.sin(t))[42:6:-1],
-    "cross": CROSS,
+    "arrow": [(-1, -.28), (.1, -.28), (.1, -.8), (1, 0), (.1, .8), (.1, .28), (-1, .28)],
+    "circle": CIRCLE,
+    "crescent": CIRCLE[6:43] + curve(lambda t: .25 + .8 * math.cos(t), lambda t: .8 * math.sin(t))[42:6:-1],
+    "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3),
+              (-1, -.3), (-.3, -.3)],
     "heart": curve(lambda t: math.sin(t) ** 3,
                    lambda t: -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16),
     "rectangle": [(-1, -.35), (1, -.35), (1, .35), (-1, .35)],
-    "ring": curve(math.cos, math.sin),
-    "square": regular(4),
-    "star": regular(5, .4),
-    "triangle": regular(3),
+    "ring": CIRCLE,
+    "square": curve(math.cos, math.sin, 4),
+    "star": [(x * far, y * far) for (x, y), far in zip(curve(math.cos, math.sin, 10), (1, .4) * 5)],
+    "triangle": curve(math.cos, math.sin, 3),
 }
 
 
@@ -53,6 +47,12 @@ def colour(rng, dark=0, bright=255):
             return red, green, blue
 
 
+def placed(points, x, y, radius, angle):
+    """An outline's points in a picture: `radius` times as large, turned by `angle`, around (x, y)."""
+    c, s = radius * math.cos(angle), radius * math.sin(angle)
+    return [(x + c * px - s * py, y + s * px + c * py) for px, py in points]
+
+
 def draw_shape(name, rng):
     """One picture: a shape of any colour, size, angle and place, on clutter, partly covered."""
     scale = 3  # drawn larger and shrunk, for smooth edges
@@ -61,25 +61,18 @@ def draw_shape(name, rng):
     image = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randrange(3, 8)):  # clutter: lines and specks that are smaller than any shape
-        x, y, length, angle = rng.random() * side, rng.random() * side, rng.uniform(5, 14) * scale, rng.random() * 7
-        end = (x + length * math.cos(angle), y + length * math.sin(angle))
-        draw.line([(x, y), end], fill=colour(rng), width=rng.randrange(1, 3) * scale)
+        speck = rng.random() * side, rng.random() * side, rng.uniform(5, 14) * scale, rng.random() * 7
+        draw.line(placed([(0, 0), (1, 0)], *speck), fill=colour(rng), width=rng.randrange(1, 3) * scale)
     fill = colour(rng, 150, 255)
     radius, angle = rng.uniform(17, 28) * scale, rng.random() * 2 * math.pi
     x, y = (rng.uniform(radius * .9, side - radius * .9) for _ in range(2))
-
-    def placed(points, factor=1.0):
-        c, s = math.cos(angle) * radius * factor, math.sin(angle) * radius * factor
-        return [(x + c * px - s * py, y + s * px + c * py) for px, py in points]
-    draw.polygon(placed(SHAPES[name]), fill=fill)
+    draw.polygon(placed(SHAPES[name], x, y, radius, angle), fill=fill)
     if name == "ring":
-        draw.polygon(placed(SHAPES[name], .5), fill=background)
-    for _ in range(rng.randrange(0, 2)):  # partial occlusion: bars across the shape
-        a, across = rng.random() * 7, rng.uniform(-.6, .6) * radius
-        cx, cy = x - across * math.sin(a), y + across * math.cos(a)
-        reach = (radius * math.cos(a), radius * math.sin(a))
-        draw.line([(cx - reach[0], cy - reach[1]), (cx + reach[0], cy + reach[1])], fill=colour(rng),
-                  width=int(rng.uniform(.1, .22) * radius))
+        draw.polygon(placed(SHAPES[name], x, y, radius * .5, angle), fill=background)
+    for _ in range(rng.randrange(0, 2)):  # partial occlusion: a bar across the shape
+        turn, across = rng.random() * 7, rng.uniform(-.6, .6)
+        bar = placed([(-1, across), (1, across)], x, y, radius, turn)
+        draw.line(bar, fill=colour(rng), width=int(rng.uniform(.1, .22) * radius))
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

@@ -1,4 +1,7 @@
-"""The README's forks, as they stand there: alone, under torchrun, through a resume, and in evaluate and predict."""
+"""The forks of utils/README.md, as they stand there: alone, under torchrun, through a resume, and in the commands."""
+import csv
+import importlib.util
+import json
 import re
 import signal
 import subprocess
@@ -10,13 +13,24 @@ import pytest
 import torch
 
 from nets import get_model
-from tests.helpers import ROOT, environment, history, make_project, run_of, runs, same, start, torchrun, train, weights
+from tests.helpers import ROOT, environment, history, make_data, make_project, runs, same, start, torchrun, train, weights
 from tests.test_resume import kill_group
+from utils.errors import UserError
 
-FORKS = re.findall(r"\*\*([^*]+)\*\*:[^`]*?(?:`[^`\n]+`[^`]*?)*```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-NAMES = ["The loss", "A loss that needs the pictures or another network", "A metric, and which epoch is best", "An optimizer",
-         "A learning-rate curve", "The data"]
-WORDS = ["--optimizer_type", "rmsprop", "--lr_decay_type", "linear", "--focal_gamma", 1.5, "--Init_lr", 1e-3, "--num_workers", 1]
+SECTION = (ROOT / "utils/README.md").read_text(encoding="utf-8").partition("\n## Fork it\n")[2].partition("\n## ")[0]
+FORKS = {name: change for name, _, change in re.findall(r"\*\*([^*\n]+)\*\*:(.*?)```diff\n(.*?)```", SECTION, re.S)}
+LOSS, TEACHER, METRIC, OPTIMIZER, CURVE, DATA, BALANCED, SAM, LABELS, REGRESSION = NAMES = [
+    "The loss", "A loss that needs the pictures or another network", "A metric, and which epoch is best", "An optimizer",
+    "A learning-rate curve", "The data", "Class-balanced sampling", "SAM, or another step of several passes",
+    "Several labels a picture", "Regression"]
+TASKS = (LABELS, REGRESSION)  # they change what a label is
+WORDS = {OPTIMIZER: ["--optimizer_type", "rmsprop", "--Init_lr", 1e-3], CURVE: ["--lr_decay_type", "linear"],
+         LOSS: ["--focal_gamma", 1.5], BALANCED: ["--sampling", "balanced"], SAM: ["--sam_radius", 0.1]}
+
+
+def places(change):
+    """(files, places) of a diff."""
+    return len(set(re.findall(r"^--- (.*)$", change, re.M))), len(re.findall(r"^--- ", change, re.M))
 
 
 def apply(folder, change):
@@ -44,12 +58,22 @@ def fashion(folder, train_pictures, test_pictures):
 
 
 def forked(folder, names):
-    make_project(folder, UnFreeze_Epoch=2, Freeze_batch_size=20, Unfreeze_batch_size=20, save_minutes=1 / 6000)
-    fashion(folder, 400, 50)
-    torch.manual_seed(0)
-    torch.save(get_model("resnet18", 10, [32, 32]).state_dict(), folder / "model_data/teacher.pth")
-    for name, change in FORKS:
-        if name in names or name == "The data":
+    """A project with the forks `names`, and with data for them."""
+    make_project(folder, backbone="'resnet9'", input_shape=[16, 16], Freeze_batch_size=20, Unfreeze_batch_size=20, save_minutes=1 / 6000)
+    if set(names) & set(TASKS):
+        make_data(folder, train=80)
+        for path in (folder / "model_data").glob("cls_t*.txt"):
+            labels = ("0 2;", "1;", ";") if LABELS in names else ("0.5;", "-1e-1;", "2;")
+            path.write_text("".join(labels[int(line[0])] + line[2:] for line in path.read_text().splitlines(True)))
+        if REGRESSION in names:
+            (folder / "model_data/cls_classes.txt").write_text("age\n")
+    else:
+        fashion(folder, 400, 50)
+        torch.manual_seed(0)
+        torch.save(get_model("resnet18", 10, [16, 16]).state_dict(), folder / "model_data/teacher.pth")
+        names = [*names, DATA]
+    for name, change in FORKS.items():
+        if name in names:
             apply(folder, change)
     return folder
 
@@ -60,44 +84,142 @@ def command(folder, module, *words):
     return result.stdout
 
 
-def test_the_readme_shows_each_fork():
-    assert [name for name, _ in FORKS] == NAMES
-    places = {name: (len(set(re.findall(r"^--- (.*)$", change, re.M))), change.count("--- ")) for name, change in FORKS}
-    assert all(files <= 2 and places <= 4 for files, places in places.values()), places
+def predictions(run):
+    with open(run / "predictions.csv", encoding="utf-8") as file:
+        return list(csv.reader(file))[1:]
 
 
-def test_all_forks_at_once(tmp_path):
-    folder = forked(tmp_path / "a", NAMES)
-    out, _ = train(folder, *WORDS)
-    run, rows = run_of(folder), history(run_of(folder))
-    assert "recall" in out and "best recall" in out.splitlines()[-1] and rows[-1]["recall"] == pytest.approx(rows[-1]["top1"])
-    assert rows[-1]["train_recall"] > 0 and [row["lr"] for row in rows] == pytest.approx([3.125e-4, 1.578125e-4], rel=1e-3)
-    assert "teacher's weights: 122 of 122" in out and rows[-1]["train_loss"] > rows[-1]["val_loss"]  # with the distillation
+def check_commands(folder, run, best_by, export=False):
+    """evaluate and training agree; predict and export run. Returns what predict says of a picture, as JSON."""
+    rows = history(run)
+    best = (min if best_by.startswith("-") else max)(rows, key=lambda row: row[best_by.removeprefix("-")])
     said = command(folder, "utils.evaluate", run.relative_to(folder))
-    best = max(rows, key=lambda row: row["recall"])
-    assert f"loss {best['val_loss']:.6g}"[:12] in said and "recall" in said
+    for name in best.keys() - {"epoch", "lr", "scored", "unreadable", "images_per_second"}:
+        if "train_" not in name:
+            words = name.removeprefix("val_").replace("_", " ")
+            number, share = re.search({"top1": "top-1", "top5": "top-5"}.get(words, words) + r" ([-\d.e]+)(%?)", said).groups()
+            assert float(number) / (100 if share else 1) == pytest.approx(best[name], rel=1e-4, abs=1e-6), name
+    answer = json.loads(command(folder, "utils.predict", run.relative_to(folder), ROOT / "tests/curve.png", "--json", "--save"))
+    assert len(list((run / "predictions").iterdir())) == 1
+    if export:
+        command(folder, "utils.export", run.relative_to(folder))
+        program = torch.export.load(run / "model.pt2").module()
+        assert len(program(torch.zeros(3, 3, 16, 16, dtype=torch.uint8))) == 3
+    return answer
 
-    process = start(folder, *WORDS)  # and interrupted
-    while len(runs(folder)) < 2 or not (runs(folder)[1] / "last_checkpoint.pth").exists():
-        time.sleep(0.01)
+
+def check_resume(folder, words):
+    """A run that is stopped within an epoch and goes on ends as the first one."""
+    first = runs(folder)[0]
+    process = start(folder, *words)
+    while process.poll() is None and not (len(runs(folder)) > 1 and (runs(folder)[1] / "last_checkpoint.pth").exists()):
+        time.sleep(0.02)
     kill_group(process, signal.SIGTERM)
     process.communicate(timeout=60)
-    train(folder, *WORDS, "--resume", True)
-    assert same(weights(runs(folder)[1]), weights(run)) and history(runs(folder)[1])[-1]["recall"] == rows[-1]["recall"]
+    train(folder, *words, "--resume", True)
+    assert same(weights(runs(folder)[1]), weights(first))
 
-    train(folder, *WORDS, "--save_dir", "both", launcher=torchrun())
+
+def check_labels(run, answer):
+    """The figures are those of predictions.csv, computed in another way."""
+    names = [f"class{i}" for i in range(3)]
+    true = np.array([[name in row[1] for name in names] for row in predictions(run)])
+    named = np.array([[name in row[2:] for name in names] for row in predictions(run)])
+    hits, both = (true & named).sum(0), true.sum(0) + named.sum(0)
+    best = max(history(run), key=lambda row: row["f1_macro"])
+    assert {row[1] for row in predictions(run)} == {"class0, class2", "class1", "none"}
+    assert best["exact"] == pytest.approx((true == named).all(1).mean())
+    assert best["f1_micro"] == pytest.approx(2 * hits.sum() / max(both.sum(), 1))
+    assert best["f1_macro"] == pytest.approx(np.mean(2 * hits / np.maximum(both, 1)))
+    assert all(0.5 < found["probability"] <= 1 for found in answer["top5"])
+
+
+def check_regression(run, answer):
+    true, value = np.array([(row[1], row[3]) for row in predictions(run)], float).T
+    best = min(history(run), key=lambda row: row["mae"])
+    assert set(true) == {0.5, -0.1, 2} and best["mae"] == pytest.approx(np.abs(true - value).mean(), rel=1e-4)
+    assert answer.keys() == {"picture", "age"}
+
+
+def test_the_readme_shows_each_fork_and_it_is_small():
+    assert list(FORKS) == NAMES
+    most = {LABELS: (5, 8), REGRESSION: (5, 8), BALANCED: (3, 4)}
+    assert {name: places(change) for name, change in FORKS.items() if places(change) > most.get(name, (2, 3))} == {}
+
+
+def test_all_small_forks_at_once(tmp_path):
+    folder = forked(tmp_path / "a", set(NAMES) - set(TASKS))
+    words = sum(WORDS.values(), [])
+    out, _ = train(folder, *words)
+    run = runs(folder)[0]
+    rows = history(run)
+    assert "recall" in out and "best recall" in out.splitlines()[-1] and rows[-1]["recall"] == pytest.approx(rows[-1]["top1"])
+    assert rows[-1]["train_recall"] > 0 and [row["lr"] for row in rows] == pytest.approx([3.125e-4, 1.578125e-4], rel=1e-3)
+    assert "122 of 122" in out and rows[-1]["train_loss"] > rows[-1]["val_loss"]  # with the distillation
+    check_commands(folder, run, "recall")
+    check_resume(folder, words)
+    train(folder, *words, "--save_dir", "both", launcher=torchrun())
     together = history(next((folder / "both").iterdir()))
     assert [row["scored"] for row in together] == [50, 50] and together[0]["recall"] == pytest.approx(together[0]["top1"])
+
+
+@pytest.mark.parametrize("name, best_by, check", [(LABELS, "f1_macro", check_labels), (REGRESSION, "-mae", check_regression)])
+def test_another_task(tmp_path, name, best_by, check):
+    folder = forked(tmp_path, [name])
+    out, _ = train(folder)
+    assert f"best {best_by.strip('-').replace('_', ' ')}" in out.splitlines()[-1]
+    check(runs(folder)[0], check_commands(folder, runs(folder)[0], best_by))
+
+
+def changed_module(folder, fork, name):
+    """A module of utils with the places of a fork, under another name."""
+    apply(make_project(folder), FORKS[fork])
+    spec = importlib.util.spec_from_file_location(f"forked_{name}", folder / f"utils/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_balanced_sampling_shows_each_class_as_often(tmp_path):
+    sampler = changed_module(tmp_path, BALANCED, "dataloader").EpochSampler(1000, 100)
+    sampler.class_ids = np.arange(1000) % 100 // 90  # 900 and 100
+    order = sampler.order()
+    assert len(order) == 1000 and all(400 < number < 600 for number in np.bincount(sampler.class_ids[order]))
+    sampler.set_epoch(1)
+    assert (sampler.order() != order).any()
+
+
+@pytest.mark.parametrize("fork, good, bad", [
+    (LABELS, {"0 2": [1, 0, 1], "": [0, 0, 0], "1": [0, 1, 0]}, {"0 3": "class id 3 is outside 0 … 2", "a": "'a' is not a whole number"}),
+    (REGRESSION, {"-1.5": -1.5, "3": 3, 0.25: 0.25}, {"": "the label '' is not a number", "nan": "not a number", "1e99": "not a number"})])
+def test_labels_of_another_task(tmp_path, fork, good, bad):
+    lists = changed_module(tmp_path, fork, "lists")
+    assert {label: lists.target_of(label, 3) for label in good} == good
+    for label, words in bad.items():
+        with pytest.raises(UserError, match=words):
+            lists.target_of(label, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_each_fork_alone(tmp_path, name):
-    folder = forked(tmp_path, [name])
-    words = [word for pair in zip(WORDS[::2], WORDS[1::2]) for word in pair
-             if {"--optimizer_type": "An optimizer", "--lr_decay_type": "A learning-rate curve", "--focal_gamma": "The loss"}.get(
-                 pair[0], name) == name]
+    folder, words = forked(tmp_path, [name]), WORDS.get(name, [])
     train(folder, *words)
-    train(folder, *words, launcher=torchrun())
-    train(folder, *words, "--UnFreeze_Epoch", 3, "--resume", runs(folder)[0].name)
-    assert len(history(runs(folder)[0])) == 3
+    best_by = {METRIC: "recall", LABELS: "f1_macro", REGRESSION: "-mae"}.get(name, "top1")
+    check_commands(folder, runs(folder)[0], best_by, export=True)
+    check_resume(folder, words)
+    train(folder, *words, "--save_dir", "both", launcher=torchrun())
+    together, = (folder / "both").iterdir()
+    assert [row["scored"] for row in history(together)] == [20 if name in TASKS else 50] * 2
+    train(folder, *words, "--UnFreeze_Epoch", 3, "--resume", together)
+    assert len(history(together)) == 3
+
+
+@pytest.mark.slow
+def test_sam_without_a_radius_is_no_sam(tmp_path):
+    """And with one it is another training."""
+    for fork, radius in ((None, None), (SAM, 0), (SAM, 0.1)):
+        folder = forked(tmp_path / str(radius), [fork])
+        train(folder, *(["--sam_radius", radius] if fork else []))
+    plain, none, some = (weights(runs(tmp_path / radius)[0]) for radius in ("None", "0", "0.1"))
+    assert same(plain, none) and not same(plain, some)

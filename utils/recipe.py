@@ -74,8 +74,8 @@ def sums_of(loss, scores, targets, settings):
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
     right = (ranked(scores, 5)[1] == labels[:, None]).sum(0)
-    return {"pictures": torch.full((), len(labels), dtype=torch.float64, device=scores.device),
-            "loss": loss.detach().double() * len(labels), "top1": right[0].double(), "top5": right.sum().double()}
+    return {"pictures": torch.full((), len(scores), dtype=torch.float64, device=scores.device),
+            "loss": loss.detach().double() * len(scores), "top1": right[0].double(), "top5": right.sum().double()}
 
 
 def figures_of(sums, settings):

@@ -61,7 +61,7 @@ def check_finite(state):
     for name, what in (("model", "weights are"), ("ema", "averaged weights are"), ("totals", "loss is")):
         tensors = [value for value in (state[name] or {}).values() if isinstance(value, torch.Tensor)]
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise UserError(f"the {what} not finite any more {where}: lower Init_lr, or set clip_grad_norm; the files saved before "
+            raise UserError(f"the {what} not finite any more {where}: lower Init_lr or clip_grad_norm; the files saved before "
                             f"are intact")
 
 

@@ -114,10 +114,10 @@ def check_training(position, scaler, lr, late):
     """UserError when the sum of losses is not finite, or the scaler has skipped nearly every step. Waits for a GPU."""
     if not math.isfinite(position.sums["loss"]):
         raise UserError(f"the loss is not finite in epoch {position.epoch + 1}, {'by ' * late}step {position.step}, at lr {lr:.3g}: "
-                        f"lower Init_lr, or set clip_grad_norm; the files saved before it are intact")
+                        f"lower Init_lr or clip_grad_norm; the files saved before it are intact")
     if scaler.get_scale() < 1:
         raise UserError(f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}, however "
-                        f"small their scale: set fp16 = False, lower Init_lr, or set clip_grad_norm")
+                        f"small their scale: set fp16 = False, or lower Init_lr or clip_grad_norm")
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
@@ -191,7 +191,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     figures.update({f"train_{name}": value for name, value in figures_of(totals, recipe.settings).items()})
     figures.update({"val_loss" if name == "loss" else name: value for name, value in scored_figures.items()})
     if not math.isfinite(figures["val_loss"]):
-        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: lower Init_lr, or set clip_grad_norm; "
+        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: lower Init_lr or clip_grad_norm; "
                         f"the files saved before it are intact")
     best = checkpoint.commit(figures, judged, save_period, UnFreeze_Epoch)
     say(summary(figures, UnFreeze_Epoch) + " *" * best)

@@ -23,19 +23,17 @@ class Freezable:
     """The two documented methods, given to whatever network get_model builds (its state_dict keys stay its own)."""
     frozen = False
 
-    def freeze_backbone(self):
+    def freeze_backbone(self, frozen=True):
         """Leave only the head trainable, and hold the backbone's BatchNorm statistics (and dropout) still."""
         head = head_layers(self)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.rpartition(".")[0] in head)
-        self.frozen = True
+            parameter.requires_grad_(not frozen or name.rpartition(".")[0] in head)
+        self.frozen = frozen
         self.train(self.training)
 
     def Unfreeze_backbone(self):
         """Make everything trainable again."""
-        self.requires_grad_(True)
-        self.frozen = False
-        self.train(self.training)
+        self.freeze_backbone(False)
 
     def train(self, mode=True):
         super().train(mode)

@@ -6,6 +6,7 @@ nets/resnet9.py is one, and the default.
 """
 import importlib
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,26 +23,22 @@ class Freezable:
     """The two documented methods, given to whatever network get_model builds (its state_dict keys stay its own)."""
     frozen = False
 
-    def freeze_backbone(self):
+    def freeze_backbone(self, frozen=True):
         """Leave only the head trainable, and hold the backbone's BatchNorm statistics (and dropout) still."""
         head = head_layers(self)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.rpartition(".")[0] in head)
-        self.frozen = True
+            parameter.requires_grad_(not frozen or name.rpartition(".")[0] in head)
+        self.frozen = frozen
         self.train(self.training)
 
     def Unfreeze_backbone(self):
         """Make everything trainable again."""
-        self.requires_grad_(True)
-        self.frozen = False
-        self.train(self.training)
+        self.freeze_backbone(False)
 
     def train(self, mode=True):
         super().train(mode)
-        if mode and self.frozen:
-            for module in self.modules():  # the flag alone decides which outputs an auxiliary network returns
-                if module is not self:
-                    module.training = False
+        for module in self.modules() if mode and self.frozen else ():
+            module.training = module is self  # its own flag decides which outputs a network with auxiliary heads returns
         return self
 
 
@@ -73,6 +70,19 @@ def is_transformer(backbone):
     return check_name(backbone).startswith(("vit_", "swin_", "maxvit_"))
 
 
+@contextmanager
+def size_errors(backbone, input_shape):
+    """What torchvision's networks raise for pictures that they cannot take becomes a UserError; one's own keep their words."""
+    try:
+        yield
+    except (RuntimeError, ValueError, ZeroDivisionError, AssertionError, IndexError) as error:
+        if isinstance(error, UserError) or check_name(backbone) in own_networks():
+            raise
+        line, *_ = str(error).split("\n")
+        raise UserError(f"input_shape = {list(input_shape)} is too small (or of a shape that does not fit) for "
+                        f"{backbone}: {line}") from error
+
+
 def build(name, num_classes, input_shape):
     """An untrained network with torchvision's own builder."""
     height, width = input_shape
@@ -80,21 +90,19 @@ def build(name, num_classes, input_shape):
         return getattr(importlib.import_module(f"nets.{name}"), name)(num_classes=num_classes, input_shape=input_shape)
     options = {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
-        # transform_input is what their published weights expect after ImageNet normalisation; harmless without them
-        options.update(aux_logits=True, transform_input=True, init_weights=True)
-    if name == "inception_v3" and min(height, width) < 299:
-        options["aux_logits"] = False  # its auxiliary classifier has no room below 299
+        # transform_input is what their published weights expect after ImageNet normalisation; harmless without them.
+        # Inception's auxiliary classifier has no room below 299
+        options.update(transform_input=True, init_weights=True, aux_logits=name == "googlenet" or min(height, width) >= 299)
     if name.startswith("vit_"):
         if height != width:
             raise UserError(f"input_shape = {list(input_shape)}: {name} takes square pictures only")
         options["image_size"] = height
-    if name == "maxvit_t" and (height % 224 or width % 224):
-        # the paper's windows are 1/32 of the picture; torchvision's function fixes them at 7 (pictures of 224)
-        return models.MaxVit(input_size=(height, width), stem_channels=64, block_channels=[64, 128, 256, 512],
-                             partition_size=math.gcd(height // 32, width // 32), block_layers=[2, 2, 5, 2],
-                             head_dim=32, stochastic_depth_prob=0.2, num_classes=num_classes)
     if name == "maxvit_t":
-        options["input_size"] = (height, width)
+        # the paper's windows are 1/32 of the picture; torchvision's function, of which the rest is, fixes them at 7
+        window = 7 if height % 224 == width % 224 == 0 else math.gcd(height // 32, width // 32)
+        return models.MaxVit(input_size=(height, width), stem_channels=64, block_channels=[64, 128, 256, 512],
+                             partition_size=window, block_layers=[2, 2, 5, 2],
+                             head_dim=32, stochastic_depth_prob=0.2, num_classes=num_classes)
     return models.get_model(name, weights=None, **options)
 
 
@@ -105,12 +113,8 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
     loaded into everything but the head. UserError: an unknown name, a size that the network cannot take.
     """
     name = check_name(backbone)
-    try:
+    with size_errors(backbone, input_shape):
         model = build(name, num_classes, tuple(input_shape))
-    except (RuntimeError, ValueError, ZeroDivisionError, AssertionError) as error:
-        if isinstance(error, UserError) or name in own_networks():
-            raise
-        raise UserError(f"input_shape = {list(input_shape)} does not suit {backbone}: {str(error).splitlines()[0]}")
     model.__class__ = type(type(model).__name__, (Freezable, type(model)), {})
     if pretrained:
         from nets._weights import load_matching
@@ -154,19 +158,13 @@ def profile(model, backbone, pictures, num_classes):
     FLOPs count a multiply-add as two, as torch.utils.flop_counter does.
     """
     from torch.utils.flop_counter import FlopCounterMode
-    weights = {k: torch.empty_like(v, device="meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
+    weights = {k: v.to("meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
     pictures, mode = torch.empty(2, *pictures.shape[1:], device="meta"), model.training
-    try:
+    with size_errors(backbone, pictures.shape[2:]), torch.no_grad():
         torch.func.functional_call(model.train(), weights, (pictures,))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
             scores = torch.func.functional_call(model.eval(), weights, (pictures,))
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        if check_name(backbone) in own_networks():
-            raise
-        raise UserError(f"input_shape = {list(pictures.shape[2:])} is too small (or of a shape that does not fit) for "
-                        f"{backbone}: {str(error).splitlines()[0]}") from error
-    finally:
-        model.train(mode)
+    model.train(mode)
     if getattr(scores, "shape", None) != (2, num_classes):
         raise UserError(f"{backbone} gives {shown(list(getattr(scores, 'shape', [type(scores).__name__])))} scores for 2 pictures, "
                         f"not [2, {num_classes}]: its last layer needs num_classes outputs")

@@ -41,8 +41,7 @@ def choose_entry(state, depth=2):
                 return inner, f"{key}.{entry}".rstrip(".")
     if not any(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         return {}, ""
-    if "n_averaged" in state:
-        del state["n_averaged"]
+    if state.pop("n_averaged", None) is not None:
         torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
     return state, ""
 

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import stat
+from contextlib import suppress
 from functools import cache
 
 import numpy as np
@@ -60,10 +61,10 @@ def to_rgb(image):
     first whose double no finite value reaches, as filters overshoot; beyond them it is the largest value. NaN is black.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        raw, whites = np.asarray(image, np.float32), {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
-        whites = (65535,) if image.format == "PPM" else whites  # which Pillow reads into 32 bits
+        depth = image.mode if image.format != "PPM" else "I;16"  # which Pillow reads into 32 bits
+        whites, raw = {"F": (1, 255, 65535), "I": (255, 65535)}.get(depth, (65535,)), np.asarray(image, np.float32)
         peak = raw.max(initial=0, where=np.isfinite(raw))
-        white = next((white for white in whites if peak < 2 * white or len(whites) == 1), peak)
+        white = next((white for white in whites if peak < 2 * white), peak)
         grey = raw * (255 / white)
         if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's photometric interpretation "white is zero", which Pillow minds
             grey = 255 - grey                           # in 8 bits alone
@@ -115,8 +116,15 @@ def file_bytes(path):
 
 
 def opened(source):
-    """A Pillow image, not decoded yet, of a path or a file's bytes. OSError: no regular file, or none of FORMATS."""
-    data = source if isinstance(source, bytes) else file_bytes(source)
+    """What read_crop takes → a Pillow image, of a file not decoded yet, that may be changed. OSError: no regular file, or none
+    of FORMATS; UserError: no picture at all."""
+    if isinstance(source, Image.Image):
+        image = source.copy()
+        image.format, image.tag_v2 = source.format, getattr(source, "tag_v2", {})
+        return image
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        return Image.fromarray(pixels(source))
+    data = file_bytes(source) if isinstance(source, (str, os.PathLike)) else bytes(source)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # whose own words name the place of the bytes in memory
@@ -130,22 +138,14 @@ def opened(source):
     return image
 
 
-def contents(source):
-    """What read_crop takes → a file's bytes, or a Pillow image that may be changed."""
-    if isinstance(source, (str, os.PathLike)):
-        return file_bytes(source)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    if isinstance(source, Image.Image):
-        image = source.copy()
-        image.format, image.tag_v2 = source.format, getattr(source, "tag_v2", {})
-        return image
+def pixels(source):
+    """A uint8 array or tensor (H, W), (H, W, 1) or (H, W, 3) → an array as Pillow takes it; UserError for anything else."""
     shape, dtype = tuple(getattr(source, "shape", ())), str(getattr(source, "dtype", type(source).__name__))
     if not dtype.endswith("uint8") or 0 in shape or not (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3)):
         raise UserError("a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape (H, W), "
                         f"(H, W, 1) or (H, W, 3), not {dtype}" + (f" of shape {shape}" if shape else ""))
     array = np.asarray(source.cpu() if isinstance(source, torch.Tensor) else source)
-    return Image.fromarray(array[..., 0] if shape[2:] == (1,) else array)
+    return array[..., 0] if shape[2:] == (1,) else array
 
 
 def read_crop(source, input_shape, choose_box):
@@ -157,32 +157,28 @@ def read_crop(source, input_shape, choose_box):
     for a file that is no whole picture.
     """
     try:
-        data = contents(source)
-        with opened(data) if isinstance(data, bytes) else data as image:
-            return crop(image, data, tuple(input_shape), choose_box)
+        with opened(source) as image:
+            return crop(image, tuple(input_shape), choose_box)
     except (UserError, *BROKEN):
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def crop(image, data, input_shape, choose_box):
-    """read_crop of an opened image; data: its file's bytes, which torchvision decodes, or no bytes."""
-    turn, jpeg = orientation(image), image.format in REDUCIBLE
+def crop(image, input_shape, choose_box):
+    """read_crop of an opened image."""
+    turn, file = orientation(image), getattr(image, "fp", None)
     width, height = image.size[::-1] if turn >= 5 else image.size
     top, left, box_height, box_width = choose_box(height, width)
-    if jpeg and turn == 1 and decode_jpeg and isinstance(data, bytes) and height * width < 16 * math.prod(input_shape):
-        try:  # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
-            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # a broken file, which Pillow names
-        else:
-            box = pixels.permute(1, 2, 0)[None, top:top + box_height, left:left + box_width].contiguous().permute(0, 3, 1, 2)
+    if decode_jpeg and file and image.format in REDUCIBLE and turn == 1 and height * width < 16 * math.prod(input_shape):
+        # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
+        with suppress(RuntimeError):  # of a broken file, which Pillow names
+            whole = decode_jpeg(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), ImageReadMode.RGB)
+            box = whole.permute(1, 2, 0)[None, top:top + box_height, left:left + box_width].contiguous().permute(0, 3, 1, 2)
             # in channels_last memory, which the decoder wrote, it takes half the time
             return F.interpolate(box, input_shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    if jpeg:
-        shrink = max(1, min(box_height // input_shape[0], box_width // input_shape[1]))
-        image.draft(image.mode, (image.width // shrink, image.height // shrink))
+    shrink = max(1, min(box_height // input_shape[0], box_width // input_shape[1]))
+    image.draft(image.mode, (image.width // shrink, image.height // shrink))  # does nothing but to a JPEG
     image = upright(image, turn)
     x, y = image.width / width, image.height / height  # below 1 where the decoder reduced
     box = left * x, top * y, (left + box_width) * x, (top + box_height) * y

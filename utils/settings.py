@@ -52,19 +52,19 @@ def check_value(name, value, default=None):
     """UserError when `value` is not one that the setting `name` can have; one of a fork's own is typed by its `default`."""
     low, high = BOUNDS.get(name, (-1e300, 1e300))  # nan and inf are outside
     choices, names = CHOICES.get(name, (True, False) if isinstance(default, bool) else ()), ITEMS.get(name, ())
-    example = low if name in BOUNDS else "" if name in TEXTS else None if choices else default
+    example = low if name in BOUNDS else "" if name in TEXTS else None if choices else default  # of the type
     kind = next((kind for kind in TYPES if isinstance(example, kind)), None)
     items = value if names and isinstance(value, LIST) else [value]
     chosen = any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
     right = kind and len(items) == max(len(names), 1) and all(fits(item, kind, low, high) for item in items)
     if chosen or right and (value != "" or name not in TEXTS) or not (kind or choices):
         return
-    wanted, hint = ", ".join(map(repr, choices)), nearest(shown(value).strip("'"), map(str, choices))
-    wanted = f"one of {wanted}" if not kind else f"{wanted}, or " if wanted else ""
+    wanted = list(map(repr, choices))
     if kind:
-        wanted += f"[{', '.join(names)}], each {TYPES[kind]}" if names else TYPES[kind]
-        wanted += f" from {low:g} to {high:,}" if name in BOUNDS else "" if name in TEXTS else ", as its default is"
-    raise UserError(f"{name} = {shown(value)} must be {wanted}{hint}")
+        wanted.append(("or " if choices else "") + (f"[{', '.join(names)}], each " if names else "") + TYPES[kind] + (
+            f" from {low:g} to {high:,}" if name in BOUNDS else "" if name in TEXTS else ", as its default is"))
+    hint = nearest(shown(value).strip("'"), map(str, choices))
+    raise UserError(f"{name} = {shown(value)} must be {'' if kind else 'one of '}{', '.join(wanted)}{hint}")
 
 
 def constants(path):

@@ -164,7 +164,7 @@ def test_predictions_in_batches_are_those_of_one_picture(trained, monkeypatch):
     monkeypatch.chdir(folder)
     classify, good = Classifier(run), [str(path) for path in sorted(Path("photos/test/Zebra").rglob("*.*"))[:5]]
     paths = [good[0], "gone.jpg", *good[1:], good[0], "photos"]
-    found = list(predictions(classify, iter(paths), 3))
+    found = list(predictions(classify, paths, 3))
     assert [path for path, _ in found] == paths
     for path, best in found:
         if path in good:
@@ -208,6 +208,7 @@ def test_charts_of_many_sizes(number):
     curve = [(i + 1, 1 / (i + 1)) for i in range(number)]
     assert line_chart([("loss", {"training": curve, "validation": []}, None)]).size == (640, 420)
     assert line_chart([("loss", {"training": curve[:1]}, (0, 1))]).size == (640, 420)
+    assert line_chart([("loss", {"training": [(1, -1.0)], "validation": [(1, -2.0)]}, None)]).size == (640, 420)
 
 
 def test_names_in_any_script(monkeypatch):

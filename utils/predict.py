@@ -53,14 +53,14 @@ def listed(words):
 
 def show(path, found, as_json, utf8):
     """Print one answer; JSON is escaped where it holds what no terminal should get, or this one cannot show."""
-    if isinstance(found, str):
+    unreadable = isinstance(found, str)
+    if unreadable:
         print(f"unreadable picture: {plain(path)} ({plain(found)})", file=sys.stderr)
     if as_json:
-        answer = {"picture": path, **({"error": found} if isinstance(found, str) else {
-            "top5": [{"class": name, "probability": round(p, 6)} for name, p in found]})}
-        text = json.dumps(answer, ensure_ascii=False)
-        print(text if utf8 and text.isprintable() else json.dumps(answer), flush=True)
-    elif not isinstance(found, str):
+        best = {"error": found} if unreadable else {"top5": [{"class": name, "probability": round(p, 6)} for name, p in found]}
+        text = json.dumps({"picture": path, **best}, ensure_ascii=not utf8)
+        print(text if text.isprintable() else json.dumps({"picture": path, **best}), flush=True)
+    elif not unreadable:
         print(f"{plain(path)}: " + ", ".join(recipe.answer_text(plain(name), p) for name, p in found), flush=True)
 
 

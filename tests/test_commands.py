@@ -15,7 +15,7 @@ from sklearn import metrics
 from tests.helpers import environment, history, make_project, picture, run_of, train
 from utils.annotation import main as annotate
 from utils import charts
-from utils.charts import bars, drawable, font, line_chart, matrix
+from utils.charts import drawable, figure_table, font, line_chart, matrix
 from utils.evaluate import per_class
 
 
@@ -204,7 +204,7 @@ def test_first_batch(trained):
 def test_charts_of_many_sizes(number):
     names = [f"class {i}" for i in range(number)]
     counts = np.eye(number, dtype=int) * 3
-    assert min(matrix(counts, names).size) > 150 and min(bars(names, {"F1": np.ones(number)}).size) > 50
+    assert min(matrix(counts, names).size) > 150 and min(figure_table(names, {"F1": np.ones(number)}).size) > 50
     curve = [(i + 1, 1 / (i + 1)) for i in range(number)]
     assert line_chart([("loss", {"training": curve, "validation": []}, None)]).size == (640, 420)
     assert line_chart([("loss", {"training": curve[:1]}, (0, 1))]).size == (640, 420)

@@ -65,12 +65,6 @@ def shorten(text, width, size):
     return text[:bisect(range(1, min(len(text), width)), width, key=lambda n: measure(text[:n] + "…"))] + "…"
 
 
-def fitted(names, width, size):
-    """(the names cut to `width` pixels, the pixels of the longest), each as `drawable` gives it."""
-    labels = [shorten(name, width, size) for name in drawable(names)]
-    return labels, round(max(font(size, label).getlength(label) for label in labels))
-
-
 def ticks(low, high, number=5):
     """Round values from low to high, about `number` of them."""
     raw = (high - low) / number or 1
@@ -126,45 +120,42 @@ def contact_sheet(pictures, labels, columns=8, cell=112, caption=18):
     return sheet
 
 
+def grid(shares, text, rows, columns, cell, caption=""):
+    """A table of shaded cells, with names beside rows and over columns, as many as there is room for.
+
+    shares: (rows, columns) from 0 to 1; text(row, column): what stands in a cell, (width, height) in pixels, that is large enough.
+    """
+    wide, high = cell
+    size, side = min(18, max(10, high - 4)), (wide * len(columns), high * len(rows))
+    rows, columns = ([shorten(name, 194, size) for name in names] for names in (rows, columns))
+    left, top = (16 + round(max(font(size, name).getlength(name) for name in names)) for names in (rows, columns))
+    image = Image.new("RGB", (left + max(side[0] + 30, 300), top + side[1] + 50), "white")
+    draw = ImageDraw.Draw(image)
+    shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
+    image.paste(Image.fromarray(shades).resize(side, Image.Resampling.NEAREST), (left, top))
+    draw.rectangle([left - 1, top - 1, left + side[0], top + side[1]], outline=BLACK)
+    for i in range(0, len(rows), math.ceil(12 / high)):
+        write(draw, (left - 6, top + (i + .5) * high), rows[i], size, "rm")
+    for i in range(0, len(columns), math.ceil(12 / wide)):
+        upwards = ImageFont.TransposedFont(font(size, columns[i]), Image.Transpose.ROTATE_90)
+        *_, across, up = upwards.getbbox(columns[i])
+        draw.text((left + (i + .5) * wide - across / 2, top - 6 - up), columns[i], BLACK, upwards)
+    for y, x in np.ndindex(shares.shape) if min(cell) >= 24 else ():
+        inside, ink = text(y, x), "white" if shares[y, x] > 0.5 else BLACK
+        fitting = min(size, int(wide * 1.5 / max(1, len(inside))))
+        write(draw, (left + (x + .5) * wide, top + (y + .5) * high), inside, fitting, "mm", ink)
+    write(draw, (left, image.height - 24), caption, 14)
+    return image
+
+
 def matrix(counts, names):
     """A confusion matrix as a picture: rows true, columns predicted, shaded by the row's share; 2 to 1,000 classes."""
-    number = len(names)
-    cell = max(1, min(56, 1000 // number))
-    size, every = min(18, max(10, cell - 4)), math.ceil(12 / cell)  # rows to a name: as many as there is room for
-    labels, wide = fitted(names, 194, size)
-    margin, side = wide + 16, cell * number
-    image = Image.new("RGB", (margin + max(side + 30, 300), margin + side + 50), "white")
-    draw = ImageDraw.Draw(image)
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
-    image.paste(Image.fromarray(shades).resize((side, side), Image.Resampling.NEAREST), (margin, margin))
-    draw.rectangle([margin - 1, margin - 1, margin + side, margin + side], outline=BLACK)
-    for i in range(0, number, every):
-        middle, upwards = margin + (i + .5) * cell, ImageFont.TransposedFont(font(size, labels[i]), Image.Transpose.ROTATE_90)
-        write(draw, (margin - 6, middle), labels[i], size, "rm")
-        *_, wide, high = upwards.getbbox(labels[i])
-        draw.text((middle - wide / 2, margin - 6 - high), labels[i], BLACK, upwards)
-    for row, column in np.argwhere(counts) if cell >= 24 else ():
-        text, ink = str(counts[row, column]), "white" if shares[row, column] > 0.5 else BLACK
-        write(draw, (margin + (column + .5) * cell, margin + (row + .5) * cell), text, min(size, int(cell * 1.5 / len(text))), "mm", ink)
-    write(draw, (margin, image.height - 24), "rows: true class, columns: predicted class", 14)
-    return image
+    names, cell = drawable(names), max(1, min(56, 1000 // len(names)))
+    return grid(counts / counts.sum(1, keepdims=True).clip(1), lambda row, column: str(counts[row, column] or ""), names, names,
+                (cell, cell), "rows: true class, columns: predicted class")
 
 
-def bars(names, figures):
-    """Every class's figures (name → values from 0 to 1) as horizontal bars, in columns of up to 100 classes."""
-    (labels, wide), rows = fitted(names, 188, 13), min(len(names), 100)
-    left, high = wide + 22, 11 * len(figures) + 8
-    image = Image.new("RGB", (math.ceil(len(labels) / rows) * (left + 220) + 20, rows * high + 50), "white")
-    draw = ImageDraw.Draw(image)
-    for column, (colour, name) in enumerate(zip(COLOURS, figures)):
-        write(draw, (10 + 80 * column, 20), name, 14, ink=colour)
-    for i, label in enumerate(labels):
-        x, top = i // rows * (left + 220) + left, 40 + i % rows * high
-        write(draw, (x - 6, top + high / 2 - 4), label, 13, "rm")
-        for row, (colour, values) in enumerate(zip(COLOURS, figures.values())):
-            y = top + 11 * row
-            draw.rectangle([x, y, x + 160, y + 9], GREY)
-            draw.rectangle([x, y, x + round(160 * values[i]), y + 9], colour)
-            write(draw, (x + 166, y + 5), f"{values[i]:.3f}", 10)
-    return image
+def figure_table(names, figures):
+    """Every class's figures (name → values from 0 to 1) as a picture."""
+    values = np.stack([*figures.values()], 1)
+    return grid(values, lambda row, column: f"{values[row, column]:.3f}", drawable(names), [*figures], (56, 24))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from utils import lists, recipe
-from utils.charts import bars, contact_sheet, drawable, matrix
+from utils.charts import contact_sheet, drawable, figure_table, matrix
 from utils.dataloader import DataGenerator, own_data
 from utils.errors import UserError, plain
 from utils.files import save_file, save_image, writable
@@ -117,7 +117,7 @@ def by_class(data, names, indices, truth, called, answers):
     confusion = np.bincount(truth * number + called, minlength=number ** 2).reshape(number, number)
     files["confusion_matrix.csv"] = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, confusion.tolist()))]
     files["confusion_matrix.png"] = matrix(confusion, shown)
-    files["per_class.png"] = bars(shown, dict(zip(("precision", "recall", "F1"), table)))
+    files["per_class.png"] = figure_table(shown, dict(zip(("precision", "recall", "F1"), table)))
     return files, confusion
 
 

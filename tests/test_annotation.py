@@ -128,6 +128,16 @@ def test_a_class_called_train(folders, expected):
     assert {line.partition(";ds/")[2].rpartition("/")[0] for line in listed()} == set(folders) - ({"test"} if "train/a" in folders else set())
 
 
+def test_what_is_left_out_is_counted_once(capsys):
+    numbered("ds/train/a", "ds/train/b")
+    for folder in ("ds", "ds/train"):
+        Path(folder, "notes.txt").write_text("no picture")
+        tree(f"{folder}/cover.png")
+    annotate(["ds"])
+    out = capsys.readouterr().out
+    assert "left out: 2 files (.txt)" in out and "left out: 2 pictures beside the class folders" in out
+
+
 @pytest.mark.parametrize("folders, words", [
     (["train/steam", "train/electric", "car"], "'train'.*beside 'car'"), (["train", "test"], "no class folders in 'train'"),
     (["train/a", "test"], "no class folders in 'test'"), (["test/a"], "no class folders in 'train'"),

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tests.helpers import ROOT, environment, make_run, picture, weights
-from utils import predict
+from utils import dataloader, predict
 from utils.errors import UserError, sentence
 
 
@@ -62,10 +62,10 @@ def begin(folder, *words, encoding="utf-8"):
 
 def test_a_folder_is_answered_in_order_by_several_processes(folder, call, monkeypatch):
     if multiprocessing.get_start_method() == "fork":  # others would not see what is patched here
-        def noting(source, *rest, real=predict.read_crop):
+        def noting(source, *rest, real=dataloader.read_crop):
             Path(folder, "readers").open("a").write(f"{os.getpid()}\n")
             return real(source, *rest)
-        monkeypatch.setattr(predict, "read_crop", noting)
+        monkeypatch.setattr(dataloader, "read_crop", noting)
         monkeypatch.setattr(predict, "cores", lambda: 2)
     code, out, err = call("run", "many", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
@@ -99,7 +99,7 @@ def test_a_closed_standard_input_names_no_picture(monkeypatch):
 def test_a_dash_in_a_list_is_a_file(folder, call):
     code, out, err = call("run", "-", text=b"-\n" * 1500 + b"many/00.png\nempty\n")
     assert code == 1 and out.startswith("many/00.png: ") and err.count("unreadable picture: - (FileNotFoundError") == 1500
-    assert "empty (IsADirectoryError: a folder without a picture)" in err
+    assert "empty (a folder without a picture)" in err
 
 
 def test_paths_do_not_reach_the_terminal_as_they_are(folder, call):
@@ -217,7 +217,7 @@ def test_a_killed_worker_is_one_sentence(folder, call, monkeypatch):
     """Slow for torch's five seconds between two looks at its workers."""
     def die(*rest):
         os.kill(os.getpid(), signal.SIGKILL)
-    monkeypatch.setattr(predict, "read_crop", die)
+    monkeypatch.setattr(dataloader, "read_crop", die)
     monkeypatch.setattr(predict, "cores", lambda: 2)
     with pytest.raises(RuntimeError) as caught:
         predict.main(["run", "many"])

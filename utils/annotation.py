@@ -26,27 +26,26 @@ FEW = 10  # a class with fewer training pictures is warned about
 SPLITS = ("train", "test", "val", "valid")
 
 
-def class_folders(walk, folder, without=()):
+def class_folders(walk, folder):
     """{class name: its folders} in `folder`, which should hold nothing else."""
     folders, pictures = walk.entries(folder)
     walk.left_out["pictures beside the class folders"] += len(pictures)
     found = {}
     for entry in folders:
-        if entry.name not in without and walk.is_new(entry.path):
+        if walk.is_new(entry.path):
             found.setdefault(class_name(entry.name), []).append(entry.path)
     return found
 
 
 def find_split(walk, datasets, test_share):
     """({class: folders} for training, the same for test or None). A folder called train may be a class, if others stand by it."""
-    folders = {entry.name: entry.path for entry in walk.entries(datasets)[0]}
-    splits = {name: folders[name] for name in SPLITS if name in folders}
-    walk.seen.update(map(os.path.realpath, splits.values()))
-    others = class_folders(walk, datasets, splits)
-    classes = [name for name, paths in others.items() if any(next(Walk(path).below([(0, path)]), 0) for path in paths)]
+    found = class_folders(walk, datasets)
+    splits = {name: found[name][0] for name in SPLITS if name in found}
+    classes = [name for name, paths in found.items() if name not in splits and any(
+        next(Walk(path).below([(0, path)]), 0) for path in paths)]
     deep = [name for name, path in splits.items() if Walk(path).entries(path)[0]]
     if not splits or classes and not deep:
-        return {**others, **{name: [path] for name, path in splits.items()}}, None
+        return found, None
     if classes:
         raise UserError(f"{datasets!r} holds {deep[0]!r}, a folder of folders, beside {classes[0]!r}, which holds pictures: as "
                         f"one cannot see whether {deep[0]!r} is a class, move or rename one of them")

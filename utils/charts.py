@@ -22,7 +22,9 @@ def font_files():
     return [None, *sorted(found, key=lambda path: (any(word in path.name for word in FANCY), -path.stat().st_size))]
 
 
-load = cache(lambda path, size: ImageFont.truetype(path, size) if path else ImageFont.load_default(size))
+@cache
+def load(path, size):
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
 @cache
@@ -51,8 +53,8 @@ def drawable(names):
     return [f"{number} (no font)" if font_file(name) == "" else name for number, name in enumerate(names)]
 
 
-def write(draw, place, text, size, anchor="lm", ink=BLACK):
-    draw.text(place, text, ink, font(size, text), anchor=anchor)
+def write(draw, place, text, size, anchor="lm", ink=BLACK, **options):
+    draw.text(place, text, ink, font(size, text), anchor=anchor, **options)
 
 
 def shorten(text, width, size):
@@ -63,16 +65,11 @@ def shorten(text, width, size):
     return text[:bisect(range(1, min(len(text), width)), width, key=lambda n: measure(text[:n] + "…"))] + "…"
 
 
-def widest(names, size, limit):
-    """Pixels that the longest name takes, at most `limit`."""
-    return round(max(min(limit, font(size, name).getlength(name[:limit])) for name in names))
-
-
 def ticks(low, high, number=5):
     """Round values from low to high, about `number` of them."""
     raw = (high - low) / number or 1
-    step = 10 ** math.ceil(math.log10(raw))
-    step /= next((part for part in (5, 2) if step / part >= raw), 1)
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(part * power for part in (1, 2, 5, 10) if part * power >= raw)
     return [round(step * i, 10) for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
 
 
@@ -81,13 +78,13 @@ def line_chart(panels, width=640, height=420):
     image = Image.new("RGB", (width * len(panels), height), "white")
     draw = ImageDraw.Draw(image)
     for number, (title, series, limits) in enumerate(panels):
-        xs, ys = zip(*[p for line in series.values() for p in line if math.isfinite(p[1])] or [(0, 0)])
+        xs, ys = zip(*[p for line in series.values() for p in line if math.isfinite(p[1])] or [(0, 1)])
         x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-        low, high = limits or (min(0, min(ys)), (max(ys) * 1.05) or 1)
+        low, high = limits or (min(0, *ys), max(1e-6, max(ys) * 1.05))
         left, top, right, bottom = width * number + 70, 50, width * (number + 1) - 25, height - 55
 
         def place(x, y):
-            return (left + (x - x_low) / (x_high - x_low) * (right - left), bottom - (y - low) / (high - low) * (bottom - top))
+            return np.interp(x, [x_low, x_high], [left, right]), np.interp(y, [low, high], [bottom, top])
         write(draw, ((left + right) / 2, 24), title, 20, "mm")
         write(draw, ((left + right) / 2, height - 18), "epoch", 15, "mm")
         for y in ticks(low, high):
@@ -98,13 +95,13 @@ def line_chart(panels, width=640, height=420):
             write(draw, (place(x, low)[0], bottom + 16), f"{x:g}", 14, "mm")
         draw.line([(left, top), (left, bottom), (right, bottom)], BLACK, 2)
         for row, (colour, (name, line)) in enumerate(zip(COLOURS, series.items())):
-            dots = [place(x, min(max(y, low), high)) for x, y in line if math.isfinite(y)]
+            dots = [place(x, y) for x, y in line if math.isfinite(y)]
             draw.line(dots, colour, 3, joint="curve")
             for x, y in dots if len(dots) <= 30 else ():
                 draw.ellipse([x - 4, y - 4, x + 4, y + 4], colour)
             name += f"  (last {line[-1][1]:.4g})" if line else ""
             y = (top + 14 if not limits else bottom - 14 - 22 * (len(series) - 1)) + 22 * row
-            draw.text((right - 20, y), name, colour, font(15, name), anchor="rm", stroke_width=4, stroke_fill="white")
+            write(draw, (right - 20, y), name, 15, "rm", colour, stroke_width=4, stroke_fill="white")
     return image
 
 
@@ -123,48 +120,42 @@ def contact_sheet(pictures, labels, columns=8, cell=112, caption=18):
     return sheet
 
 
+def grid(shares, text, rows, columns, cell, caption=""):
+    """A table of shaded cells, with names beside rows and over columns, as many as there is room for.
+
+    shares: (rows, columns) from 0 to 1; text(row, column): what stands in a cell, (width, height) in pixels, that is large enough.
+    """
+    wide, high = cell
+    size, side = min(18, max(10, high - 4)), (wide * len(columns), high * len(rows))
+    rows, columns = ([shorten(name, 194, size) for name in names] for names in (rows, columns))
+    left, top = (16 + round(max(font(size, name).getlength(name) for name in names)) for names in (rows, columns))
+    image = Image.new("RGB", (left + max(side[0] + 30, 300), top + side[1] + 50), "white")
+    draw = ImageDraw.Draw(image)
+    shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
+    image.paste(Image.fromarray(shades).resize(side, Image.Resampling.NEAREST), (left, top))
+    draw.rectangle([left - 1, top - 1, left + side[0], top + side[1]], outline=BLACK)
+    for i in range(0, len(rows), math.ceil(12 / high)):
+        write(draw, (left - 6, top + (i + .5) * high), rows[i], size, "rm")
+    for i in range(0, len(columns), math.ceil(12 / wide)):
+        upwards = ImageFont.TransposedFont(font(size, columns[i]), Image.Transpose.ROTATE_90)
+        *_, across, up = upwards.getbbox(columns[i])
+        draw.text((left + (i + .5) * wide - across / 2, top - 6 - up), columns[i], BLACK, upwards)
+    for y, x in np.ndindex(shares.shape) if min(cell) >= 24 else ():
+        inside, ink = text(y, x), "white" if shares[y, x] > 0.5 else BLACK
+        fitting = min(size, int(wide * 1.5 / max(1, len(inside))))
+        write(draw, (left + (x + .5) * wide, top + (y + .5) * high), inside, fitting, "mm", ink)
+    write(draw, (left, image.height - 24), caption, 14)
+    return image
+
+
 def matrix(counts, names):
     """A confusion matrix as a picture: rows true, columns predicted, shaded by the row's share; 2 to 1,000 classes."""
-    number, names = len(names), drawable(names)
-    cell = max(1, min(56, 1000 // number))
-    named = cell >= 12  # room for a name beside each row; otherwise every so many rows are numbered
-    size = min(18, max(10, cell - 4)) if named else 14
-    margin = widest(names, size, 204) + 16 if named else 60
-    image = Image.new("RGB", (max(margin + cell * number + 30, margin + 300), margin + cell * number + 50), "white")
-    draw = ImageDraw.Draw(image)
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
-    image.paste(Image.fromarray(shades).resize((cell * number, cell * number), Image.Resampling.NEAREST), (margin, margin))
-    draw.rectangle([margin - 1, margin - 1, margin + cell * number, margin + cell * number], outline=BLACK)
-    for i in range(number) if named else map(int, ticks(0, number - 1, 10)):
-        middle, text = margin + i * cell + cell / 2, shorten(names[i], margin - 10, size) if named else f"{i}"
-        write(draw, (margin - 6, middle), text, size, "rm")
-        label = Image.new("L", (margin, size + 6))
-        write(ImageDraw.Draw(label), (4, label.height / 2), text, size, ink=255)
-        label = label.rotate(90, expand=True)
-        image.paste(BLACK, (round(middle - label.width / 2), margin - label.height - 2), label)
-    for row, column in np.argwhere(counts) if cell >= 24 else ():
-        text, ink = str(counts[row, column]), "white" if shares[row, column] > 0.5 else BLACK
-        write(draw, (margin + (column + .5) * cell, margin + (row + .5) * cell), text, min(size, int(cell * 1.5 / len(text))), "mm", ink)
-    write(draw, (margin, image.height - 24), "rows: true class, columns: predicted class", 14)
-    return image
+    names, cell = drawable(names), max(1, min(56, 1000 // len(names)))
+    return grid(counts / counts.sum(1, keepdims=True).clip(1), lambda row, column: str(counts[row, column] or ""), names, names,
+                (cell, cell), "rows: true class, columns: predicted class")
 
 
-def bars(names, figures):
-    """Every class's figures (name → values from 0 to 1) as horizontal bars, in columns of up to 100 classes."""
-    rows, names = min(len(names), 100), drawable(names)
-    label = widest(names, 13, 188) + 12
-    high, width = 11 * len(figures) + 8, label + 230
-    image = Image.new("RGB", (math.ceil(len(names) / rows) * width + 20, rows * high + 50), "white")
-    draw = ImageDraw.Draw(image)
-    for column, (colour, name) in enumerate(zip(COLOURS, figures)):
-        write(draw, (10 + 80 * column, 20), name, 14, ink=colour)
-    for i, name in enumerate(names):
-        left, top = i // rows * width + label + 10, 40 + i % rows * high
-        write(draw, (left - 6, top + high / 2 - 4), shorten(name, label - 8, 13), 13, "rm")
-        for row, (colour, values) in enumerate(zip(COLOURS, figures.values())):
-            y = top + 11 * row
-            draw.rectangle([left, y, left + 160, y + 9], GREY)
-            draw.rectangle([left, y, left + round(160 * values[i]), y + 9], colour)
-            write(draw, (left + 166, y + 5), f"{values[i]:.3f}", 10)
-    return image
+def figure_table(names, figures):
+    """Every class's figures (name → values from 0 to 1) as a picture."""
+    values = np.stack([*figures.values()], 1)
+    return grid(values, lambda row, column: f"{values[row, column]:.3f}", drawable(names), [*figures], (56, 24))

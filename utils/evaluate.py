@@ -8,43 +8,44 @@ import io
 import os
 import re
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import torch
 
 from utils import lists, recipe
-from utils.charts import bars, contact_sheet, drawable, matrix
+from utils.charts import contact_sheet, drawable, figure_table, matrix
 from utils.dataloader import DataGenerator, own_data
 from utils.errors import UserError, plain
 from utils.files import save_file, save_image, writable
-from utils.processes import ProgressLine, one_sentence_errors
-from utils.trained import TrainedRun
+from utils.processes import ProgressLine
+from utils.trained import TrainedRun, command
 
 MOST = 1000  # classes of which a table or a picture can be read
 
 
 def pictures_of(run, annotation=None):
-    """What a DataGenerator takes: the checked lines of the run's test list or of another file, or the fork's own data.
+    """What run.data takes: the checked lines of the run's test list or of another file, or the fork's own data.
 
     A config.json of somebody else may name any file: its words are in a message only where the user names it.
     """
-    own, number = None if annotation else own_data(run.settings), len(run.class_names)
-    classes = "own_data" if own else run.setting("classes_path", "model_data/cls_classes.txt")
-    path = annotation or run.setting("test_annotation_path", "model_data/cls_test.txt")
+    own = None if annotation else own_data(run.settings)
+    classes, path = run.settings["classes_path"], annotation or run.settings["test_annotation_path"]
     try:
-        now = own[0] if own else lists.get_classes(classes)[0] if os.path.isfile(classes) else []
+        classes, now = ("own_data", own[0]) if own else (classes, lists.get_classes(classes)[0] if os.path.isfile(classes) else [])
     except UserError:
         now = [""]  # no list of classes
-    other = lists.difference(run.class_names, now, run.folder, classes).partition(", but ")[0]
-    if other and not annotation:
-        raise UserError(f"{other}, but not in {classes}, so class ids mean other classes: --annotation names a list with the run's ids")
-    if other:
-        print(f"WARNING: {plain(other)}, but not in {plain(classes)}; the ids of {plain(annotation)} are taken for the run's")
+    moved = next((f"class {number} is {was!r} in {run.folder}, but not in {classes}" for number, (was, name)
+                  in enumerate(zip(run.class_names, now)) if lists.class_name(was) != lists.class_name(name)), "")
+    if moved and not annotation:
+        raise UserError(f"{moved}, so class ids mean other classes: --annotation names a list with the run's ids")
+    if moved:
+        print(f"WARNING: {plain(moved)}; the ids of {plain(annotation)} are taken for the run's")
     if own:
         return own[2]
     lists.check_text_file("annotation", path, "python -m utils.annotation DATASETS writes it")
+    number = len(run.class_names)
     try:
         with open(path, encoding="utf-8") as file:
             return lists.check_lines(file.readlines(), path, number, run.folder)
@@ -97,26 +98,26 @@ def report(names, table):
     return "\n".join(lines)
 
 
-def by_class(run, source, indices, truth, called, answers):
+def by_class(data, names, indices, truth, called, answers):
     """What holds where each picture is of one class: prints the table, returns ({file name: rows or picture}, confusion matrix).
 
     truth, called: int64 (N,) class ids. Rows of the matrix are true classes; of more than MOST the pairs that occur are listed.
     """
-    truth, called, names, number = truth.numpy(), called.numpy(), run.class_names, len(run.class_names)
-    shown, table = list(map(plain, names)), per_class(truth, called, number)
+    truth, called, number, shown = truth.numpy(), called.numpy(), len(names), list(map(plain, names))
+    table, drawn = per_class(truth, called, number), drawable(shown)
     print(report(shown, table))
-    data, drawn = DataGenerator(source, (112, 112), random=False), drawable(shown)
+    small = DataGenerator(data.source, (112, 112), random=False)
     wrong = sorted(np.flatnonzero(truth != called), key=lambda i: -answers[i][0][1])[:32]
-    captions = [f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong]
-    files, confusion = {"mistakes.png": contact_sheet([data[int(indices[i])][0] for i in wrong], captions)}, None
+    files = {"mistakes.png": contact_sheet([small[int(indices[i])][0] for i in wrong], [
+        f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong])}
     if number > MOST:
         pairs = Counter(zip(truth.tolist(), called.tolist())).most_common()
         files["confusion_pairs.csv"] = [("true", "predicted", "pictures"), *((names[t], names[c], count) for (t, c), count in pairs)]
-    else:
-        confusion = np.bincount(truth * number + called, minlength=number ** 2).reshape(number, number)
-        rows = ([name, *row] for name, row in zip(names, confusion.tolist()))
-        files.update({"confusion_matrix.csv": [["true \\ predicted", *names], *rows], "confusion_matrix.png": matrix(confusion, shown),
-                      "per_class.png": bars(shown, dict(zip(("precision", "recall", "F1"), table)))})
+        return files, None
+    confusion = np.bincount(truth * number + called, minlength=number ** 2).reshape(number, number)
+    files["confusion_matrix.csv"] = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, confusion.tolist()))]
+    files["confusion_matrix.png"] = matrix(confusion, shown)
+    files["per_class.png"] = figure_table(shown, dict(zip(("precision", "recall", "F1"), table)))
     return files, confusion
 
 
@@ -130,26 +131,23 @@ def save_csv(path, rows):
     save_file(path, lambda file: file.write(memory.getvalue().encode("utf-8", "backslashreplace")))
 
 
-def evaluate(run_folder, weights=None, annotation=None, out=None, batch_size=None, num_workers=None):
+def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_workers=None):
     """Score, print and write everything; returns {**figures, 'scored', 'confusion'}."""
     for name, value, low, high in (("--batch-size", batch_size, 1, 100_000), ("--num-workers", num_workers, 0, 1_000)):
         if value is not None and (type(value) is not int or not low <= value <= high):
             raise UserError(f"{name} {value!r} must be a whole number from {low} to {high}")
-    run = TrainedRun(run_folder, weights)
-    source, names = pictures_of(run, annotation), run.class_names
+    run = TrainedRun(run, weights)
+    names, data = run.class_names, run.data(pictures_of(run, annotation), len(run.class_names))
     out, begin = writable(out or run.folder, "name another folder with --out"), time.monotonic()
-    data = DataGenerator(source, run.input_shape, random=False, val_crop=run.val_crop, num_classes=len(names))
-    figures, indices, targets, best, answers = score(run, data, batch_size or run.setting("Unfreeze_batch_size", 32), num_workers)
+    figures, indices, targets, best, answers = score(run, data, batch_size or run.settings["Unfreeze_batch_size"], num_workers)
     count, speed = len(indices), len(indices) / max(time.monotonic() - begin, 1e-3)
-    files, confusion = by_class(run, source, indices, targets, best, answers)
+    files, confusion = by_class(data, names, indices, targets, best, answers)
     words = [recipe.figure_text(name, value, exact=True) for name, value in figures.items()]
     unreadable = [f"{len(data) - count} unreadable"] if count < len(data) else []
     print(*words, f"{count} pictures scored", *unreadable, f"{speed:.0f} images/s", sep=", ")
-    most = max(map(len, answers))
-    rows = [["path", "true"] + [f"{what}{k}" for k in range(1, most + 1) for what in ("class", "probability")]]
-    for index, target, answer in zip(indices, targets, answers):
-        name = data.name(index)
-        rows.append([lists.split_line(name)[1] or name, recipe.said(target, names), *(cell for pair in answer for cell in pair)])
+    rows = [["path", "true"] + [f"{what}{k}" for k in range(1, max(map(len, answers)) + 1) for what in ("class", "probability")]]
+    for name, target, answer in zip(map(data.name, indices), targets, answers):
+        rows.append([lists.split_line(name)[1] or name, recipe.said(target, names), *chain.from_iterable(answer)])
     files["predictions.csv"] = rows
     for name, content in files.items():
         (save_csv if name.endswith(".csv") else save_image)(out / name, content)
@@ -158,14 +156,11 @@ def evaluate(run_folder, weights=None, annotation=None, out=None, batch_size=Non
 
 
 def main(arguments=None):
-    parser = ArgumentParser("python -m utils.evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", metavar="run", help="a run's folder, logs/…, or its name there")
-    parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
+    parser = command("evaluate", __doc__)
     parser.add_argument("--annotation", help="list of 'class_id;path' lines (the run's test list)")
     parser.add_argument("--out", help="folder to write into (the run's)")
     parser.add_argument("--batch-size", type=int, help="pictures a step (the run's)")
     parser.add_argument("--num-workers", type=int, help="data-loader processes (one a core)")
-    one_sentence_errors()
     evaluate(**vars(parser.parse_args(arguments)))
 
 

@@ -5,7 +5,6 @@ probabilities; with onnx and onnxscript installed, RUN/model.onnx is the same.
 """
 import io
 import json
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.util import find_spec
 
 import torch
@@ -13,8 +12,7 @@ import torch
 from utils import recipe
 from utils.files import save_file, writable
 from utils.pictures import normalize
-from utils.processes import one_sentence_errors
-from utils.trained import TrainedRun
+from utils.trained import TrainedRun, command
 
 
 class Program(torch.nn.Module):
@@ -33,7 +31,7 @@ def export(run, weights=None):
     run = TrainedRun(run, weights)
     written = [writable(run.folder, "the program would stand there") / "model.pt2"]
     module = Program(run.model.cpu().to(memory_format=torch.contiguous_format), run.settings).eval()
-    example, sizes = torch.zeros(2, 3, *run.input_shape, dtype=torch.uint8), ({0: torch.export.Dim("batch")},)
+    example, sizes = torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8), ({0: torch.export.Dim("batch")},)
     program, memory = torch.export.export(module, (example,), dynamic_shapes=sizes), io.BytesIO()
     torch.export.save(program, memory, extra_files={"class_names.json": json.dumps(run.class_names)})
     save_file(written[0], lambda file: file.write(memory.getbuffer()))
@@ -48,11 +46,8 @@ def export(run, weights=None):
 
 
 def main(arguments=None):
-    parser = ArgumentParser("python -m utils.export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, logs/…, or its name there")
-    parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
-    one_sentence_errors()
-    for path in export(**vars(parser.parse_args(arguments))):
+    options = command("export", __doc__).parse_args(arguments)
+    for path in export(options.run, options.weights):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -51,20 +51,16 @@ class Walk:
         return folders, pictures
 
     def below(self, starts):
-        """Yield (key, DirEntry) of all pictures below the (key, folder) pairs, real folders before links to others, so that
-        a picture is found where it lies."""
-        queue, links = deque(starts), deque()
-        while queue or links:
-            if not queue:
-                key, folder = links.popleft()
-                if not self.is_new(folder):
-                    continue
-                queue.append((key, folder))
-            key, folder = queue.popleft()
-            folders, pictures = self.entries(folder)
-            links.extend((key, entry.path) for entry in folders if entry.is_symlink())
-            queue.extend((key, entry.path) for entry in folders if not entry.is_symlink() and self.is_new(entry.path))
-            yield from ((key, entry) for entry in pictures)
+        """Yield (key, DirEntry) of all pictures below the (key, folder) pairs. Real folders come before links to others, so
+        that a picture is found where it lies; those of the pairs are entered in any case."""
+        queue = deque((key, folder, True) for key, folder in starts)
+        while queue:
+            key, folder, entered = queue.popleft()
+            if entered or self.is_new(folder):
+                folders, pictures = self.entries(folder)
+                for entry in folders:
+                    (queue.append if entry.is_symlink() else queue.appendleft)((key, entry.path, False))
+                yield from ((key, entry) for entry in pictures)
 
     def below_once(self, starts):
         """Sorted [(key, path)] of all pictures below the (key, folder) pairs, without links to those that are listed anyway."""

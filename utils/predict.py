@@ -6,9 +6,7 @@ import json
 import os
 import signal
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from functools import partial
-from itertools import islice, tee
+from itertools import chain
 from pathlib import Path
 
 from PIL import ImageDraw
@@ -18,29 +16,9 @@ from utils.charts import drawable, font
 from utils.errors import UserError, plain
 from utils.files import save_image, writable
 from utils.folders import pictures_below
-from utils.pictures import centre_box, opened, orientation, read_crop, upright, why
-from utils.processes import cores, one_sentence_errors
-from utils.trained import TrainedRun
-
-
-class Pictures:
-    """A run's data set of paths. Item (number, path) → what detection_collate takes, the number for the target."""
-
-    def __init__(self, run):
-        self.shape, self.share = tuple(run.input_shape), run.val_crop
-
-    def crop(self, picture):
-        """uint8 (H, W, 3) of a path, a file's bytes or a Pillow image, as in validation; raises what read_crop raises."""
-        return read_crop(picture, self.shape, partial(centre_box, self.shape, self.share))
-
-    def __getitem__(self, item):
-        number, path = item
-        try:
-            if os.path.isdir(path):
-                raise IsADirectoryError("a folder without a picture")
-            return self.crop(path), number, []
-        except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-            return None, number, [(number, why(error))]
+from utils.pictures import opened, orientation, upright
+from utils.processes import cores
+from utils.trained import TrainedRun, command
 
 
 class Classifier(TrainedRun):
@@ -48,20 +26,21 @@ class Classifier(TrainedRun):
 
     def __call__(self, picture):
         """picture: a path, a file's bytes or a Pillow image. Raises what Pillow raises for an unreadable one."""
-        best, = recipe.answers(self.scores(Pictures(self).crop(picture).permute(2, 0, 1)[None]), self.class_names)
+        image, _ = self.data([(picture, 0)]).read(0)
+        best, = recipe.answers(self.scores(image.permute(2, 0, 1)[None]), self.class_names)
         if isinstance(best, str):
             raise ValueError(best)
         return best
 
 
-def predictions(run, paths, size, num_workers=0):
+def predictions(run, paths, size=32):
     """Yield (path, recipe.answers' answer, or a text that says why there is none) in order, from `size` at a time."""
-    sampler, order = tee(enumerate(paths))
-    for scores, numbers, unreadable in run.scored(Pictures(run), size, num_workers, sampler):
-        found = dict(unreadable)
+    data = run.data([(path, number) for number, path in enumerate(paths)])
+    for scores, numbers, unreadable in run.scored(data, size, min(cores(), len(paths) // size)):
+        found = {number: "a folder without a picture" if os.path.isdir(paths[number]) else why for number, why in unreadable}
         if scores is not None:
             found.update(zip(numbers.tolist(), recipe.answers(scores, run.class_names)))
-        yield from ((path, found[number]) for number, path in islice(order, len(found)))
+        yield from ((paths[number], found[number]) for number in sorted(found))
 
 
 def listed(words):
@@ -74,14 +53,14 @@ def listed(words):
 
 def show(path, found, as_json, utf8):
     """Print one answer; JSON is escaped where it holds what no terminal should get, or this one cannot show."""
-    if isinstance(found, str):
+    unreadable = isinstance(found, str)
+    if unreadable:
         print(f"unreadable picture: {plain(path)} ({plain(found)})", file=sys.stderr)
     if as_json:
-        answer = {"picture": path, **({"error": found} if isinstance(found, str) else {
-            "top5": [{"class": name, "probability": round(p, 6)} for name, p in found]})}
-        text = json.dumps(answer, ensure_ascii=False)
-        print(text if utf8 and text.isprintable() else json.dumps(answer), flush=True)
-    elif not isinstance(found, str):
+        best = {"error": found} if unreadable else {"top5": [{"class": name, "probability": round(p, 6)} for name, p in found]}
+        text = json.dumps({"picture": path, **best}, ensure_ascii=not utf8)
+        print(text if text.isprintable() else json.dumps({"picture": path, **best}), flush=True)
+    elif not unreadable:
         print(f"{plain(path)}: " + ", ".join(recipe.answer_text(plain(name), p) for name, p in found), flush=True)
 
 
@@ -105,26 +84,22 @@ def copies_folder(run):
 
 
 def main(arguments=None):
-    parser = ArgumentParser("python -m utils.predict", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, logs/…, or its name there")
+    parser = command("predict", __doc__)
     parser.add_argument("pictures", nargs="+", help="files, folders, or - for a list on standard input")
-    parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--save", action="store_true", help="draw the label on a copy in RUN/predictions")
     options = parser.parse_args(arguments)
-    one_sentence_errors()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
     utf8 = str(sys.stdout.encoding).lower() in ("utf-8", "utf8")
     if utf8 and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # a name that is no text leaves as it came
-    run, paths, size, workers = Classifier(options.run, options.weights), listed(options.pictures), 1, 0
-    if "-" not in options.pictures:  # there, another program may wait for each answer
-        paths, size = list(paths), 32
-        workers = min(cores(), len(paths) // size)
+    run, paths = Classifier(options.run, options.weights), listed(options.pictures)
     copies, failed, number = options.save and copies_folder(run), False, -1
     drawn = dict(zip(run.class_names, drawable(list(map(plain, run.class_names))))) if copies else {}
-    for number, (path, found) in enumerate(predictions(run, paths, size, workers)):
+    # one by one from standard input, where another program may wait for each answer
+    parts = ([path] for path in paths) if "-" in options.pictures else [list(paths)]
+    for number, (path, found) in enumerate(chain.from_iterable(predictions(run, part) for part in parts)):
         show(path, found, options.json, utf8)
         failed |= isinstance(found, str)
         if copies and not isinstance(found, str):

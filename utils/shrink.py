@@ -3,8 +3,6 @@ import contextlib
 import os
 import signal
 import sys
-import zlib
-from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -22,21 +20,18 @@ PAYS = 1.25  # a copy of less than this times its size would save less than a th
 KILLED = "it ended the process that read it, most likely for lack of memory"
 
 
-def attempts(work, items):
-    """[(item, work(item), None), or (item, None, why it cannot be read)]."""
-    found = []
-    for item in items:
-        try:
-            found.append((item, work(item), None))
-        except UserError:
-            raise
-        except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-            found.append((item, None, why(error)))
-    return found
+def attempt(work, item):
+    """(item, work(item), None), or (item, None, why it cannot be read)."""
+    try:
+        return item, work(item), None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+        return item, None, why(error)
 
 
 def results(work, items, workers):
-    """What `attempts` gives, in order. What was under way when one of several workers was killed is done again by a single
+    """What `attempt` gives, in order. What was under way when one of several workers was killed is done again by a single
     one, which takes item by item, so that it is known at which it died."""
     at, size = 0, max(1, min(16, len(items) // (8 * workers))) if workers > 1 else 1
     while at < len(items):
@@ -46,11 +41,10 @@ def results(work, items, workers):
                 if hasattr(signal, "pthread_sigmask"):
                     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
                     begun.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-                parcels = deque(pool.submit(attempts, work, items[i:i + size]) for i in range(at, len(items), size))
-            while parcels:
-                found = parcels.popleft().result()
-                at += len(found)
-                yield from found
+                found = pool.map(partial(attempt, work), items[at:], chunksize=size)
+            for result in found:
+                at += 1
+                yield result
         except BrokenProcessPool:
             if workers == 1:
                 yield items[at], None, KILLED
@@ -108,10 +102,9 @@ def copy_path(path, datasets, folder):
 
 
 def copy_time(path):
-    """The time of a picture's copy, ns: its second, and below it a checksum of what changes when another picture takes its place."""
+    """The time that a picture's copy gets, ns: another one when the picture is changed, or another takes its place."""
     found = os.stat(path)
-    check = zlib.crc32(f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}".encode())
-    return found.st_mtime_ns // 10**9 * 10**9 + check % 10**6 * 1000  # file systems keep microseconds
+    return (found.st_mtime_ns + found.st_ctime_ns) // 2000 * 1000  # file systems keep microseconds
 
 
 def is_current(path, copy):

@@ -1,5 +1,6 @@
 """A finished run, loaded once: the part that evaluate, predict and export share."""
 import os
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -7,13 +8,18 @@ from torch.utils.data import DataLoader
 
 from nets import get_model, lay_out
 from nets._weights import check_numbers, load_weights
-from utils.dataloader import detection_collate
+from utils.dataloader import DataGenerator, detection_collate
 from utils.errors import UserError
 from utils.fit import score_batch
 from utils.pictures import MEAN, STD
-from utils.processes import cores, ignore_signals
+from utils.processes import cores, ignore_signals, one_sentence_errors
 from utils.run import read_config
 from utils.settings import check_value
+
+# What commands read of train.py's settings: what a run has that is older than the setting, None where every run has one
+USED = {"backbone": None, "input_shape": None, "val_crop": 1.0, "mean": MEAN, "std": STD, "Cuda": False, "fp16": False,
+        "channels_last": True, "Unfreeze_batch_size": 32,
+        "classes_path": "model_data/cls_classes.txt", "test_annotation_path": "model_data/cls_test.txt"}
 
 
 class TrainedRun:
@@ -23,25 +29,19 @@ class TrainedRun:
         """run: its folder, or its name in logs/; weights: a file other than its best. UserError: no run, or weights that do not fit."""
         self.folder = run if os.path.exists(run) or not Path("logs", run).exists() else Path("logs", run)
         config = read_config(self.folder)
-        self.settings, self.class_names = config["settings"], config["class_names"]
-        Cuda, fp16, channels_last, *_ = (self.setting(name, default) for name, default in (
-            ("Cuda", False), ("fp16", False), ("channels_last", True), ("mean", MEAN), ("std", STD)))
+        self.settings, self.class_names = {**USED, **config["settings"]}, config["class_names"]
+        try:
+            for name, default in USED.items():
+                check_value(name, self.settings[name], default)
+        except UserError as error:
+            raise UserError(f"{Path(self.folder, 'config.json')}: {error}") from None
+        Cuda, fp16 = self.settings["Cuda"], self.settings["fp16"]
         self.Cuda = Cuda and torch.cuda.is_available()
         # 'auto' where training has not decided yet; float16's stand-in on a CPU would give other figures
         self.fp16 = (self.Cuda if fp16 == "auto" else fp16) and self.Cuda == Cuda
-        self.input_shape, self.val_crop = self.setting("input_shape"), self.setting("val_crop", 1.0)
-        self.model = get_model(self.setting("backbone"), len(self.class_names), self.input_shape)
+        self.model = get_model(self.settings["backbone"], len(self.class_names), self.settings["input_shape"])
         self.load(weights or Path(self.folder, "best_epoch_weights.pth"), "--weights" if weights else "the run's best weights")
-        self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu", channels_last)
-
-    def setting(self, name, default=None):
-        """A setting, or `default` where the run is of before the setting. UserError for a value that it cannot have."""
-        value = self.settings.get(name, default)
-        try:
-            check_value(name, value, default)
-        except UserError as error:
-            raise UserError(f"{Path(self.folder, 'config.json')}: {error}") from None
-        return value
+        self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu", self.settings["channels_last"])
 
     def load(self, path, name):
         """Give the model the weights of a file, which messages call `name`."""
@@ -49,22 +49,36 @@ class TrainedRun:
             state = load_weights(path, name)
             check_numbers(self.model.state_dict(), state, f"{name}: {path}")
             self.model.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:  # keys that are no text are an AttributeError
-            reason = str(error).split("\n\t")[min(1, str(error).count("\n\t"))].strip()[:200]
+        except (RuntimeError, AttributeError) as error:  # what is no tensor has no shape
+            reason = str(error).split("\n\t")[:2][-1].strip()[:200]
             raise UserError(f"{name}: {path} holds the weights of another network than {self.settings['backbone']} with "
-                            f"{len(self.class_names)} classes at {self.input_shape} ({reason})") from error
+                            f"{len(self.class_names)} classes at {self.settings['input_shape']} ({reason})") from error
+
+    def data(self, source, num_classes=None):
+        """Validation's crops of checked annotation lines, or of a data set as own_data describes it."""
+        return DataGenerator(source, self.settings["input_shape"], random=False, val_crop=self.settings["val_crop"],
+                             num_classes=num_classes)
 
     def scores(self, images):
         """uint8 (N, 3, H, W) pictures of the run's size → float32 (N, classes) on the model's device."""
         return score_batch(self.model, images, images.new_empty(0), self.Cuda, self.fp16, self.settings)[0]
 
-    def scored(self, data, batch_size, num_workers=None, sampler=None):
-        """Yield each batch's (scores, (N, …) targets, [(index, reason)] unreadable); data as a DataGenerator.
+    def scored(self, data, batch_size, num_workers=None):
+        """Yield each batch's (scores, (N, …) targets, [(index, reason)] unreadable) of a DataGenerator.
 
-        Scores and targets are on the model's device; both are None where none of the batch's pictures can be read.
+        Scores and targets are on the model's device; scores are None where none of the batch's pictures can be read.
         """
-        num_workers = cores() if num_workers is None else num_workers
-        for images, targets, unreadable in DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=self.Cuda,
-                                                      collate_fn=detection_collate, worker_init_fn=ignore_signals):
-            readable = len(images) > 0
-            yield *(score_batch(self.model, images, targets, self.Cuda, self.fp16, self.settings) if readable else (None, None)), unreadable
+        loader = DataLoader(data, batch_size, num_workers=cores() if num_workers is None else num_workers, pin_memory=self.Cuda,
+                            collate_fn=detection_collate, worker_init_fn=ignore_signals)
+        for images, targets, unreadable in loader:
+            scores = self.scores(images) if len(images) else None
+            yield scores, targets.to("cuda" if self.Cuda else "cpu", non_blocking=True), unreadable
+
+
+def command(name, document):
+    """The parser of utils.<name>, a command on a run; every error from here on is one sentence."""
+    one_sentence_errors()
+    parser = ArgumentParser(f"python -m utils.{name}", description=document, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder, logs/…, or its name there")
+    parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
+    return parser

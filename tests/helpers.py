@@ -81,7 +81,7 @@ def start(folder, *words, launcher=(sys.executable,), **options):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
 
 
-def train(folder, *words, launcher=(sys.executable,), code=0, timeout=90):
+def train(folder, *words, launcher=(sys.executable,), code=0, timeout=300):
     """Run training to its end; returns (stdout, stderr) after checking the exit code."""
     process = start(folder, *words, launcher=launcher)
     try:

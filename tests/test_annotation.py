@@ -439,8 +439,8 @@ def test_ctrl_c_ends_a_check_at_once(when):
         time.sleep(0.05)
     begin = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) == 130
+    assert process.wait(60) == 130
     while group():
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 60
         time.sleep(0.1)
     assert Path("out.txt").read_text() == ""

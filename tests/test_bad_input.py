@@ -67,7 +67,7 @@ def test_few_files_may_be_open(tmp_path):
     folder = make_project(tmp_path, num_workers=4)
     make_data(folder, train=24, test=6)
     process = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "too many open files" in err and "ulimit -n" in err and "Traceback" not in err, err
 
 
@@ -85,5 +85,5 @@ def test_interrupt_while_importing(tmp_path):
     process = start(folder)
     time.sleep(0.4)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err

@@ -150,7 +150,7 @@ def stopped_in_an_epoch(folder):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     kill_group(process, signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 143
     return load_checkpoint(run_of(folder))
 

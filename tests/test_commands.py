@@ -21,7 +21,7 @@ from utils.evaluate import per_class
 
 def command(folder, module, *words, code=0, text=None):
     result = subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=folder, env=environment(), text=True,
-                            capture_output=True, input=text, timeout=120)
+                            capture_output=True, input=text, timeout=300)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr
 

@@ -219,7 +219,7 @@ def commands(folder, out):
     (folder / out).mkdir()
     (folder / "commands.py").write_text(COMMANDS)
     done = subprocess.run([sys.executable, "commands.py", f"logs/{run_of(folder).name}", out], cwd=folder, capture_output=True,
-                          text=True, env=environment(), timeout=120)
+                          text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return done.stdout, answers[0], answers[1]

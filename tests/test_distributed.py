@@ -58,7 +58,7 @@ def test_two_nodes(alone):
                 "--master_addr=127.0.0.1", f"--master_port={port}"]
     other = start(folder, launcher=agent(1))
     out, _ = train(folder, launcher=agent(0))
-    out_1, err_1 = other.communicate(timeout=60)
+    out_1, err_1 = other.communicate(timeout=300)
     edit(folder, save_dir="'logs'")
     assert other.returncode == 0, err_1
     run, = (folder / "nodes").iterdir()

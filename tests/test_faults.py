@@ -1,5 +1,6 @@
 """Disks, pictures, losses, workers and memory that fail while training."""
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -24,7 +25,7 @@ def test_disk_full(tmp_path):
     edit(folder, UnFreeze_Epoch=4, resume=repr(f"logs/{run.name}"))
     limit = 1_000_000  # squeezenet's weights are larger, the other files are not
     process = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in err and err.count("error: ") == 1, err
     assert "could not be written" in err and "intact" in err
     assert {p.name: p.read_bytes() for p in run.iterdir() if p.suffix == ".pth"} == before
@@ -67,7 +68,7 @@ def test_loss_that_is_not_finite(tmp_path):
     (folder / "utils/fit.py").write_text(text.replace("loss = recipe.criterion(scores, targets)\n", "loss = recipe.criterion(scores, targets)"
                                                       " * (math.nan if scores.requires_grad else 1)\n", 1))
     _, err = train(folder, code=1)
-    assert "not finite in epoch 1, step 1, at lr " in err and "Traceback" not in err
+    assert re.search(r"not finite in epoch 1, (by step \d+|step 1), at lr ", err) and "Traceback" not in err  # a GPU is looked at later
     assert not list(run_of(folder).glob("*.pth"))
 
 
@@ -77,7 +78,7 @@ def test_a_worker_dies(tmp_path):
     process = start(folder)
     wait_for(process, "epoch 2/1000")
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "data-loader worker died" in err and "num_workers" in err and "Traceback" not in err
 
 
@@ -160,7 +161,7 @@ def test_printing_decides_nothing(tmp_path, where):
     folder = make_project(tmp_path, num_workers=1)
     make_data(folder, train=24, test=6)
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} train.py {where}"], cwd=folder, env=environment(),
-                            capture_output=True, text=True, timeout=60)
+                            capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert len(history(run_of(folder))) == 2 and '"finished": true' in (run_of(folder) / "config.json").read_text()
 
@@ -179,7 +180,7 @@ def test_the_second_interrupt_ends_at_once(tmp_path):
     time.sleep(1.5)
     assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=5)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "as it was saved last" in out and "Traceback" not in err
     assert not [pid for pid in workers if os.path.exists(f"/proc/{pid}/stat") and open(f"/proc/{pid}/stat").read().split()[2] == "T"]
 
@@ -191,6 +192,6 @@ def test_little_shared_memory(tmp_path):
     folder = make_project(tmp_path, num_workers=2, cache_mb=0, Unfreeze_batch_size=24, input_shape=[256, 256])
     make_data(folder, train=72, test=24)
     result = subprocess.run(["unshare", "-m", "bash", "-c", f"mount -t tmpfs -o size=4m tmpfs /dev/shm && exec {sys.executable} train.py"],
-                            cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+                            cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.count("error: ") == 1 and "--shm-size" in result.stderr and "num_workers = 0" in result.stderr

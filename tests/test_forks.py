@@ -115,7 +115,7 @@ def check_resume(folder, words):
     while process.poll() is None and not (len(runs(folder)) > 1 and (runs(folder)[1] / "last_checkpoint.pth").exists()):
         time.sleep(0.02)
     kill_group(process, signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     train(folder, *words, "--resume", True)
     assert same(weights(runs(folder)[1]), weights(first))
 

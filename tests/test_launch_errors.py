@@ -25,7 +25,7 @@ def broken(folder, line, before="    # The data\n", rank=None):
 
 def torchrun_ends(folder, *words, script="train.py"):
     """stderr of a torchrun launch that must fail."""
-    result = subprocess.run([*torchrun(), script, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    result = subprocess.run([*torchrun(), script, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     return result.stdout + result.stderr
 

@@ -105,7 +105,7 @@ def listening(port):
                    for line in list(file)[1:])
 
 
-def until(true, what, timeout=120):
+def until(true, what, timeout=300):
     end = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < end, f"never came: {what}"
@@ -166,7 +166,7 @@ def test_lists_that_differ(tmp_path, change):
     path.write_text("".join({"another order": lines[1:] + lines[:1], "a line less": lines[1:],
                              "another class": ["1" + lines[0][1:]] + lines[1:]}[change]))
     with Nodes(tmp_path, folders=folders, restarts=0) as nodes:
-        nodes.ends(code=1, timeout=60)
+        nodes.ends(code=1, timeout=300)
     said = [line for line in nodes.output().splitlines() if line.startswith("error: ")]
     assert "differ" in only(said) and ("annotation" in said[0] or "cls_train.txt" in said[0])
     assert "train.py\", line" not in nodes.output() and not (folders[0] / "logs").exists()

@@ -258,9 +258,8 @@ def test_rgb_as_it_is():
 
 @pytest.mark.parametrize("length", [3000, 20_000])
 def test_names_of_any_length_are_drawn(length):
-    begin, names = time.monotonic(), ["漢é" * (length // 2), "short"]
+    names = ["漢é" * (length // 2), "short"]
     images = [matrix(np.eye(2, dtype=int), names), figure_table(names, {"F1": np.ones(2)}),
               contact_sheet([torch.zeros(4, 4, 3, dtype=torch.uint8)], [names[0]])]
     assert max(max(image.size) for image in images) < 2000
     assert shorten("abc", 100, 14) == "abc" and shorten("a" * 400, 60, 14).endswith("a…")
-    assert time.monotonic() - begin < 5

@@ -84,7 +84,7 @@ def test_its_commands(folder):
 def test_its_python(folder):
     code, = re.findall(r"```python\n(.*?)```", README, re.S)
     result = subprocess.run([sys.executable, "-c", code.replace("RUN", str(runs(folder)[-1]))], cwd=folder, env=environment(),
-                            capture_output=True, text=True, timeout=90)
+                            capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and re.search(r"\('(cat|dog)', [\d.]+", result.stdout), result.stderr
 
 

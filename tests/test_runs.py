@@ -185,6 +185,6 @@ def test_nothing_is_left_behind(tmp_path):
                                                   "multiprocessing_context='forkserver'"))
     (tmp_path / "temporary").mkdir()
     result = subprocess.run([sys.executable, "train.py"], cwd=folder, env={**environment(), "TMPDIR": str(tmp_path / "temporary")},
-                            capture_output=True, text=True, timeout=90)
+                            capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert not list((tmp_path / "temporary").iterdir())

@@ -103,7 +103,7 @@ def test_batch_sizes_of_several_processes(launched):
 
 
 def test_only_phases_that_are_trained_are_checked(launched):
-    s = settings_with(distributed=True)
+    s = settings_with(distributed=True, UnFreeze_Epoch=20)
     rules.check_settings({**s, "Freeze_batch_size": 7})  # nothing is frozen
     rules.check_phases({**s, "Freeze_batch_size": 999}, 100, 10, True)
     frozen = {**s, "Freeze_Train": True, "Freeze_Epoch": 5}

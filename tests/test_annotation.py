@@ -85,7 +85,7 @@ def test_each_file_is_listed_once(capsys):
     os.symlink("../../../far/0.png", "ds/train/dog/far.png")
     os.symlink("../../../far/0.png", "ds/test/dog/far.png")
     annotate(["ds"])
-    assert sum(listed().values()) == 21 and listed()["1;ds/train/dog/far.png"] == 1 and listed()["1;ds/test/dog/0.png"] == 1
+    assert sum(listed().values()) == 21 and sum(line.endswith("/dog/far.png") for line in listed()) == 1 and listed()["1;ds/test/dog/0.png"] == 1
     assert "left out: 3 links to pictures that are listed anyway" in capsys.readouterr().out
     assert pictures_below("ds/train/cat") == [f"ds/train/cat/{i}.png" for i in range(5)] + [
         "ds/train/cat/a copy.png", "ds/train/cat/dog.png"]
@@ -135,7 +135,7 @@ def test_what_is_left_out_is_counted_once(capsys):
         tree(f"{folder}/cover.png")
     annotate(["ds"])
     out = capsys.readouterr().out
-    assert "left out: 2 files (.txt)" in out and "left out: 2 pictures beside the class folders" in out
+    assert "left out: 2 files (.txt)" in out and "left out: 2 pictures in none of the class folders" in out
 
 
 @pytest.mark.parametrize("folders, words", [

@@ -26,41 +26,22 @@ FEW = 10  # a class with fewer training pictures is warned about
 SPLITS = ("train", "test", "val", "valid")
 
 
-def class_folders(walk, folder):
-    """{class name: its folders} in `folder`, which should hold nothing else."""
-    folders, pictures = walk.entries(folder)
-    walk.left_out["pictures beside the class folders"] += len(pictures)
-    found = {}
-    for entry in folders:
-        if walk.is_new(entry.path):
-            found.setdefault(class_name(entry.name), []).append(entry.path)
-    return found
-
-
-def find_split(walk, datasets, test_share):
-    """({class: folders} for training, the same for test or None). A folder called train may be a class, if others stand by it."""
-    found = class_folders(walk, datasets)
-    splits = {name: found[name][0] for name in SPLITS if name in found}
-    classes = [name for name, paths in found.items() if name not in splits and any(
-        next(Walk(path).below([(0, path)]), 0) for path in paths)]
-    deep = [name for name, path in splits.items() if Walk(path).entries(path)[0]]
+def find_split(datasets, folders, filled, test_share):
+    """(the folder that holds the training classes, the test's or None), as Walk names them. A folder called train may be a class,
+    if others stand by it. folders: all; filled: those that hold pictures."""
+    splits = [name for name in SPLITS if (name,) in folders]
+    classes = sorted({inside[0] for inside in filled if inside and inside[0] not in splits})
+    deep = [name for name in splits if any(inside[:-1] == (name,) for inside in folders)]
     if not splits or classes and not deep:
-        return found, None
+        return (), None
     if classes:
         raise UserError(f"{datasets!r} holds {deep[0]!r}, a folder of folders, beside {classes[0]!r}, which holds pictures: as "
                         f"one cannot see whether {deep[0]!r} is a class, move or rename one of them")
     tests = [name for name in deep if name != "train"]
     if "train" not in deep or test_share is None and not tests and len(splits) > 1:
         raise UserError(f"{datasets!r} holds {' and '.join(map(repr, splits))}, but no class folders in "
-                        f"{'train' if 'train' not in deep else [*splits][1]!r}")
-    train = class_folders(walk, splits["train"])
-    if not tests or test_share is not None:
-        return train, None
-    test = class_folders(walk, splits[tests[0]])
-    unknown = sorted(set(test) - set(train))
-    if unknown:
-        raise UserError(f"{splits[tests[0]]} has classes that training does not have: {', '.join(map(plain, unknown[:10]))}")
-    return train, test
+                        f"{'train' if 'train' not in deep else splits[1]!r}")
+    return ("train",), (tests[0],) if tests and test_share is None else None
 
 
 def split_by_class(pairs, names, share, seed):
@@ -80,16 +61,25 @@ def collect(datasets, test_share, seed):
     if not os.path.isdir(datasets):
         raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
     walk = Walk(datasets)
-    train, test = find_split(walk, datasets, test_share)
-    names = sorted(train)
+    pictures = walk.each_once()
+    train, test = find_split(datasets, walk.folders, {inside for inside, _ in pictures}, test_share)
+    names, tested = (sorted({class_name(inside[-1]) for inside in walk.folders if inside and inside[:-1] == part})
+                     for part in (train, test))
     if not names:
         raise UserError(f"{datasets!r} has no class folders: make one folder of pictures for each class")
+    unknown = [name for name in tested if name not in names]
+    if unknown:
+        raise UserError(f"{Path(datasets, *test)} has classes that training does not have: {', '.join(map(plain, unknown[:10]))}")
     bad = [name for name in names if name != name.strip("\ufeff").strip() or not is_line(name)]
     if bad:
         raise UserError(f"the folder {bad[0]!r} cannot be a class name: rename it")
-    found = walk.below_once(((split, number), path) for split, folders in enumerate((train, test or {}))
-                            for number, name in enumerate(names) for path in folders.get(name, ()))
-    lists = [[(number, path) for (part, number), path in found if part == split] for split in (0, 1)]
+    lists, numbers, depth = {train: [], test: []}, {name: number for number, name in enumerate(names)}, len(train)
+    for inside, path in pictures:
+        if len(inside) > depth and inside[:depth] in lists:
+            lists[inside[:depth]].append((numbers[class_name(inside[depth])], path))
+        else:
+            walk.left_out["pictures in none of the class folders"] += 1
+    lists = [sorted(pairs) for pairs in lists.values()]
     if test is None:
         lists = split_by_class(lists[0], names, 0.2 if test_share is None else test_share, seed)
     return names, lists, walk.left_out

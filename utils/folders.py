@@ -10,11 +10,23 @@ LEFT_BEHIND = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", 
 
 
 class Walk:
-    """A walk through a folder that enters each real folder once. left_out: {what: how many} of all that was not taken."""
+    """A walk through a folder that enters each real folder once, those behind links last, so that a picture is found where it lies.
+
+    folders: the names that lead from the root to each of them, such as ("train", "cat"), the root's own is (); pictures, links:
+    [(such names, path)] of pictures, and of links to pictures; left_out: {what: how many} of all that was not taken.
+    """
 
     def __init__(self, root):
-        self.root, self.left_out = os.path.realpath(root), Counter()
-        self.seen = {self.root}
+        self.root, self.seen, self.left_out = os.path.realpath(root), set(), Counter()
+        self.folders, self.pictures, self.links = [], [], []
+        queue = deque([((), root)])
+        while queue:
+            names, folder = queue.popleft()
+            if self.is_new(folder):
+                self.folders.append(names)
+                inner = [((*names, entry.name), entry) for entry in self.read(folder, names)]
+                queue.extendleft((path, entry.path) for path, entry in reversed(inner) if not entry.is_symlink())
+                queue.extend((path, entry.path) for path, entry in inner if entry.is_symlink())
 
     def is_new(self, path):
         """Whether to enter a folder: once, and not by a link that leads into the root or to a folder around others."""
@@ -26,55 +38,39 @@ class Walk:
         self.seen.add(real)
         return True
 
-    def entries(self, folder):
-        """(its folders, its pictures): os.DirEntry by name; other things are counted, hidden ones are not."""
-        folders, pictures = [], []
+    def read(self, folder, names):
+        """The folders in a folder, os.DirEntry by name; its pictures are taken, other things are counted, hidden ones are not."""
         try:
             found = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             self.left_out["folders that cannot be read"] += 1
-            return folders, pictures
+            return
         for entry in found:
-            path, ending = entry.path, os.path.splitext(entry.name)[1].lower()
+            path, link, ending = entry.path, entry.is_symlink(), os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
                 continue
-            if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
-                folders.append(entry)
+            if os.path.isdir(path) if link else entry.is_dir():
+                yield entry
             elif ending not in endings():
                 self.left_out[f"files ({ending or 'no ending'}) that are no pictures"] += 1
-            elif not os.path.isfile(path) if entry.is_symlink() else not entry.is_file():
+            elif not (os.path.isfile(path) if link else entry.is_file()):
                 self.left_out["pictures' names that are no regular files"] += 1
             elif not is_line(path):
                 self.left_out["names that no text file can hold"] += 1
             else:
-                pictures.append(entry)
-        return folders, pictures
+                (self.links if link else self.pictures).append((names, Path(path).as_posix()))
 
-    def below(self, starts):
-        """Yield (key, DirEntry) of all pictures below the (key, folder) pairs. Real folders come before links to others, so
-        that a picture is found where it lies; those of the pairs are entered in any case."""
-        queue = deque((key, folder, True) for key, folder in starts)
-        while queue:
-            key, folder, entered = queue.popleft()
-            if entered or self.is_new(folder):
-                folders, pictures = self.entries(folder)
-                for entry in folders:
-                    (queue.append if entry.is_symlink() else queue.appendleft)((key, entry.path, False))
-                yield from ((key, entry) for entry in pictures)
-
-    def below_once(self, starts):
-        """Sorted [(key, path)] of all pictures below the (key, folder) pairs, without links to those that are listed anyway."""
-        found, links = [], []
-        for key, entry in self.below(starts):
-            (links if entry.is_symlink() else found).append((key, Path(entry.path).as_posix()))
-        for key, path in sorted(links):
+    def each_once(self):
+        """[(names, path)] of all pictures, without links to those that are among them anyway."""
+        found, taken = [*self.pictures], set()
+        for names, path in sorted(self.links):
             real = os.path.realpath(path)
-            if real in self.seen or os.path.dirname(real) in self.seen and os.path.splitext(real)[1].lower() in endings():
+            if real in taken or os.path.dirname(real) in self.seen and os.path.splitext(real)[1].lower() in endings():
                 self.left_out["links to pictures that are listed anyway"] += 1
             else:
-                self.seen.add(real)
-                found.append((key, path))
-        return sorted(found)
+                taken.add(real)
+                found.append((names, path))
+        return found
 
 
 def is_line(name):
@@ -84,4 +80,5 @@ def is_line(name):
 
 def pictures_below(folder):
     """Sorted paths of the pictures in `folder` and its folders, links among them."""
-    return sorted(Path(entry.path).as_posix() for _, entry in Walk(folder).below([(None, folder)]))
+    walk = Walk(folder)
+    return sorted(path for _, path in walk.pictures + walk.links)

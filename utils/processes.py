@@ -205,7 +205,10 @@ def end(code):
     aborted ('terminate called without an active exception') or waited for ever.
     """
     stop_workers()
-    for clean_up in (lambda: sys.stdout.flush(), lambda: sys.stderr.flush(), multiprocessing.util._run_finalizers):
-        with contextlib.suppress(Exception):  # the last removes semaphores and the folder for temporary files
-            clean_up()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    sys.stdout = sys.stderr = None  # what clean-up would say is of no use
+    with contextlib.suppress(Exception):
+        multiprocessing.util._run_finalizers()  # semaphores, the folder for temporary files
     os._exit(code)

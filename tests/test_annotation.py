@@ -91,6 +91,18 @@ def test_each_file_is_listed_once(capsys):
         "ds/train/cat/a copy.png", "ds/train/cat/dog.png"]
 
 
+def test_links_to_pictures_of_a_folder_that_is_not_used(capsys):
+    numbered("ds/train/cat", "ds/train/dog", "ds/test")
+    for folder in ("cat", "dog"):
+        Path("ds/val", folder).mkdir(parents=True)
+        os.symlink(f"../../test/{len(folder)}.png", f"ds/val/{folder}/a.png")
+    os.symlink("../../test/0.png", "ds/val/cat/b.png")
+    annotate(["ds"])
+    assert Path("model_data/cls_test.txt").read_text().split() == ["0;ds/val/cat/a.png", "0;ds/val/cat/b.png"]
+    out = capsys.readouterr().out
+    assert "left out: 5 pictures in none" in out and "left out: 1 links to pictures that are listed anyway" in out
+
+
 def test_names_that_no_list_can_hold(capsys):
     numbered("ds/cat", "ds/dog")
     for name in (b"line\nfeed.png", b"latin \xe9.png"):

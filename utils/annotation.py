@@ -61,8 +61,7 @@ def collect(datasets, test_share, seed):
     if not os.path.isdir(datasets):
         raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
     walk = Walk(datasets)
-    pictures = walk.each_once()
-    train, test = find_split(datasets, walk.folders, {inside for inside, _ in pictures}, test_share)
+    train, test = find_split(datasets, walk.folders, {inside for inside, _ in walk.pictures + walk.links}, test_share)
     names, tested = (sorted({class_name(inside[-1]) for inside in walk.folders if inside and inside[:-1] == part})
                      for part in (train, test))
     if not names:
@@ -74,11 +73,8 @@ def collect(datasets, test_share, seed):
     if bad:
         raise UserError(f"the folder {bad[0]!r} cannot be a class name: rename it")
     lists, numbers, depth = {train: [], test: []}, {name: number for number, name in enumerate(names)}, len(train)
-    for inside, path in pictures:
-        if len(inside) > depth and inside[:depth] in lists:
-            lists[inside[:depth]].append((numbers[class_name(inside[depth])], path))
-        else:
-            walk.left_out["pictures in none of the class folders"] += 1
+    for inside, path in walk.each_once(lambda inside: len(inside) > depth and inside[:depth] in lists):
+        lists[inside[:depth]].append((numbers[class_name(inside[depth])], path))
     lists = [sorted(pairs) for pairs in lists.values()]
     if test is None:
         lists = split_by_class(lists[0], names, 0.2 if test_share is None else test_share, seed)

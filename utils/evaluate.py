@@ -59,8 +59,8 @@ def score(run, data, batch_size, num_workers=None):
     """({figure: number}, the indices of the pictures that could be read, their targets, best class ids, and answers)."""
     s, sums, targets, best, answers, unreadable = run.settings, Counter(), [], [], [], []
     criterion, progress = recipe.get_criterion(s), ProgressLine("evaluating", -(-len(data) // batch_size))
-    for step, (scores, truth, named) in enumerate(run.scored(data, batch_size, num_workers), 1):
-        for index, reason in named:
+    for step, (scores, truth, bad) in enumerate(run.scored(data, batch_size, num_workers), 1):
+        for index, reason in bad:
             unreadable.append(index)
             print(f"\nunreadable picture: {plain(data.name(index))} ({plain(reason)})")
         if scores is not None:
@@ -87,14 +87,16 @@ def per_class(truth, called, number):
 
 def report(names, table):
     """The table of per_class and its means, as text; the plain mean is that of the classes with pictures."""
-    seen, width = table[3] > 0, max(map(len, [*names, "weighted mean"]))
-    row = f"{{:<{width}}}  {{:9.4f}}  {{:6.4f}}  {{:6.4f}}  {{:7d}}".format
-    lines = [f"{'class':<{width}}  precision  recall      F1  support"]
-    lines += map(row, names, *table) if len(names) <= MOST else [
-        f"({len(names)} classes are more than anybody reads: left out here, with confusion_matrix.png and per_class.png)"]
+    seen, rows = table[3] > 0, [*zip(names, *table)] if len(names) <= MOST else []
     for label, weights in (("mean", seen), ("weighted mean", table[3])):
-        lines.append(row(label, *(np.average(figure, weights=weights) for figure in table[:3]), table[3].sum()))
-    lines += [f"mean: without {np.sum(~seen)} of {len(names)} classes, which have no picture here"] * (not seen.all())
+        rows.append((label, *(np.average(figure, weights=weights) for figure in table[:3]), table[3].sum()))
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{'class':<{width}}  precision  recall      F1  support"]
+    lines += [f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}" for name, precision, recall, f1, support in rows]
+    if len(names) > MOST:
+        lines.append(f"({len(names)} classes are more than anybody reads: left out here, with confusion_matrix.png and per_class.png)")
+    if not seen.all():
+        lines.append(f"mean: without {np.sum(~seen)} of {len(names)} classes, which have no picture here")
     return "\n".join(lines)
 
 

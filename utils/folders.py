@@ -60,16 +60,18 @@ class Walk:
             else:
                 (self.links if link else self.pictures).append((names, Path(path).as_posix()))
 
-    def each_once(self):
-        """[(names, path)] of all pictures, without links to those that are among them anyway."""
-        found, taken = [*self.pictures], set()
-        for names, path in sorted(self.links):
+    def each_once(self, wanted):
+        """[(names, path)] of the pictures in folders that are wanted(names), without links to those that are among them anyway."""
+        found = [(names, path) for names, path in self.pictures if wanted(names)]
+        folders, taken = set(map(os.path.realpath, {os.path.dirname(path) for _, path in found})), set()
+        for names, path in sorted(link for link in self.links if wanted(link[0])):
             real = os.path.realpath(path)
-            if real in taken or os.path.dirname(real) in self.seen and os.path.splitext(real)[1].lower() in endings():
+            if real in taken or os.path.dirname(real) in folders and os.path.splitext(real)[1].lower() in endings():
                 self.left_out["links to pictures that are listed anyway"] += 1
             else:
                 taken.add(real)
                 found.append((names, path))
+        self.left_out["pictures in none of the class folders"] += sum(not wanted(names) for names, _ in self.pictures + self.links)
         return found
 
 

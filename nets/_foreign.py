@@ -125,16 +125,15 @@ def fit(model, state, source):
     words = {re.match(r"((module|model|backbone|encoder)\.)*", key)[0] for key in state}
     prefixes = {"", *(w[:end.end()] for w in words for end in re.finditer(r"\.", w))}
     parameters = {k: v.shape for k, v in model.named_parameters()}
-    found = {}
-    for prefix in sorted(prefixes, key=len):
-        under = translate(model, {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)})
-        found[prefix] = (sum(v.shape == parameters.get(k) for k, v in under.items()), under)
-    most = max(number for number, _ in found.values())
-    best = [prefix for prefix, (number, _) in found.items() if number == most]
+    found = {prefix: translate(model, {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)})
+             for prefix in sorted(prefixes, key=len)}
+    fitting = {prefix: sum(v.shape == parameters.get(k) for k, v in under.items()) for prefix, under in found.items()}
+    most = max(fitting.values())
+    best = [prefix for prefix in found if fitting[prefix] == most]
     if most and len(best) > 1 and best[0]:
         raise UserError(f"{source} holds this network more than once, under {' and '.join(map(repr, best))}: "
                         f"save the state_dict of the one that you mean")
-    return found[best[0]][1], best[0]
+    return found[best[0]], best[0]
 
 
 def to_timm(state):

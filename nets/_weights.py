@@ -3,6 +3,7 @@ import argparse
 import json
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -83,11 +84,9 @@ def check_numbers(ours, state, source):
 def classes_beside(path):
     """The class names of the run in whose folder a weights file lies; None where it lies in none."""
     config = Path(path).with_name("config.json")
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         check_regular(config, "config.json")
         return [str(name) for name in json.loads(config.read_text(encoding="utf-8"))["class_names"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
 
 
 def load_matching(model, state, source, class_names=None):

@@ -78,17 +78,17 @@ def to_rgb(image):
 
 
 def orientation(image):
-    """How a Pillow image's rows and columns lie, 1 … 8: EXIF's tag 0x0112 where it is a whole number from 1 to 8, else 1. XMP
-    does not count. All but a JPEG is decoded by this, and then has the size that counts."""
+    """How a Pillow image's rows and columns lie, 1 … 8: EXIF's tag 0x0112 where it is a whole number from 1 to 8, else 1. All
+    but a JPEG is decoded by this, and then has the size that counts. XMP does not count: it is dropped before decoding, as TIFF
+    turns itself by it, and after, as a PNG's may come last."""
     for decode in (image.format not in REDUCIBLE, False):
         for key in ("xmp", "XML:com.adobe.xmp"):
             image.info.pop(key, None)
         if decode:
-            image.load()  # TIFF turns itself, by XMP as well; PNG's tags may come last
-    try:
+            image.load()
+    value = None
+    with suppress(Exception):  # Pillow raises nearly anything for broken tags
         value = image.getexif().get(0x0112)
-    except Exception:  # Pillow raises nearly anything for broken tags
-        value = None
     return int(value) if value in range(1, 9) else 1
 
 
@@ -131,10 +131,10 @@ def opened(source):
         raise UnidentifiedImageError("none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
                                      "PNG" if data else "an empty file") from None
     # Pillow scales a PNG's pixels to 8 bits, but not its transparent value
-    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.format == "PNG" and image.tile[0][3])
-    if scale and "transparency" in image.info:
-        value = (np.array(image.info["transparency"]) * scale).astype(int).tolist()
-        image.info["transparency"] = tuple(value) if isinstance(value, list) else value
+    scaled = {"L;2": lambda grey: grey * 85, "L;4": lambda grey: grey * 17, "RGB;16B": lambda rgb: tuple(v >> 8 for v in rgb)}.get(
+        image.format == "PNG" and image.tile[0][3])
+    if scaled and "transparency" in image.info:
+        image.info["transparency"] = scaled(image.info["transparency"])
     return image
 
 

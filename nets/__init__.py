@@ -90,9 +90,9 @@ def build(name, num_classes, input_shape):
         return getattr(importlib.import_module(f"nets.{name}"), name)(num_classes=num_classes, input_shape=input_shape)
     options = {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
-        # transform_input is what their published weights expect after ImageNet normalisation; harmless without them.
-        # Inception's auxiliary classifier has no room below 299
-        options.update(transform_input=True, init_weights=True, aux_logits=name == "googlenet" or min(height, width) >= 299)
+        # transform_input is what their published weights expect after ImageNet normalisation; harmless without them
+        options.update(transform_input=True, init_weights=True)
+        options["aux_logits"] = name == "googlenet" or min(height, width) >= 299  # Inception's has no room below
     if name.startswith("vit_"):
         if height != width:
             raise UserError(f"input_shape = {list(input_shape)}: {name} takes square pictures only")

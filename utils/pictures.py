@@ -131,8 +131,8 @@ def opened(source):
         raise UnidentifiedImageError("none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
                                      "PNG" if data else "an empty file") from None
     # Pillow scales a PNG's pixels to 8 bits, but not its transparent value
-    scaled = {"L;2": lambda grey: grey * 85, "L;4": lambda grey: grey * 17, "RGB;16B": lambda rgb: tuple(v >> 8 for v in rgb)}.get(
-        image.format == "PNG" and image.tile[0][3])
+    scales = {"L;2": lambda grey: grey * 85, "L;4": lambda grey: grey * 17, "RGB;16B": lambda rgb: tuple(v >> 8 for v in rgb)}
+    scaled = scales.get(image.format == "PNG" and image.tile[0][3])
     if scaled and "transparency" in image.info:
         image.info["transparency"] = scaled(image.info["transparency"])
     return image

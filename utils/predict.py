@@ -26,7 +26,7 @@ class Classifier(TrainedRun):
 
     def __call__(self, picture):
         """picture: a path, a file's bytes or a Pillow image. Raises what Pillow raises for an unreadable one."""
-        image, _ = self.data([(picture, 0)]).read(0)
+        image, _ = self.data([(picture, None)]).read(0)
         best, = recipe.answers(self.scores(image.permute(2, 0, 1)[None]), self.class_names)
         if isinstance(best, str):
             raise ValueError(best)
@@ -35,11 +35,12 @@ class Classifier(TrainedRun):
 
 def predictions(run, paths, size=32):
     """Yield (path, recipe.answers' answer, or a text that says why there is none) in order, from `size` at a time."""
-    data = run.data([(path, number) for number, path in enumerate(paths)])
-    for scores, numbers, unreadable in run.scored(data, size, min(cores(), len(paths) // size)):
+    data = run.data([(path, None) for path in paths])
+    for step, (scores, _, unreadable) in enumerate(run.scored(data, size, min(cores(), len(paths) // size))):
         found = {number: "a folder without a picture" if os.path.isdir(paths[number]) else why for number, why in unreadable}
         if scores is not None:
-            found.update(zip(numbers.tolist(), recipe.answers(scores, run.class_names)))
+            readable = [number for number in range(step * size, len(paths))[:size] if number not in found]
+            found.update(zip(readable, recipe.answers(scores, run.class_names)))
         yield from ((paths[number], found[number]) for number in sorted(found))
 
 

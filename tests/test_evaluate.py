@@ -249,7 +249,7 @@ def test_what_scores_mean_is_said_once(folder, tmp_path, monkeypatch):
     """Another meaning of scores in recipe.py is in each command's probabilities."""
     run = predict.Classifier(make_run(tmp_path / "run", ["a", "b"], classes_path="none.txt"))
     monkeypatch.setattr(module.recipe, "probabilities", torch.sigmoid)
-    images = torch.stack([run.data([(f"model_data/test{i}.png", 0)])[0][0].permute(2, 0, 1) for i in range(3)])
+    images = torch.stack([predict.Pictures(run, [f"model_data/test{i}.png"])[0][0].permute(2, 0, 1) for i in range(3)])
     expected = torch.sigmoid(run.scores(images))
     write_list("list.txt", [0, 1, 0])
     evaluate(run.folder, annotation="list.txt", num_workers=0)

@@ -88,9 +88,7 @@ class DataGenerator(Dataset):
         return self.source.line(index) if isinstance(self.source, AnnotationLines) else f"picture {index} of the data set"
 
     def target(self, index, label):
-        """What lists.target_of makes of a picture's label; where the classes are unknown, pictures may have none (None)."""
-        if label is None and self.num_classes is None:
-            return 0
+        """What lists.target_of makes of a picture's label."""
         try:
             return target_of(label.tolist() if hasattr(label, "tolist") else label, self.num_classes)
         except UserError as error:

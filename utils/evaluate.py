@@ -26,7 +26,7 @@ MOST = 1000  # classes of which a table or a picture can be read
 
 
 def pictures_of(run, annotation=None):
-    """What run.data takes: the checked lines of the run's test list or of another file, or the fork's own data.
+    """What a DataGenerator takes: the checked lines of the run's test list or of another file, or the fork's own data.
 
     A config.json of somebody else may name any file: its words are in a message only where the user names it.
     """
@@ -139,9 +139,10 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
         if value is not None and (type(value) is not int or not low <= value <= high):
             raise UserError(f"{name} {value!r} must be a whole number from {low} to {high}")
     run = TrainedRun(run, weights)
-    names, data = run.class_names, run.data(pictures_of(run, annotation), len(run.class_names))
+    names, s = run.class_names, run.settings
+    data = DataGenerator(pictures_of(run, annotation), s["input_shape"], random=False, val_crop=s["val_crop"], num_classes=len(names))
     out, begin = writable(out or run.folder, "name another folder with --out"), time.monotonic()
-    figures, indices, targets, best, answers = score(run, data, batch_size or run.settings["Unfreeze_batch_size"], num_workers)
+    figures, indices, targets, best, answers = score(run, data, batch_size or s["Unfreeze_batch_size"], num_workers)
     count, speed = len(indices), len(indices) / max(time.monotonic() - begin, 1e-3)
     files, confusion = by_class(data, names, indices, targets, best, answers)
     words = [recipe.figure_text(name, value, exact=True) for name, value in figures.items()]

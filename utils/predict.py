@@ -13,6 +13,7 @@ from PIL import ImageDraw
 
 from utils import recipe
 from utils.charts import drawable, font
+from utils.dataloader import DataGenerator
 from utils.errors import UserError, plain
 from utils.files import save_image, writable
 from utils.folders import pictures_below
@@ -21,12 +22,23 @@ from utils.processes import cores
 from utils.trained import TrainedRun, command
 
 
+class Pictures(DataGenerator):
+    """Pictures, cropped as in validation; as nobody knows their targets, each has its number for one, whatever a label is."""
+
+    def __init__(self, run, pictures):
+        super().__init__([(picture, number) for number, picture in enumerate(pictures)], run.settings["input_shape"],
+                         random=False, val_crop=run.settings["val_crop"])
+
+    def target(self, index, label):
+        return label
+
+
 class Classifier(TrainedRun):
     """Classifier(run)(picture) → [(class name, probability)], the best five first; safe to call from several threads."""
 
     def __call__(self, picture):
         """picture: a path, a file's bytes or a Pillow image. Raises what Pillow raises for an unreadable one."""
-        image, _ = self.data([(picture, None)]).read(0)
+        image, _ = Pictures(self, [picture]).read(0)
         best, = recipe.answers(self.scores(image.permute(2, 0, 1)[None]), self.class_names)
         if isinstance(best, str):
             raise ValueError(best)
@@ -35,12 +47,10 @@ class Classifier(TrainedRun):
 
 def predictions(run, paths, size=32):
     """Yield (path, recipe.answers' answer, or a text that says why there is none) in order, from `size` at a time."""
-    data = run.data([(path, None) for path in paths])
-    for step, (scores, _, unreadable) in enumerate(run.scored(data, size, min(cores(), len(paths) // size))):
+    for scores, numbers, unreadable in run.scored(Pictures(run, paths), size, min(cores(), len(paths) // size)):
         found = {number: "a folder without a picture" if os.path.isdir(paths[number]) else why for number, why in unreadable}
         if scores is not None:
-            readable = [number for number in range(step * size, len(paths))[:size] if number not in found]
-            found.update(zip(readable, recipe.answers(scores, run.class_names)))
+            found.update(zip(numbers.tolist(), recipe.answers(scores, run.class_names)))
         yield from ((paths[number], found[number]) for number in sorted(found))
 
 

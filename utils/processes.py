@@ -150,6 +150,7 @@ def ignore_signals(worker_id):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None  # its errors travel to the loader; a thread of its own has nothing else to say
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # of linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from nets import get_model, lay_out
 from nets._weights import check_numbers, load_weights
-from utils.dataloader import DataGenerator, detection_collate
+from utils.dataloader import detection_collate
 from utils.errors import UserError
 from utils.fit import score_batch
 from utils.pictures import MEAN, STD
@@ -53,11 +53,6 @@ class TrainedRun:
             reason = str(error).split("\n\t")[:2][-1].strip()[:200]
             raise UserError(f"{name}: {path} holds the weights of another network than {self.settings['backbone']} with "
                             f"{len(self.class_names)} classes at {self.settings['input_shape']} ({reason})") from error
-
-    def data(self, source, num_classes=None):
-        """Validation's crops of checked annotation lines, or of a data set as own_data describes it."""
-        return DataGenerator(source, self.settings["input_shape"], random=False, val_crop=self.settings["val_crop"],
-                             num_classes=num_classes)
 
     def scores(self, images):
         """uint8 (N, 3, H, W) pictures of the run's size → float32 (N, classes) on the model's device."""

@@ -37,7 +37,7 @@ def draft(path, folder=False):
         number, name = tempfile.mkstemp(**options)
         os.close(number)  # Windows moves no file that is open
     try:
-        if fcntl:
+        if fcntl:  # Windows opens no folder
             held = os.open(name, os.O_RDONLY)
             lock(held)
         yield Path(name)
@@ -47,12 +47,16 @@ def draft(path, folder=False):
         remove(name)
 
 
-def lock(number):
-    """Whether an open file is now this program's alone; True as well where there are no locks. It ends with the program."""
+def lock(number, kind="flock"):
+    """Whether an open file is now this program's alone; True as well where there are no locks. It ends with the program.
+
+    kind 'lockf' is for a file open for writing, and not for the workers that inherit it; 'flock' for folders too.
+    """
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            getattr(fcntl, kind)(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return not isinstance(error, BlockingIOError)
+        return not isinstance(error, (BlockingIOError, PermissionError))  # as systems differ
     return True
 
 

@@ -150,11 +150,18 @@ def check_regular(path, name):
         raise UserError(f"{name}: {str(path)!r} is no regular file")
 
 
-def load_tensors(path, name="model_path"):
+def load_tensors(path, name="model_path", check_sums=False):
     """The dictionary in a file of torch.save. UserError, which calls the path `name`,
-    when it is missing, no regular file, cut short, or holds anything that could run."""
+    when it is missing, no regular file, cut short, or holds anything that could run.
+
+    check_sums: also when it has changed since: torch writes a CRC-32 of each tensor, and never looks.
+    """
     check_regular(path, name)
     try:
+        if check_sums:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} has changed since it was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -163,19 +170,7 @@ def load_tensors(path, name="model_path"):
                         f"run{code}. Save a plain model.state_dict() with torch.save") from None
     except Exception as error:  # a broken archive can raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: {str(path)!r} cannot be read, it may be cut short ({reason})") from None
+        raise UserError(f"{name}: {str(path)!r} cannot be read, it may be damaged or cut short ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"{name}: {str(path)!r} holds a {type(state).__name__}, not a state_dict")
     return state
-
-
-def check_sums(path, name):
-    """UserError when a file that save_tensors wrote has changed since: torch writes a CRC-32 of each tensor, and never looks."""
-    check_regular(path, name)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a broken archive can raise nearly anything
-        damaged = f"the archive: {error}"
-    if damaged:
-        raise UserError(f"{name}: {str(path)!r} is damaged ({damaged})")

@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 import tempfile
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -19,8 +20,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-UMASK = os.umask(0)  # it can only be asked for by setting it
-os.umask(UMASK)
 
 
 @contextlib.contextmanager
@@ -29,22 +28,16 @@ def draft(path, folder=False):
 
     It is locked, so that clear_drafts can tell the draft of a living program from what a killed one has left.
     """
-    path, held = Path(path), None
-    options = dict(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)
-    if folder:
-        name = tempfile.mkdtemp(**options)
-    else:
-        number, name = tempfile.mkstemp(**options)
-        os.close(number)  # Windows moves no file that is open
+    fresh = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}.draft")
+    fresh.mkdir() if folder else fresh.touch(exist_ok=False)  # neither goes through a link
+    held = os.open(fresh, os.O_RDONLY) if fcntl else None  # Windows opens no folder
     try:
-        if fcntl:  # Windows opens no folder
-            held = os.open(name, os.O_RDONLY)
-            lock(held)
-        yield Path(name)
+        lock(held)
+        yield fresh
     finally:
-        if held is not None:
+        if fcntl:
             os.close(held)
-        remove(name)
+        remove(fresh)
 
 
 def lock(number, kind="flock"):
@@ -87,7 +80,6 @@ def save_file(path, write, keep=None):
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(fresh, 0o666 & ~UMASK)
             if keep and path.is_file():
                 os.replace(path, keep)
             os.replace(fresh, path)

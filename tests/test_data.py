@@ -438,7 +438,7 @@ def test_the_sample_cannot_be_drawn(tmp_path, monkeypatch, place):
     def fail(*where, **options):
         number = errno.ENOSPC if place == "a full disk" else errno.EROFS
         raise OSError(number, os.strerror(number))
-    monkeypatch.setattr("utils.sample_data.draw_set" if place == "a full disk" else "tempfile.mkdtemp", fail)
+    monkeypatch.setattr("utils.sample_data.draw_set" if place == "a full disk" else "utils.sample_data.draft", fail)
     with pytest.raises(UserError, match="model_data.*(No space left|Read-only)"):
         data_paths(*DEFAULT_PATHS)
     assert not list(Path("model_data").iterdir())

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from utils import processes
 from utils.errors import UserError
-from utils.files import check_sums, load_tensors, on_cpu, save_tensors
+from utils.files import load_tensors, save_tensors
 from utils.processes import rank, say
 from utils.recipe import restore_optimizer
 
@@ -41,8 +41,7 @@ def load_checkpoint(run):
     paths = [path for path in (Path(run, LAST), Path(run, BEFORE)) if path.exists()]
     for path in paths:
         try:
-            check_sums(path, "resume")
-            state = load_tensors(path, "resume")
+            state = load_tensors(path, "resume", check_sums=True)
             kinds = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "history": dict, "order": str, "scored_on": str}
             if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
                 raise UserError(f"resume: {str(path)!r} is no checkpoint of this version of the program")
@@ -119,8 +118,7 @@ class Checkpoint:
         """
         if rank() == 0:
             state = {name: part and part.state_dict() for name, part in self.parts.items()}
-            state = on_cpu({**state, "best": self.best, "epoch": epoch, "step": step, "totals": totals, "order": self.order,
-                            "scored_on": self.scored_on})
+            state.update(best=self.best, epoch=epoch, step=step, totals=totals, order=self.order, scored_on=self.scored_on)
             check_finite(state)
             save_tensors(Path(self.run, LAST), state, keep=Path(self.run, BEFORE))
         processes.barrier()

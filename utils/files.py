@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 import tempfile
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -19,8 +20,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-UMASK = os.umask(0)  # it can only be asked for by setting it
-os.umask(UMASK)
 
 
 @contextlib.contextmanager
@@ -29,30 +28,28 @@ def draft(path, folder=False):
 
     It is locked, so that clear_drafts can tell the draft of a living program from what a killed one has left.
     """
-    path, held = Path(path), None
-    options = dict(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)
-    if folder:
-        name = tempfile.mkdtemp(**options)
-    else:
-        number, name = tempfile.mkstemp(**options)
-        os.close(number)  # Windows moves no file that is open
+    fresh = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}.draft")
+    fresh.mkdir() if folder else fresh.touch(exist_ok=False)  # neither goes through a link
+    held = os.open(fresh, os.O_RDONLY) if fcntl else None  # Windows opens no folder
+    try:
+        lock(held)
+        yield fresh
+    finally:
+        if fcntl:
+            os.close(held)
+        remove(fresh)
+
+
+def lock(number, kind="flock"):
+    """Whether an open file is now this program's alone; True as well where there are no locks. It ends with the program.
+
+    kind 'lockf' is for a file open for writing, and not for the workers that inherit it; 'flock' for folders too.
+    """
     try:
         if fcntl:
-            held = os.open(name, os.O_RDONLY)
-            lock(held)
-        yield Path(name)
-    finally:
-        if held is not None:
-            os.close(held)
-        remove(name)
-
-
-def lock(number):
-    """Whether an open file is now this program's alone; True as well where there are no locks. It ends with the program."""
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            getattr(fcntl, kind)(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return not isinstance(error, BlockingIOError)
+        return not isinstance(error, (BlockingIOError, PermissionError))  # as systems differ
     return True
 
 
@@ -83,7 +80,6 @@ def save_file(path, write, keep=None):
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(fresh, 0o666 & ~UMASK)
             if keep and path.is_file():
                 os.replace(path, keep)
             os.replace(fresh, path)
@@ -146,11 +142,18 @@ def check_regular(path, name):
         raise UserError(f"{name}: {str(path)!r} is no regular file")
 
 
-def load_tensors(path, name="model_path"):
+def load_tensors(path, name="model_path", check_sums=False):
     """The dictionary in a file of torch.save. UserError, which calls the path `name`,
-    when it is missing, no regular file, cut short, or holds anything that could run."""
+    when it is missing, no regular file, cut short, or holds anything that could run.
+
+    check_sums: also when it has changed since: torch writes a CRC-32 of each tensor, and never looks.
+    """
     check_regular(path, name)
     try:
+        if check_sums:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} has changed since it was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -159,19 +162,7 @@ def load_tensors(path, name="model_path"):
                         f"run{code}. Save a plain model.state_dict() with torch.save") from None
     except Exception as error:  # a broken archive can raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: {str(path)!r} cannot be read, it may be cut short ({reason})") from None
+        raise UserError(f"{name}: {str(path)!r} cannot be read, it may be damaged or cut short ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"{name}: {str(path)!r} holds a {type(state).__name__}, not a state_dict")
     return state
-
-
-def check_sums(path, name):
-    """UserError when a file that save_tensors wrote has changed since: torch writes a CRC-32 of each tensor, and never looks."""
-    check_regular(path, name)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a broken archive can raise nearly anything
-        damaged = f"the archive: {error}"
-    if damaged:
-        raise UserError(f"{name}: {str(path)!r} is damaged ({damaged})")

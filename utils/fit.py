@@ -17,20 +17,13 @@ from utils.scheduler import set_optimizer_lr
 named_unreadable = set()  # pictures that were named already
 
 
-def autocast(Cuda, fp16):
-    """float16 on CUDA, bfloat16 on CPU, or nothing."""
-    return torch.autocast("cuda" if Cuda else "cpu", torch.float16 if Cuda else torch.bfloat16, enabled=fp16)
-
-
 def batch_loss(outputs, images, targets, recipe):
     """(loss, float32 scores): auxiliary outputs count 0.3 (GoogLeNet's paper) or 0.4 (Inception v3)."""
-    others = []
-    if not isinstance(outputs, torch.Tensor):
-        outputs, *others = [output for output in outputs if output is not None]
-    scores, share = outputs.float(), 0.3 if len(others) == 2 else 0.4
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    scores, *others = [output.float() for output in outputs if output is not None]
     loss = recipe.criterion(scores, targets)
     for output in others:
-        loss = loss + share * recipe.criterion(output.float(), targets)
+        loss = loss + (0.3 if len(others) == 2 else 0.4) * recipe.criterion(output, targets)
     if recipe.extra_loss:
         loss = loss + recipe.extra_loss(images, scores, targets)
     return loss, scores
@@ -45,37 +38,29 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
             images, targets = recipe.mix(images, targets)
         wait = number < len(batches) and hasattr(model_train, "no_sync")  # DDP: reduce once, with the last part
         with model_train.no_sync() if wait else contextlib.nullcontext():
-            with autocast(Cuda, fp16):
+            with torch.autocast("cuda" if Cuda else "cpu", enabled=fp16):  # float16 on CUDA, bfloat16 on a CPU
                 loss, scores = batch_loss(model_train(images), images, targets, recipe)
             scaler.scale(loss / len(batches)).backward()
         done.append((loss.detach(), scores.detach(), targets))
     return done
 
 
-def filled(state):
-    """Names of what an optimizer has of a parameter."""
-    return {name for name, value in state.items() if value is not None}
-
-
 def optimizer_step(optimizer, scaler, clip_grad_norm):
-    """One step, which leaves no trace where the scaler skips it because the gradients have overflowed.
+    """One step; one that the scaler skips, because the gradients have overflowed, leaves no trace in what is learned.
 
-    A fused optimizer makes a parameter's state before it looks for overflow, and in a skipped step returns without filling
-    it: SGD's momentum would begin as whatever the memory held. Only steps that make state wait for the scale to be read.
+    A fused SGD makes its momentum before it looks for overflow, and in a skipped step leaves in it whatever the memory held.
+    So it begins with zeros here, which gives the same bits. Other optimizers begin with zeros by themselves.
     """
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if clip_grad_norm:
         scaler.unscale_(optimizer)  # otherwise the fused optimizer does it on its way
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-    before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
     scaler.step(optimizer)
-    begun = [parameter for parameter, state in optimizer.state.items() if filled(state) - filled(before.get(parameter, {}))]
-    scale = scaler.get_scale() if begun else None
     scaler.update()
-    if begun and scaler.get_scale() < scale:
-        for parameter in begun:
-            optimizer.state.pop(parameter)
-        optimizer.state.update((parameter, before[parameter]) for parameter in begun if parameter in before)
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -90,22 +75,22 @@ def seed_step(seed, epoch, step, Cuda):
 def score_batch(model, images, targets, Cuda, fp16, settings):
     """(float32 (N, classes) scores, targets) of a batch from the loader, both on the model's device; model in eval mode."""
     device = next(model.parameters()).device
-    with torch.no_grad(), autocast(Cuda, fp16):
+    with torch.no_grad(), torch.autocast("cuda" if Cuda else "cpu", enabled=fp16):
         return model(normalize(images, device, settings)).float(), targets.to(device, non_blocking=True)
 
 
-def count_unreadable(batches, data, position, most):
-    """Name each unreadable picture once, and count it. UserError when this process alone has met more than `most`."""
+def count_unreadable(batches, data, position):
+    """Name each unreadable picture once, and count it. UserError when this process alone has met too many."""
     for index, reason in (bad for batch in batches for bad in batch[2]):
         if index not in named_unreadable:
             say(f"\nunreadable picture: {plain(data.name(index))} ({plain(reason)})", everyone=True)
         named_unreadable.add(index)
         position.unreadable += 1
-    check_unreadable(position.unreadable, data, most)
+    check_unreadable(position.unreadable, data)
 
 
-def check_unreadable(number, data, most):
-    if number > most:
+def check_unreadable(number, data):
+    if number > max(1, 0.01 * len(data)):
         raise UserError(f"{number} {'training' if data.random else 'test'} pictures of an epoch cannot be read, more than 1 %: "
                         f"python -m utils.annotation DATASETS --check lists them")
 
@@ -122,17 +107,17 @@ def check_training(position, scaler, lr, late):
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
     """(validation's figures, pictures scored, unreadable ones) over all processes."""
-    position, most = Position(epoch), max(1, 0.01 * len(gen_val.dataset))
+    position = Position(epoch)
     gen_val.sampler.set_epoch(epoch)
     model.eval()
     for batches in checkpoint.steps(gen_val, epoch_step_val):
-        count_unreadable(batches, gen_val.dataset, position, most)
+        count_unreadable(batches, gen_val.dataset, position)
         for images, targets, _ in batches:
             if len(targets):
                 scores, targets = score_batch(model, images, targets, Cuda, fp16, recipe.settings)
                 position.sums.update(sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings))
     totals = position.totals()
-    check_unreadable(totals["unreadable"], gen_val.dataset, most)
+    check_unreadable(totals["unreadable"], gen_val.dataset)
     if "pictures" not in totals:
         raise UserError("no picture of the test list can be read, so there is no score")
     return figures_of(totals, recipe.settings), int(totals["pictures"]), totals["unreadable"]
@@ -154,7 +139,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
                                                      "ema": recipe.ema, "history": loss_history})
     used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # then its calls do nothing but the optimizer's step
     device, images_per_step = next(model.parameters()).device, gen.batch_size * world_size()
-    most, look_every = 0.01 * epoch_step * images_per_step, 20 if Cuda else 1  # a GPU has to finish its steps to be looked at
+    look_every = 20 if Cuda else 1  # a GPU has to finish its steps to be looked at
     begin, position = time.monotonic(), checkpoint.begin(epoch, order_of(gen))
     first_step, lr = position.step, lr_scheduler_func(epoch) if lr_scheduler_func else optimizer.param_groups[-1]["lr"]
 
@@ -162,7 +147,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     model_train.train()
     progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, first_step)
     for batches in checkpoint.steps(gen, epoch_step - first_step, recipe.accumulate):
-        count_unreadable(batches, gen.dataset, position, most)
+        count_unreadable(batches, gen.dataset, position)
         if lr_scheduler_func:
             set_optimizer_lr(optimizer, lr_scheduler_func, epoch + position.step / epoch_step)
         seed_step(recipe.seed, epoch, position.step, Cuda)
@@ -181,7 +166,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     seconds = time.monotonic() - begin
 
     totals, judged = position.totals(), recipe.ema.module if recipe.ema else model
-    check_unreadable(totals["unreadable"], gen.dataset, most)
+    check_unreadable(totals["unreadable"], gen.dataset)
     processes.sync_buffers(judged)
     wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
     scored_figures, scored, unscored = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)
@@ -199,10 +184,10 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
 
 
 def summary(figures, last_epoch):
-    """An epoch in one line; figures that a fork has added come last."""
+    """An epoch in one line."""
     hidden = {"epoch", "lr", "scored", "unreadable", "images_per_second", "scale"}
-    told = [figure_text(name, figures[name]) for name in ("train_loss", "val_loss")]
-    told += [figure_text(name, value) for name, value in figures.items() if name not in hidden and name != "val_loss" and "train_" not in name]
+    told = [figure_text(name, value) for name, value in figures.items()
+            if name == "train_loss" or name not in hidden and not name.startswith("train_")]
     told += [f"{figures['unreadable']} unreadable, {figures['scored']} scored"] if figures["unreadable"] else []
     return f"epoch {figures['epoch']}/{last_epoch}: {', '.join(told)} ({figures['images_per_second']:.0f} images/s)"
 

@@ -1,9 +1,10 @@
 """A run is a folder: which one to continue, how a new one is made, and its config.json."""
-import errno
 import json
 import os
 import platform
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import numpy
@@ -11,23 +12,19 @@ import PIL
 import torch
 import torchvision
 
-from utils import processes
+from utils import files, processes
 from utils.checkpoint import BEFORE, LAST, load_checkpoint
 from utils.errors import UserError, plain, shown
-from utils.files import check_regular, clear_drafts, save_text
+from utils.files import check_regular, clear_drafts, save_text, writable
 from utils.lists import difference
 from utils.processes import say, world_size
 from utils.scheduler import phases
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 locks = []  # their files stay open, as closing one would give its lock back
 
 
 def read_config(run):
-    """A run's config.json as a dictionary with at least settings, class_names and finished. UserError for any other file."""
+    """A run's config.json as a dictionary with at least settings, class_names, finished and start. UserError for any other file."""
     path = Path(run, "config.json")
     try:
         check_regular(path, "config.json")
@@ -41,6 +38,8 @@ def read_config(run):
             raise UserError(f"{str(path)!r} is not of a run: {key!r} is missing, or no {kind.__name__}")
     if not config["class_names"] or not all(isinstance(name, str) for name in config["class_names"]):
         raise UserError(f"{str(path)!r} is not of a run: 'class_names' must be names")
+    if type(config.get("start")) is not int:  # of a run from before starts were counted
+        config["start"] = 0
     return config
 
 
@@ -61,17 +60,13 @@ def runs_in(save_dir):
             if Path(path.parent, LAST).exists() or Path(path.parent, BEFORE).exists():  # else another program's config.json
                 raise UserError(f"{error}. It may be the newest run: name the run to continue with resume = '…', or move "
                                 f"{str(path.parent)!r} away") from None
-    return sorted(found, key=lambda run: start_number(run[0]), reverse=True)
-
-
-def start_number(config):
-    return config["start"] if type(config.get("start")) is int else 0
+    return sorted(found, key=lambda run: run[0]["start"], reverse=True)
 
 
 def lock(run, seconds=0):
     """Take the run for this process's life; False when another one still trains it after so many seconds.
 
-    POSIX locks end with their process. UserError when the lock's file cannot be opened: it may be another user's run.
+    UserError when the lock's file cannot be opened: it may be another user's run.
     """
     try:
         number = os.open(Path(run, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -79,16 +74,10 @@ def lock(run, seconds=0):
         raise UserError(f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})") from None
     locks.append(number)
     end = time.monotonic() + seconds
-    while fcntl:
-        try:
-            fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                break  # a file system without locks
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.5)
+    while not files.lock(number, "lockf"):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.5)
     return True
 
 
@@ -120,22 +109,13 @@ def find_run(resume, save_dir, settings):
 
 def new_run(save_dir):
     """Make, lock and return save_dir/<start time>, a folder that nobody else has."""
-    start = time.strftime("%Y_%m_%d_%H_%M_%S")
-    try:
-        Path(save_dir).mkdir(parents=True, exist_ok=True)
-        for attempt in range(1000):
-            run = Path(save_dir, start + (f"_{attempt}" if attempt else ""))
-            try:
-                run.mkdir()
-            except FileExistsError:
-                continue
+    folder, start = writable(save_dir, "choose another save_dir"), time.strftime("%Y_%m_%d_%H_%M_%S")
+    for attempt in count():
+        run = Path(folder, start + (f"_{attempt}" if attempt else ""))
+        with suppress(FileExistsError):
+            run.mkdir()
             lock(run)
             return str(run)
-    except FileExistsError:
-        raise UserError(f"save_dir = {shown(save_dir)} is a file or a broken link, not a folder") from None
-    except OSError as error:
-        raise UserError(f"save_dir = {shown(save_dir)}: a folder cannot be made there ({error.strerror})") from None
-    raise UserError(f"save_dir = {save_dir!r} has a thousand runs of this second")
 
 
 def continued_run(resume, save_dir, settings, class_names):
@@ -183,7 +163,7 @@ def begin_run(run, settings, class_names, facts):
     say("\n".join(f"  {name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "torchvision": torchvision.__version__, "pillow": PIL.__version__}
-    number = 1 + max((start_number(config) for config, _ in runs_in(Path(run).parent)), default=0)
+    number = 1 + max((config["start"] for config, _ in runs_in(Path(run).parent)), default=0)
     config = {"settings": s, "class_names": class_names, "launch": processes.launch_id, "start": number, "finished": False,
               "versions": versions}
     write_config(run, config)

@@ -106,7 +106,6 @@ def data_paths(classes_path, train_annotation_path, test_annotation_path):
             clear_drafts(FOLDER.parent)
             with draft(FOLDER, folder=True) as fresh:
                 draw_set(fresh)
-                os.chmod(fresh, 0o755)
                 os.rename(fresh, FOLDER)  # at once, so that an interrupted drawing leaves no half set
         except OSError as error:
             if not FOLDER.exists():  # else another process was first

@@ -45,22 +45,30 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
     return done
 
 
-def optimizer_step(optimizer, scaler, clip_grad_norm):
-    """One step; one that the scaler skips, because the gradients have overflowed, leaves no trace in what is learned.
+def filled(state):
+    """Names of what an optimizer has of a parameter."""
+    return {name for name, value in state.items() if value is not None}
 
-    A fused SGD makes its momentum before it looks for overflow, and in a skipped step leaves in it whatever the memory held.
-    So it begins with zeros here, which gives the same bits. Other optimizers begin with zeros by themselves.
+
+def optimizer_step(optimizer, scaler, clip_grad_norm):
+    """One step, which leaves no trace where the scaler skips it because the gradients have overflowed.
+
+    A fused optimizer makes a parameter's state before it looks for overflow, and in a skipped step returns without filling
+    it: SGD's momentum would begin as whatever the memory held. Only steps that make state wait for the scale to be read.
     """
-    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
-        for parameter in group["params"] if group["momentum"] else ():
-            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if clip_grad_norm:
         scaler.unscale_(optimizer)  # otherwise the fused optimizer does it on its way
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+    before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
     scaler.step(optimizer)
+    begun = [parameter for parameter, state in optimizer.state.items() if filled(state) - filled(before.get(parameter, {}))]
+    scale = scaler.get_scale() if begun else None
     scaler.update()
+    if begun and scaler.get_scale() < scale:
+        for parameter in begun:
+            optimizer.state.pop(parameter)
+        optimizer.state.update((parameter, before[parameter]) for parameter in begun if parameter in before)
     optimizer.zero_grad(set_to_none=True)
 
 

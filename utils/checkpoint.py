@@ -30,10 +30,10 @@ class Position:
 
     def totals(self):
         """{name: sum of all processes, on the CPU}, with 'unreadable' among them. Collective."""
-        total = Counter()
-        for sums in processes.gather_objects({name: value.cpu() for name, value in self.sums.items()}):
+        own, total = {name: value.cpu() for name, value in self.sums.items()}, Counter()
+        for sums in processes.gather_objects({**own, "unreadable": self.unreadable}):
             total.update(sums)
-        return {**total, "unreadable": sum(processes.gather_objects(self.unreadable))}
+        return dict(total)
 
 
 def load_checkpoint(run):
@@ -101,9 +101,10 @@ class Checkpoint:
         order: a text of all that the order of its pictures depends on.
         """
         kept, self.position, self.order = self.resumed, Position(epoch), order
-        if kept.get("epoch") == epoch and kept["step"] and kept["order"] != order:
+        interrupted = kept.get("epoch") == epoch and kept["step"]
+        if interrupted and kept["order"] != order:
             say(f"  epoch {epoch + 1} begins again, as the training pictures, how they are read or their order changed")
-        elif kept.get("epoch") == epoch and kept["step"]:
+        elif interrupted:
             self.position.step = kept["step"]
             if rank() == 0:
                 self.position.unreadable = kept["totals"].pop("unreadable")

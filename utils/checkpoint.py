@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from utils import processes
-from utils.errors import UserError
+from utils.errors import NOT_FINITE, UserError
 from utils.files import load_tensors, save_tensors
 from utils.processes import rank, say
 from utils.recipe import restore_optimizer
@@ -60,8 +60,7 @@ def check_finite(state):
     for name, what in (("model", "weights are"), ("ema", "averaged weights are"), ("totals", "loss is")):
         tensors = [value for value in (state[name] or {}).values() if isinstance(value, torch.Tensor)]
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise UserError(f"the {what} not finite any more {where}: lower Init_lr or clip_grad_norm; the files saved before "
-                            f"are intact")
+            raise UserError(f"the {what} not finite any more {where}: {NOT_FINITE}")
 
 
 class Checkpoint:

@@ -20,8 +20,6 @@ from utils.lists import difference
 from utils.processes import say, world_size
 from utils.scheduler import phases
 
-locks = []  # their files stay open, as closing one would give its lock back
-
 
 def read_config(run):
     """A run's config.json: a dictionary with at least settings, class_names, finished, start. UserError for any other."""
@@ -66,13 +64,13 @@ def runs_in(save_dir):
 def lock(run, seconds=0):
     """Take the run for this process's life; False when another one still trains it after so many seconds.
 
+    The file stays open, as closing it would give the lock back.
     UserError when the lock's file cannot be opened: it may be another user's run.
     """
     try:
         number = os.open(Path(run, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise UserError(f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})") from None
-    locks.append(number)
     end = time.monotonic() + seconds
     while not files.lock(number, "lockf"):
         if time.monotonic() >= end:

@@ -45,11 +45,6 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
     return done
 
 
-def filled(state):
-    """Names of what an optimizer has of a parameter."""
-    return {name for name, value in state.items() if value is not None}
-
-
 def optimizer_step(optimizer, scaler, clip_grad_norm):
     """One step, which leaves no trace where the scaler skips it because the gradients have overflowed.
 
@@ -62,7 +57,8 @@ def optimizer_step(optimizer, scaler, clip_grad_norm):
         torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
     before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
     scaler.step(optimizer)
-    begun = [parameter for parameter, state in optimizer.state.items() if filled(state) - filled(before.get(parameter, {}))]
+    begun = [parameter for parameter, state in optimizer.state.items()
+             if any(value is not None and before.get(parameter, {}).get(name) is None for name, value in state.items())]
     scale = scaler.get_scale() if begun else None
     scaler.update()
     if begun and scaler.get_scale() < scale:

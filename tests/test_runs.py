@@ -16,13 +16,6 @@ from utils.files import clear_drafts, draft, save_tensors, save_text
 SETTINGS = {"backbone": "x", "optimizer_type": "sgd", "fp16": False, "Cuda": False, "UnFreeze_Epoch": 3, "early_stop": 0}
 
 
-@pytest.fixture(autouse=True)
-def no_lock_survives():
-    yield
-    while run.locks:
-        os.close(run.locks.pop())
-
-
 def finished_run(folder, start, finished=False, **more):
     folder.mkdir(parents=True)
     run.write_config(folder, {"settings": SETTINGS, "class_names": ["a", "b"], "finished": finished, "start": start, **more})

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from utils import processes
-from utils.errors import UserError
+from utils.errors import NOT_FINITE, UserError
 from utils.files import load_tensors, save_tensors
 from utils.processes import rank, say
 from utils.recipe import restore_optimizer
@@ -30,10 +30,10 @@ class Position:
 
     def totals(self):
         """{name: sum of all processes, on the CPU}, with 'unreadable' among them. Collective."""
-        total = Counter()
-        for sums in processes.gather_objects({name: value.cpu() for name, value in self.sums.items()}):
+        own, total = {name: value.cpu() for name, value in self.sums.items()}, Counter()
+        for sums in processes.gather_objects({**own, "unreadable": self.unreadable}):
             total.update(sums)
-        return {**total, "unreadable": sum(processes.gather_objects(self.unreadable))}
+        return dict(total)
 
 
 def load_checkpoint(run):
@@ -60,8 +60,7 @@ def check_finite(state):
     for name, what in (("model", "weights are"), ("ema", "averaged weights are"), ("totals", "loss is")):
         tensors = [value for value in (state[name] or {}).values() if isinstance(value, torch.Tensor)]
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise UserError(f"the {what} not finite any more {where}: lower Init_lr or clip_grad_norm; the files saved before "
-                            f"are intact")
+            raise UserError(f"the {what} not finite any more {where}: {NOT_FINITE}")
 
 
 class Checkpoint:
@@ -101,9 +100,10 @@ class Checkpoint:
         order: a text of all that the order of its pictures depends on.
         """
         kept, self.position, self.order = self.resumed, Position(epoch), order
-        if kept.get("epoch") == epoch and kept["step"] and kept["order"] != order:
+        interrupted = kept.get("epoch") == epoch and kept["step"]
+        if interrupted and kept["order"] != order:
             say(f"  epoch {epoch + 1} begins again, as the training pictures, how they are read or their order changed")
-        elif kept.get("epoch") == epoch and kept["step"]:
+        elif interrupted:
             self.position.step = kept["step"]
             if rank() == 0:
                 self.position.unreadable = kept["totals"].pop("unreadable")

@@ -8,7 +8,7 @@ import torch
 
 from utils import processes
 from utils.checkpoint import Checkpoint, Position
-from utils.errors import UserError, plain
+from utils.errors import NOT_FINITE, UserError, plain
 from utils.pictures import normalize
 from utils.processes import ProgressLine, rank, say, world_size
 from utils.recipe import Recipe, figure_text, figures_of, sums_of
@@ -45,11 +45,6 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
     return done
 
 
-def filled(state):
-    """Names of what an optimizer has of a parameter."""
-    return {name for name, value in state.items() if value is not None}
-
-
 def optimizer_step(optimizer, scaler, clip_grad_norm):
     """One step, which leaves no trace where the scaler skips it because the gradients have overflowed.
 
@@ -62,7 +57,8 @@ def optimizer_step(optimizer, scaler, clip_grad_norm):
         torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
     before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
     scaler.step(optimizer)
-    begun = [parameter for parameter, state in optimizer.state.items() if filled(state) - filled(before.get(parameter, {}))]
+    begun = [parameter for parameter, state in optimizer.state.items()
+             if any(value is not None and before.get(parameter, {}).get(name) is None for name, value in state.items())]
     scale = scaler.get_scale() if begun else None
     scaler.update()
     if begun and scaler.get_scale() < scale:
@@ -106,8 +102,8 @@ def check_unreadable(number, data):
 def check_training(position, scaler, lr, late):
     """UserError when the sum of losses is not finite, or the scaler has skipped nearly every step. Waits for a GPU."""
     if not math.isfinite(position.sums["loss"]):
-        raise UserError(f"the loss is not finite in epoch {position.epoch + 1}, {'by ' * late}step {position.step}, at lr {lr:.3g}: "
-                        f"lower Init_lr or clip_grad_norm; the files saved before it are intact")
+        raise UserError(f"the loss is not finite in epoch {position.epoch + 1}, {'by ' * late}step {position.step}, "
+                        f"at lr {lr:.3g}: {NOT_FINITE}")
     if scaler.get_scale() < 1:
         raise UserError(f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}, however "
                         f"small their scale: set fp16 = False, or lower Init_lr or clip_grad_norm")
@@ -128,7 +124,12 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
     check_unreadable(totals["unreadable"], gen_val.dataset)
     if "pictures" not in totals:
         raise UserError("no picture of the test list can be read, so there is no score")
-    return figures_of(totals, recipe.settings), int(totals["pictures"]), totals["unreadable"]
+    return validation_figures(totals, recipe), int(totals["pictures"]), totals["unreadable"]
+
+
+def validation_figures(sums, recipe):
+    """figures_of validation's sums as the history calls them: 'val_loss', and the others by their own names."""
+    return {"val_loss" if name == "loss" else name: value for name, value in figures_of(sums, recipe.settings).items()}
 
 
 def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
@@ -169,7 +170,8 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
         if position.step // recipe.accumulate % look_every == 0 or position.step == epoch_step:
             check_training(position, used_scaler, optimizer.param_groups[-1]["lr"], Cuda)
         progress.show(position.step, images_per_step, lambda: " ".join(
-            figure_text(*figure) for figure in figures_of(position.sums, recipe.settings).items()) + f" lr {optimizer.param_groups[-1]['lr']:.2e}")
+            [figure_text(*figure) for figure in figures_of(position.sums, recipe.settings).items()]
+            + [f"lr {optimizer.param_groups[-1]['lr']:.2e}"]))
     progress.clear()
     seconds = time.monotonic() - begin
 
@@ -179,13 +181,12 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
     scored_figures, scored, unscored = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)
     figures = {"epoch": epoch + 1, "lr": lr, "scored": scored, "unreadable": totals["unreadable"] + unscored,
-               "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3)}
-    figures.update({"scale": scaler.get_scale()} if scaler else {})
-    figures.update({f"train_{name}": value for name, value in figures_of(totals, recipe.settings).items()})
-    figures.update({"val_loss" if name == "loss" else name: value for name, value in scored_figures.items()})
+               "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3),
+               **({"scale": scaler.get_scale()} if scaler else {}),
+               **{f"train_{name}": value for name, value in figures_of(totals, recipe.settings).items()},
+               **scored_figures}
     if not math.isfinite(figures["val_loss"]):
-        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: lower Init_lr or clip_grad_norm; "
-                        f"the files saved before it are intact")
+        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: {NOT_FINITE}")
     best = checkpoint.commit(figures, judged, save_period, UnFreeze_Epoch)
     say(summary(figures, UnFreeze_Epoch) + " *" * best)
     return figures
@@ -207,7 +208,7 @@ def order_of(gen):
 
 
 def figure_names(model, batch, Cuda, recipe):
-    """The names of validation's figures as the history has them ('val_loss', and the others by their own), from two pictures."""
+    """The names of validation's figures, found with two pictures."""
     scores, targets = score_batch(model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings)
-    figures = figures_of(sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings), recipe.settings)
-    return ["val_loss" if name == "loss" else name for name in figures]
+    sums = sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings)
+    return list(validation_figures(sums, recipe))

@@ -18,7 +18,8 @@ def choose_precision(settings, model, batch, recipe, steps):
     """
     if settings["fp16"] != "auto" or settings["Cuda"]:
         return bool(settings["fp16"]), ""
-    trial, seconds, begin, off = copy.deepcopy(model).train(), {False: [], True: []}, time.perf_counter(), torch.amp.GradScaler("cpu", enabled=False)
+    trial, off = copy.deepcopy(model).train(), torch.amp.GradScaler("cpu", enabled=False)
+    seconds, begin = {False: [], True: []}, time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         for attempt in range(4):
             for fp16 in (False, True):

@@ -34,12 +34,13 @@ def cores() -> int:
 
 
 def connect(Cuda):
-    """Join the launcher's processes; returns the documented local_rank. Small facts travel over gloo, gradients of GPUs over nccl."""
+    """Join the launcher's processes; returns the documented local_rank."""
     local_rank = int(os.environ["LOCAL_RANK"])
     if Cuda:
         torch.cuda.set_device(local_rank)
     hook = sys.excepthook
-    dist.init_process_group("cpu:gloo,cuda:nccl" if Cuda else "gloo", store=group_store(), rank=rank(), world_size=world_size())
+    backend = "cpu:gloo,cuda:nccl" if Cuda else "gloo"  # small facts travel over gloo, gradients of GPUs over nccl
+    dist.init_process_group(backend, store=group_store(), rank=rank(), world_size=world_size())
     sys.excepthook = hook  # torch's own would keep our sentence in memory until a return that never comes
     return local_rank
 
@@ -48,9 +49,10 @@ def describe_device(Cuda):
     """What trains, for people."""
     if not Cuda:
         return f"CPU, {torch.get_num_threads()} threads"
-    name, number = torch.cuda.get_device_name(), world_size() if connected() else torch.cuda.device_count()
-    alone = number > 1 and not connected()
-    return f"{number} × {name}" + f" by DataParallel (torchrun --nproc_per_node={number} is faster)" * alone
+    number = world_size() if connected() else torch.cuda.device_count()
+    slow = number > 1 and not connected()
+    hint = f" by DataParallel (torchrun --nproc_per_node={number} is faster)" if slow else ""
+    return f"{number} × {torch.cuda.get_device_name()}{hint}"
 
 
 def group_store():

@@ -137,25 +137,13 @@ def get_recipe(settings, model, num_classes, weights=None):
         seed=settings.get("seed", 0), settings=settings)
 
 
-def sgd(parameters, momentum):
-    """With Nesterov's momentum, as documented."""
-    return torch.optim.SGD(parameters, lr=0.1, momentum=momentum, nesterov=momentum > 0, fused=True)
-
-
-def adam(parameters, momentum):
-    """Decay as an L2 term of the loss; momentum is beta1."""
-    return torch.optim.Adam(parameters, lr=1e-3, betas=(momentum, 0.999), fused=True)
-
-
-def adamw(parameters, momentum):
-    """Decoupled decay (Loshchilov and Hutter); momentum is beta1."""
-    return torch.optim.AdamW(parameters, lr=1e-3, betas=(momentum, 0.999), fused=True)
-
-
 OPTIMIZERS = {  # optimizer_type: (function of parameters and momentum, limits of Init_lr_fit, the same for transformers)
-    "sgd": (sgd, (5e-4, 1e-1), (5e-4, 1e-1)),
-    "adam": (adam, (1e-4, 1e-3), (1e-5, 1e-3)),
-    "adamw": (adamw, (1e-4, 1e-3), (1e-5, 1e-3)),
+    "sgd": (lambda parameters, momentum: torch.optim.SGD(  # with Nesterov's momentum, as documented
+        parameters, momentum=momentum, nesterov=momentum > 0, fused=True), (5e-4, 1e-1), (5e-4, 1e-1)),
+    "adam": (lambda parameters, momentum: torch.optim.Adam(  # decay as an L2 term of the loss; momentum is beta1
+        parameters, betas=(momentum, 0.999), fused=True), (1e-4, 1e-3), (1e-5, 1e-3)),
+    "adamw": (lambda parameters, momentum: torch.optim.AdamW(  # decoupled decay (Loshchilov and Hutter)
+        parameters, betas=(momentum, 0.999), fused=True), (1e-4, 1e-3), (1e-5, 1e-3)),
 }
 
 

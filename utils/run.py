@@ -20,11 +20,9 @@ from utils.lists import difference
 from utils.processes import say, world_size
 from utils.scheduler import phases
 
-locks = []  # their files stay open, as closing one would give its lock back
-
 
 def read_config(run):
-    """A run's config.json as a dictionary with at least settings, class_names, finished and start. UserError for any other file."""
+    """A run's config.json: a dictionary with at least settings, class_names, finished, start. UserError for any other."""
     path = Path(run, "config.json")
     try:
         check_regular(path, "config.json")
@@ -66,13 +64,13 @@ def runs_in(save_dir):
 def lock(run, seconds=0):
     """Take the run for this process's life; False when another one still trains it after so many seconds.
 
+    The file stays open, as closing it would give the lock back.
     UserError when the lock's file cannot be opened: it may be another user's run.
     """
     try:
         number = os.open(Path(run, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise UserError(f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})") from None
-    locks.append(number)
     end = time.monotonic() + seconds
     while not files.lock(number, "lockf"):
         if time.monotonic() >= end:
@@ -139,8 +137,8 @@ def continued_run(resume, save_dir, settings, class_names):
     state, last = load_checkpoint(run), settings["UnFreeze_Epoch"]
     done = state["epoch"] + bool(state["step"]) if state else 0
     if done > last or config["finished"] and (done >= last or state is None):
-        raise UserError(f"{run} has {'finished' if config['finished'] else f'trained {done} epochs'}: raise UnFreeze_Epoch (now {last}) "
-                        f"to train on")
+        so_far = "finished" if config["finished"] else f"trained {done} epochs"
+        raise UserError(f"{run} has {so_far}: raise UnFreeze_Epoch (now {last}) to train on")
     if config["finished"] and config.get("stopped_after") and not has_more(config, settings):
         raise UserError(f"{run} has finished, as early_stop = {settings['early_stop']} ended it: set early_stop = 0 to train on")
     clear_drafts(run)
@@ -158,8 +156,10 @@ def begin_run(run, settings, class_names, facts):
     """
     s = settings
     rows = {"run": run, **facts, "input_shape": s["input_shape"],
-            "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}" + (f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""),
-            "batch_size": f"{', then '.join(str(s[name]) for name in phases(s))} over {world_size()} processes, {s.get('accumulate', 1)} to a step"}
+            "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}"
+                      + (f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""),
+            "batch_size": f"{', then '.join(str(s[name]) for name in phases(s))} over {world_size()} processes, "
+                          f"{s.get('accumulate', 1)} to a step"}
     say("\n".join(f"  {name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "torchvision": torchvision.__version__, "pillow": PIL.__version__}

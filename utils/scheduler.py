@@ -60,9 +60,10 @@ def describe_rates(s, transformer):
         changed = []
         for rate, fit in zip(("Init_lr", "Min_lr"), fitted):
             if (scaled := batch_size / nbs * s[rate]) != fit:
-                changed.append(f"{rate} {s[rate]:g} × {batch_size}/{nbs} = {scaled:.3g} is {'below' if scaled < fit else 'above'} "
-                               f"the limit {fit:.3g}")
-        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}" + (f" ({', '.join(changed)}: OPTIMIZERS in utils/recipe.py)" if changed else ""))
+                side = "below" if scaled < fit else "above"
+                changed.append(f"{rate} {s[rate]:g} × {batch_size}/{nbs} = {scaled:.3g} is {side} the limit {fit:.3g}")
+        why = f" ({', '.join(changed)}: OPTIMIZERS in utils/recipe.py)" if changed else ""
+        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}{why}")
     return f"{s['optimizer_type']}, {s['lr_decay_type']}, {', then '.join(dict.fromkeys(told))}"
 
 

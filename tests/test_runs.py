@@ -1,6 +1,7 @@
 """Which run is continued, whose it is, and what its folder may do."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,8 +17,10 @@ from utils.files import clear_drafts, draft, save_tensors, save_text
 SETTINGS = {"backbone": "x", "optimizer_type": "sgd", "fp16": False, "Cuda": False, "UnFreeze_Epoch": 3, "early_stop": 0}
 
 
-def finished_run(folder, start, finished=False, **more):
+def finished_run(folder, start, finished=False, saved=True, **more):
     folder.mkdir(parents=True)
+    if saved:
+        (folder / "last_checkpoint.pth").touch()
     run.write_config(folder, {"settings": SETTINGS, "class_names": ["a", "b"], "finished": finished, "start": start, **more})
     return folder
 
@@ -28,6 +31,17 @@ def test_the_newest_run_is_the_one_that_was_started_last(tmp_path, newest):
     for number, name in enumerate(("resnet_best", "2025_01_01_00_00_00", "old", newest), 1):
         finished_run(tmp_path / name, number)
     assert run.find_run(True, str(tmp_path), SETTINGS) == str(tmp_path / newest)
+
+
+def test_a_start_that_has_saved_nothing_is_passed_over(tmp_path, monkeypatch):
+    mine = finished_run(tmp_path / "mine", 1)
+    failed = finished_run(tmp_path / "failed", 2, saved=False, launch="me")
+    assert run.find_run(True, str(tmp_path), SETTINGS) == str(mine)
+    shutil.rmtree(mine)
+    assert run.find_run(True, str(tmp_path), SETTINGS) == str(failed)  # where there is nothing else
+    monkeypatch.setattr(processes, "launch_id", "me")  # but a group that is started anew goes on in its folder
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run.find_run(False, str(tmp_path), SETTINGS) == str(failed)
 
 
 def test_each_start_counts_on(tmp_path):
@@ -41,7 +55,7 @@ def test_each_start_counts_on(tmp_path):
 
 def test_a_damaged_newest_run_is_said(tmp_path):
     finished_run(tmp_path / "good", 1)
-    bad = finished_run(tmp_path / "bad", 2)
+    bad = finished_run(tmp_path / "bad", 2, saved=False)
     (bad / "config.json").write_text('{"settings": {"back')
     assert run.find_run(True, str(tmp_path), SETTINGS) == str(tmp_path / "good")  # it never saved anything
     (bad / "last_checkpoint.pth").write_bytes(b"")

@@ -195,6 +195,6 @@ class Checkpoint:
         self.save(epoch, step, self.position.totals())
         if wish > 128:
             say(f"\n{signal.Signals(int(wish) - 128).name}: saved at epoch {epoch + 1}, step {step}; continue with "
-                f"resume = {self.run!r} (or resume = True) in train.py")
+                f"resume = {self.run!r} (or resume = True), the other settings as they are")
             processes.barrier()
             processes.end(int(wish))

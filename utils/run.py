@@ -45,6 +45,11 @@ def write_config(run, config):
     save_text(Path(run, "config.json"), json.dumps(config, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
+def saved(run):
+    """Whether a run has a checkpoint."""
+    return Path(run, LAST).exists() or Path(run, BEFORE).exists()
+
+
 def runs_in(save_dir):
     """[(its config, its folder)] of the runs in a folder, the one that was begun or continued last first.
 
@@ -55,7 +60,7 @@ def runs_in(save_dir):
         try:
             found.append((read_config(path.parent), str(path.parent)))
         except UserError as error:
-            if Path(path.parent, LAST).exists() or Path(path.parent, BEFORE).exists():  # else another program's config.json
+            if saved(path.parent):  # else another program's config.json
                 raise UserError(f"{error}. It may be the newest run: name the run to continue with resume = '…', or move "
                                 f"{str(path.parent)!r} away") from None
     return sorted(found, key=lambda run: run[0]["start"], reverse=True)
@@ -87,22 +92,24 @@ def has_more(config, settings):
 
 def find_run(resume, save_dir, settings):
     """The folder of the run to continue, locked, or None for a new one."""
-    named = isinstance(resume, str)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
-    if named:
-        run = str(Path(save_dir, resume)) if not os.path.exists(resume) and Path(save_dir, resume).exists() else resume
-        read_config(run)
-    elif resume or again:  # a group that torchrun has started anew, or that has torchrun's --rdzv_id, continues its own
-        run = next((run for config, run in runs_in(save_dir) if has_more(config, settings)
-                    and (resume or config.get("launch") == processes.launch_id)), None)
-    if not (resume or again) or run is None:
-        if resume:
-            say(f"resume = True: there is no unfinished run in {save_dir!r}, starting a new one")
-        return None
-    if not lock(run, seconds=30 if again else 0):
-        raise UserError(f"{run} is being trained by another process, and cannot be continued before that has ended"
-                        + ("" if named else ": set resume = False for a new run"))
-    return run
+    if isinstance(resume, str):
+        found = [str(Path(save_dir, resume)) if not os.path.exists(resume) and Path(save_dir, resume).exists() else resume]
+        read_config(found[0])
+    else:  # a group that torchrun has started anew, or that has torchrun's --rdzv_id, continues its own
+        found = [run for config, run in runs_in(save_dir) if has_more(config, settings)
+                 and (resume or config.get("launch") == processes.launch_id)] if resume or again else []
+    empty = None  # a start that ended before it had saved anything: its folder will do when nothing else is there
+    for run in found:
+        if not lock(run, seconds=30 if again else 0):
+            raise UserError(f"{run} is being trained by another process, and cannot be continued before that has ended"
+                            + (": set resume = False for a new run" if resume is True else ""))
+        if again or resume is not True or saved(run):
+            return run
+        empty = empty or run
+    if resume and not empty:
+        say(f"resume = True: there is no unfinished run in {save_dir!r}, starting a new one")
+    return empty
 
 
 def new_run(save_dir):
@@ -130,8 +137,8 @@ def continued_run(resume, save_dir, settings, class_names):
               if old.get(name, settings[name]) != settings[name]]
     others += filter(None, [difference(was, class_names, "the run", "the class list")])
     others += [f"it has {len(was)} classes, the class list {len(class_names)}"] if len(was) != len(class_names) else []
-    if others:
-        raise UserError(f"{run} cannot be continued: {others[0]}")
+    if others and saved(run):
+        raise UserError(f"{run} cannot be continued: {others[0]} (give the settings that it was started with)")
     if settings["fp16"] == "auto" and old.get("Cuda") == settings["Cuda"]:
         settings["fp16"] = old.get("fp16", "auto")
     state, last = load_checkpoint(run), settings["UnFreeze_Epoch"]

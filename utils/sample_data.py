@@ -98,7 +98,7 @@ def data_paths(classes_path, train_annotation_path, test_annotation_path):
         for name, path in zip(("classes_path", "train_annotation_path", "test_annotation_path"), given):
             check_text_file(name, path)
         return given
-    say(f"{train_annotation_path} is absent: " + (f"training on the sample pictures in {FOLDER}" if FOLDER.exists() else
+    say(f"{train_annotation_path} is absent in {os.getcwd()}: " + (f"training on the sample pictures in {FOLDER}" if FOLDER.exists() else
                                                   f"drawing {TRAIN} + {TEST} sample pictures into {FOLDER}"))
     if not FOLDER.exists():
         try:

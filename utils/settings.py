@@ -119,7 +119,7 @@ def from_word(name, word, default):
     if isinstance(default, str) and name not in ("fp16", "resume"):
         return word[1:-1] if len(word) > 1 and word[0] == word[-1] in "'\"" else word  # some shells leave them
     try:
-        value = ast.literal_eval(word)
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(word.lower(), word))
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return word
     return word if name == "resume" and not isinstance(value, (bool, str)) else value  # 2026_11_24 spells a number as well
@@ -182,7 +182,7 @@ def check_settings(s):
 def too_small(num_train, num_val, name, batch_size):
     """The documented words next to a sentence with the numbers."""
     return (f"{TOO_SMALL} {num_train} training and {num_val} test pictures do not fill one batch of {name} = {batch_size}: "
-            f"add pictures, or lower the batch size")
+            f"add pictures, or set it to {num_train} or less")
 
 
 def check_phases(s, num_train, num_val, has_batch_norm):

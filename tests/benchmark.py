@@ -1,8 +1,9 @@
 """Ratios against the common recipe, each pair measured in turn on the same machine: python -m tests.benchmark [part …]
 
 Parts: pictures, train, launch, evaluate, memory, cuda; all of them by default. Whole trainings, each with options of its own
-(--help): fashion, against other trainers on Fashion-MNIST; recipes, recipes on and off; fashion94, 94 % on all
-of Fashion-MNIST; main, the unedited train.py against an older revision. Reference recipes stand in tests/references.
+(--help): fashion, against other trainers on Fashion-MNIST; recipes, recipes on and off; finetune, from ImageNet's weights
+on few pictures; fashion94, 94 % on all of Fashion-MNIST; main, the unedited train.py against an older revision.
+Reference recipes stand in tests/references.
 """
 import argparse
 import os
@@ -10,14 +11,14 @@ import platform
 import sys
 import tempfile
 
-from tests import bench_speed, bench_starts, bench_trainings, fashion
+from tests import bench_finetune, bench_speed, bench_starts, bench_trainings, fashion
 import torch
 import torchvision
 
 PARTS = {"pictures": bench_speed.bench_pictures, "train": bench_speed.bench_train, "launch": bench_starts.bench_launch,
          "evaluate": bench_speed.bench_evaluate, "memory": bench_starts.bench_memory, "cuda": bench_speed.bench_cuda}
-TRAININGS = {"fashion": fashion.main, "recipes": bench_trainings.recipes, "fashion94": fashion.fashion94,
-             "main": bench_trainings.main_job}
+TRAININGS = {"fashion": fashion.main, "recipes": bench_trainings.recipes, "finetune": bench_finetune.main,
+             "fashion94": fashion.fashion94, "main": bench_trainings.main_job}
 
 
 def machine():

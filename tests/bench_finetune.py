@@ -26,12 +26,11 @@ def efficientnet_lite0(num_classes, input_shape):
     return EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes, image_size=input_shape, batch_norm_momentum=0.9)
 '''
 LITE0 = {"backbone": "efficientnet_lite0", "mean": "[0.5, 0.5, 0.5]", "std": "[0.5, 0.5, 0.5]"}  # (x - 127) / 128 in the original
-ADAM = {"optimizer_type": "adam", "Init_lr": 4e-3, "Min_lr": 4e-5}  # 1e-3 at a batch of 16, which is also the limit
-WEIGHTS = {**LITE0, **ADAM, "model_path": True, "Freeze_Train": True}
-RECIPES = {  # name: (epochs as a multiple of --epochs, share of them frozen, settings); those with model_path start from the weights
+WEIGHTS = {**LITE0, "model_path": True, "Freeze_Train": True,
+           "optimizer_type": "adam", "Init_lr": 4e-3}  # at a batch of 16 this is 1e-3, adam's limit
+RECIPES = {  # name: (epochs as a multiple of --epochs, share of them frozen, settings)
     "the head alone": (1, 1, WEIGHTS),
     "everything at once": (1, 0, WEIGHTS),
-    "everything at once, sgd": (1, 0, {**WEIGHTS, "optimizer_type": "sgd", "Init_lr": 0.2, "Min_lr": 2e-3}),
     "frozen for a fifth, then everything": (1, 1 / 5, WEIGHTS),
     "the same, backbone_lr_scale 0.3": (1, 1 / 5, {**WEIGHTS, "backbone_lr_scale": 0.3}),
     "from scratch": (1, 0, LITE0),
@@ -50,7 +49,8 @@ def folder_of(module):
 def score(project, annotation):
     """top-1 of the newest run's last epoch on all pictures of the list."""
     run = runs(project)[-1]
-    timed([sys.executable, "-m", "utils.evaluate", run, "--weights", run / "last_epoch_weights.pth", "--annotation", annotation], project)
+    timed([sys.executable, "-m", "utils.evaluate", run, "--weights", run / "last_epoch_weights.pth",
+           "--annotation", annotation], project)
     with open(run / "predictions.csv", encoding="utf-8") as file:
         right = [row["true"] == row["class1"] for row in csv.DictReader(file)]
     return sum(right) / len(right)
@@ -59,11 +59,14 @@ def score(project, annotation):
 def main(words):
     parser = common_parser("finetune", seeds=[11, 12], size=96, batch=16, test_per_class=100)
     parser.add_argument("--per-class", type=int, nargs="+", default=[10, 50, 200], help="training pictures a class")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[15, 8, 4], help="as many numbers: epochs for each of them")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[15, 8, 4],
+                        help="as many numbers: the epochs with so many pictures")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE",
                         help=f"of {', '.join(map(repr, RECIPES))}")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings in every recipe")
     args = parser.parse_args(words)
+    if len(args.epochs) != len(args.per_class):
+        parser.error(f"--epochs needs as many numbers as --per-class, {len(args.per_class)}")
     package, weights = map(folder_of, PACKAGES)
     weights, = weights.glob("models/*.pth")
     results, done = Results(args.json), []
@@ -72,7 +75,7 @@ def main(words):
         code = digest(project)
         shutil.copytree(package, project / package.name)  # beside train.py, where Python looks first
         (project / "nets" / "efficientnet_lite0.py").write_text(NETWORK)
-        for per_class, epochs in zip(args.per_class, args.epochs, strict=True):
+        for per_class, epochs in zip(args.per_class, args.epochs):
             pictures = write_pictures(Path(folder, str(per_class)), per_class, source=args.source, test_per_class=args.test_per_class)
             lists = write_lists(project, pictures, f"of_{per_class}")
             everything = lists["test_annotation_path"]
@@ -87,8 +90,8 @@ def main(words):
                                 "Freeze_batch_size": args.batch, "fp16": False, "seed": seed, "UnFreeze_Epoch": times * epochs,
                                 "Freeze_Epoch": round(frozen * epochs), **recipe, **assignments(args.set)}
                     key = {"part": f"{per_class} a class", "system": name, "epochs": settings["UnFreeze_Epoch"], "seed": seed,
-                           "settings": {setting: str(value) for setting, value in settings.items()}, "code": code,
-                           "test_per_class": args.test_per_class}
+                           "settings": {setting: str(value) for setting, value in settings.items()},
+                           "code": code, "test_per_class": args.test_per_class}
                     if "model_path" in settings:
                         settings["model_path"] = weights
 

@@ -100,7 +100,7 @@ if __name__ == "__main__":
     # The data
     own = own_data(settings)
     if own:
-        class_names, train_lines, val_lines = own
+        class_names, train_lines, val_lines = lists.check_names(own[0], "own_data"), *own[1:]
     else:
         classes_path, train_annotation_path, test_annotation_path = data_paths(
             classes_path, train_annotation_path, test_annotation_path)
@@ -166,7 +166,7 @@ if __name__ == "__main__":
         "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
         "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
         "optimizer": describe_rates({**settings, "Init_Epoch": Init_Epoch}, is_transformer(backbone)),
-        "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'} {tried}"}))
+        "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'} {tried}".strip()}))
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
     if state is None and rank() == 0:

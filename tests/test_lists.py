@@ -157,3 +157,13 @@ def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeyp
     Path("model_data/.shapes.abcd.draft").mkdir(parents=True)
     assert sample_data.data_paths(*sample_data.DEFAULT_PATHS)[1] == "model_data/shapes/train.txt"
     assert os.listdir("model_data") == ["shapes"] and os.listdir("model_data/shapes") == ["train.txt"]
+
+
+@pytest.mark.parametrize("names", [[], [0, 1], range(2), ["a", "a"], [b"a", "b"]])
+def test_names_that_are_none(names):
+    with pytest.raises(UserError, match="own_data.*(list of texts|more than once)"):
+        lists.check_names(names, "own_data")
+
+
+def test_names_of_a_dictionary():
+    assert lists.check_names({"cat": 0, "dog": 1}, "own_data") == ["cat", "dog"]

@@ -62,6 +62,7 @@ def folder(tmp_path_factory):
 
 def test_it_is_short_and_names_what_there_is():
     assert len(README.encode()) <= 12_000
+    assert not set(re.findall(r"\b[A-Z]{5,}\b", README)) - {"README", "FOLDER", "PICTURE", "SIGTERM"}, "a placeholder"
     assert len(COMMANDS) >= 9 and len(TABLE) >= 3
     for name in re.findall(r"`((?:utils|nets|tests)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name

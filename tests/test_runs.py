@@ -196,3 +196,30 @@ def test_nothing_is_left_behind(tmp_path):
                                 capture_output=True, text=True, timeout=300)
         assert result.returncode == 0 and result.stderr == "", result.stderr
         assert not os.listdir(temporary)
+
+
+def test_two_runs_of_one_start(tmp_path):
+    """One is a copy of the other, and chance would say which."""
+    finished_run(tmp_path / "original", 3)
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    with pytest.raises(UserError, match="of the same start"):
+        run.find_run(True, str(tmp_path), SETTINGS)
+    assert run.find_run("copy", str(tmp_path), SETTINGS) == str(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("before, after", [(0.0, 0.9), (0.9, 0.0)])
+def test_an_average_that_is_turned_on_or_off(tmp_path, before, after):
+    """The files of the epochs before stay those that were scored; an average begins where the model stands."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=2, save_period=1, ema_decay=before)
+    make_data(folder, train=24, test=6)
+    train(folder)
+    here = run_of(folder)
+    kept = {path.name: path.read_bytes() for path in here.glob("ep*.pth")}
+    text = (folder / "utils/fit.py").read_text()
+    (folder / "utils/fit.py").write_text(text.replace("    gen.sampler.set_epoch(", "    raise SystemExit(3)\n    gen.sampler.set_epoch(", 1))
+    train(folder, "--resume", here.name, "--UnFreeze_Epoch", 3, "--ema_decay", after, code=3)
+    (folder / "utils/fit.py").write_text(text)
+    assert {path.name: path.read_bytes() for path in here.glob("ep*.pth")} == kept
+    assert same(weights(here), torch.load(next(here.glob("ep002*.pth")), weights_only=True))
+    train(folder, "--resume", here.name, "--UnFreeze_Epoch", 3, "--ema_decay", after)
+    assert len(history(here)) == 3

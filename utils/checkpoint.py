@@ -72,12 +72,14 @@ class Checkpoint:
 
     def __init__(self, run, parts, save_minutes=0, scored_on=""):
         self.run, self.parts, self.save_minutes, self.scored_on = run, parts, save_minutes, scored_on
+        self.judged_now = True  # whether what stands here is what the history's last epoch was scored with
         self.best, self.best_is_new = None, False  # the best epoch's weights, on the CPU: with the history they make one story
         self.position, self.order, self.resumed = Position(0), "", {}
         self.signal, self.signalled_at, self.saved_at = 0, 0, time.monotonic()
 
     def load(self, state):
         """Give every part its own back, taking it out of `state`: it would fill memory for the rest of the run."""
+        ema, toggled = self.parts.get("ema"), (self.parts.get("ema") is None) != (state["ema"] is None)
         for name, part in self.parts.items():
             kept = state.pop(name, None)
             if part is not None and kept is not None:
@@ -86,6 +88,8 @@ class Checkpoint:
                 except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                     raise UserError(f"{self.run} cannot be continued, its {name} is of another network or optimizer: "
                                     f"{(str(error).splitlines() or [''])[0]}") from error
+        if ema and toggled:
+            ema.module.load_state_dict(self.parts["model"].state_dict())  # an average begins where the model stands
         self.best, self.best_is_new = state.pop("best", None), True
         if state["scored_on"] != self.scored_on:
             self.best = None
@@ -93,6 +97,7 @@ class Checkpoint:
                 self.parts["history"].seek_best_anew()
             say("  the best epoch is sought anew: the test pictures, how they are read or best_by changed, so scores do not compare")
         self.resumed, self.position = state, Position(state["epoch"], state["step"])
+        self.judged_now = state["step"] == 0 and not toggled
 
     def begin(self, epoch, order):
         """The Position at the beginning of an epoch, or where it was interrupted if its order is still the same.
@@ -133,7 +138,7 @@ class Checkpoint:
         if best:
             self.best_is_new = True
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in judged.state_dict().items()}
-        self.position = Position(figures["epoch"])
+        self.position, self.judged_now = Position(figures["epoch"]), True
         self.save(figures["epoch"])
         self.publish(save_period, last_epoch)
         return best
@@ -147,7 +152,7 @@ class Checkpoint:
         if self.best_is_new and self.best is not None:
             save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
         self.best_is_new = False
-        if self.position.step == 0:  # the model stands at the end of the history's last epoch
+        if self.judged_now:
             row, weights = history.rows[-1], getattr(judged, "module", judged).state_dict()
             save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
             if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from utils import recipe
+from utils.errors import plain
 from utils.files import save_file, writable
 from utils.pictures import normalize
 from utils.trained import TrainedRun, command
@@ -48,7 +49,7 @@ def export(run, weights=None):
 def main(arguments=None):
     options = command("export", __doc__).parse_args(arguments)
     for path in export(options.run, options.weights):
-        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        print(f"wrote {plain(path)} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def target_of(label, num_classes=None):
     """What a label says, the text of an annotation line or whatever a data set gives: the class id, an int. UserError, to which
     the caller adds the place."""
     text = str(label).strip()
-    if not re.fullmatch("-?[0-9]{1,18}", text):  # int() would take '+0', '0_0', '٠' and 0.5 as well
+    if not re.fullmatch("0|-?[1-9][0-9]{0,17}", text):  # int() would take '+0', '00', '٠' and 0.5 as well
         raise UserError(f"the class id {text[:40]!r} is not a whole number")
     if num_classes is not None and not 0 <= int(text) < num_classes:
         raise UserError(f"class id {int(text)} is outside 0 … {num_classes - 1}")
@@ -84,10 +84,18 @@ def get_classes(classes_path):
     if "" in names:
         say(f"WARNING: {classes_path}:{names.index('') + 1} is blank: ids count the names alone, so the class after it has "
             f"the id of the blank line")
-    names = [name for name in names if name]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{classes_path} names a class more than once: {', '.join(map(plain, twice[:5]))}")
+    names = check_names([name for name in names if name], classes_path)
     return names, len(names)
+
+
+def check_names(names, source):
+    """Class names as a list of texts. UserError, which calls the list `source`, unless there are some and all are different."""
+    names = list(names)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{source}: class names must be a list of texts, not {names[:5]}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{source} names a class more than once: {', '.join(map(plain, twice[:5]))}")
+    return list(map(str, names))
 
 
 def check_lines(lines, path, num_classes, classes_path):

@@ -113,11 +113,12 @@ def barrier():
         dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would go to a GPU
 
 
-def say(*words, everyone=False, **options):
-    """Print on rank 0 (or on every rank), at once. A closed pipe or a full disk under a log must not decide what is saved."""
+def say(text, everyone=False, as_it_is=False, **options):
+    """Print on rank 0 (or on every rank), at once, and plain but for its lines' ends. A closed pipe or a full disk under a log
+    must not decide what is saved."""
     if rank() == 0 or everyone:
         with contextlib.suppress(OSError, ValueError):
-            print(*words, **options, flush=True)
+            print(text if as_it_is else "\n".join(map(plain, text.split("\n"))), **options, flush=True)
 
 
 class ProgressLine:
@@ -137,11 +138,11 @@ class ProgressLine:
         minutes, left = divmod(round(seconds / done * (self.steps - step)), 60)
         text = (f"{self.title} {step}/{self.steps} {describe()} {images * done / seconds:.0f} images/s "
                 f"{minutes // 60:02}:{minutes % 60:02}:{left:02} left")
-        say(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", file=self.stream)
+        say(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", file=self.stream, as_it_is=True)
 
     def clear(self):
         if self.terminal:
-            say("\r\033[K", end="", file=self.stream)
+            say("\r\033[K", end="", file=self.stream, as_it_is=True)
 
 
 def ignore_signals(worker_id):

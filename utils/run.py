@@ -97,8 +97,12 @@ def find_run(resume, save_dir, settings):
         found = [str(Path(save_dir, resume)) if not os.path.exists(resume) and Path(save_dir, resume).exists() else resume]
         read_config(found[0])
     else:  # a group that torchrun has started anew, or that has torchrun's --rdzv_id, continues its own
-        found = [run for config, run in runs_in(save_dir) if has_more(config, settings)
+        pairs = [(config["start"], run) for config, run in runs_in(save_dir) if has_more(config, settings)
                  and (resume or config.get("launch") == processes.launch_id)] if resume or again else []
+        if len(pairs) > 1 and pairs[0][0] == pairs[1][0]:
+            raise UserError(f"{pairs[0][1]} and {pairs[1][1]} are of the same start, one may be a copy: name the one to continue "
+                            f"with resume = '…'")
+        found = [run for _, run in pairs]
     empty = None  # a start that ended before it had saved anything: its folder will do when nothing else is there
     for run in found:
         if not lock(run, seconds=30 if again else 0):

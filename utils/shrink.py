@@ -71,7 +71,7 @@ def on_all_cores(work, items, title):
             progress.show(number, 1, lambda: f"{number - len(done)} unreadable", due=number == len(items))
     finally:
         stop_workers()
-        say(end="\n" * progress.terminal, file=sys.stderr)
+        say("", end="\n" * progress.terminal, file=sys.stderr)
     return done
 
 

@@ -118,7 +118,7 @@ def find_run(resume, save_dir, settings):
 
 def new_run(save_dir):
     """Make, lock and return save_dir/<start time>, a folder that nobody else has."""
-    folder, start = writable(save_dir, "choose another save_dir"), time.strftime("%Y_%m_%d_%H_%M_%S")
+    folder, start = writable(save_dir, "name another folder with save_dir = …"), time.strftime("%Y_%m_%d_%H_%M_%S")
     for attempt in count():
         run = Path(folder, start + (f"_{attempt}" if attempt else ""))
         with suppress(FileExistsError):

@@ -166,7 +166,7 @@ if __name__ == "__main__":
         "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
         "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
         "optimizer": describe_rates({**settings, "Init_Epoch": Init_Epoch}, is_transformer(backbone)),
-        "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'} {tried}".strip()}))
+        "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'}" + f" ({tried})" * bool(tried)}))
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
     if state is None and rank() == 0:

@@ -20,7 +20,7 @@ SHORT = ["--UnFreeze_Epoch", "1", "--num_workers", "0", "--fp16", "False"]
 
 
 def short(word_list):
-    """The command without what takes long: one epoch, small pictures; RUN, HOST and photo.jpg are what there is."""
+    """The command without what takes long: one epoch, small pictures; one machine stands for several."""
     words = shlex.split(re.sub(r"\[224,224\]", "[64,64]", " ".join(map(shlex.quote, word_list))))
     for name in ("--UnFreeze_Epoch", "--Freeze_Epoch"):
         if name in words:
@@ -32,7 +32,7 @@ def short(word_list):
 
 def run(folder, text, extra=()):
     run_folder = max(runs(folder), key=lambda path: path.stat().st_mtime) if (folder / "logs").exists() else "RUN"
-    words = short([word.replace("RUN", str(run_folder)).replace("HOST", "127.0.0.1") for word in shlex.split(text)])
+    words = short([word.replace("RUN", str(run_folder)).replace("FOLDER", "photos").replace("PICTURE", "photo.jpg") for word in shlex.split(text)])
     launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
     if words[0] == "torchrun":
         words = ["torchrun", f"--master_port={free_port()}", *(word.replace("=8", "=2") for word in words[1:] if "nnodes" not in word
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 
 def test_it_is_short_and_names_what_there_is():
     assert len(README.encode()) <= 12_000
-    assert not set(re.findall(r"\b[A-Z]{5,}\b", README)) - {"README", "FOLDER", "PICTURE", "SIGTERM"}, "a placeholder"
+    assert not set(re.findall(r"\b[A-Z]{5,}\b", README)) - {"README", "FOLDER", "PICTURE", "SIGTERM", "MNIST"}, "a placeholder"
     assert len(COMMANDS) >= 9 and len(TABLE) >= 3
     for name in re.findall(r"`((?:utils|nets|tests)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name

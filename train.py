@@ -24,9 +24,9 @@ from utils.loss_history import LossHistory
 from utils.precision import choose_precision
 from utils.processes import ignore_signals, rank, say, world_size
 from utils.recipe import balanced_weights, get_optimizer, get_recipe, said
-from utils.run import begin_run, continued_run, new_run, write_config
+from utils.run import begin_run, continued_run, describe_rates, new_run, write_config
 from utils.sample_data import data_paths
-from utils.scheduler import describe_rates, fit_lr, get_lr_scheduler, set_optimizer_lr
+from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
 from utils.settings import check_best_by, check_phases, check_settings, command_line, too_small
 
 # The machine
@@ -162,7 +162,7 @@ if __name__ == "__main__":
         save_minutes, scored_on=f"{val_data.fingerprint()} {mean} {std} {best_by}")
     if state:
         checkpoint.load(state)
-    config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, {
+    config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, Init_Epoch, {
         "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
         "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
         "optimizer": describe_rates({**settings, "Init_Epoch": Init_Epoch}, is_transformer(backbone)),

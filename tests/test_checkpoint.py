@@ -9,10 +9,11 @@ import torch
 from nets import get_model, head_layers
 from tests.helpers import edit, history, make_data, make_project, run_of, same, start, train, weights
 from tests.test_resume import kill_group
-from utils.checkpoint import BEFORE, LAST, Checkpoint, load_checkpoint
+from utils.checkpoint import BEFORE, LAST, Checkpoint
 from utils.errors import UserError
 from utils.loss_history import LossHistory
 from utils.recipe import get_optimizer
+from utils.run import load_checkpoint
 
 
 def checkpoint_in(folder, **options):

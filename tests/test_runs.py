@@ -48,8 +48,8 @@ def test_each_start_counts_on(tmp_path):
     finished_run(tmp_path / "zzz", 7)
     mine = run.new_run(str(tmp_path))
     settings = {**SETTINGS, "input_shape": [8, 8], "Init_Epoch": 0, "Freeze_Train": False, "Unfreeze_batch_size": 2, "accumulate": 1}
-    assert run.begin_run(mine, settings, ["a", "b"], {})["start"] == 8
-    assert run.begin_run(str(tmp_path / "zzz"), settings, ["a", "b"], {})["start"] == 9  # continued
+    assert run.begin_run(mine, settings, ["a", "b"], 0, {})["start"] == 8
+    assert run.begin_run(str(tmp_path / "zzz"), settings, ["a", "b"], 0, {})["start"] == 9  # continued
     assert run.find_run(True, str(tmp_path), SETTINGS) == str(tmp_path / "zzz")
 
 

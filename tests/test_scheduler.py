@@ -5,7 +5,8 @@ import torch
 
 from nets import get_model, head_layers
 from utils.recipe import get_optimizer
-from utils.scheduler import describe_rates, fit_lr, get_lr_scheduler, set_optimizer_lr
+from utils.run import describe_rates
+from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 20, 100, 200, 400])
@@ -87,10 +88,10 @@ def settings_of(**changes):
     (dict(Freeze_Train=True, Init_Epoch=5), "sgd, cos, lr 0.025 to 0.00025"),
     (dict(Freeze_Train=True, UnFreeze_Epoch=5), "sgd, cos, lr 0.05 to 0.0005"),
     (dict(Freeze_Train=True, Freeze_batch_size=32), "sgd, cos, lr 0.025 to 0.00025"),
-    (dict(optimizer_type="adamw", Init_lr=2e-5, Min_lr=2e-7, Unfreeze_batch_size=8), "adamw, cos, lr 0.0001 to 1e-06 (Init_lr 2e-05 × 8/64 = 2.5e-06 "
-     "is below the limit 0.0001, Min_lr 2e-07 × 8/64 = 2.5e-08 is below the limit 1e-06: OPTIMIZERS in utils/recipe.py)"),
-    (dict(Init_lr=0.01, Min_lr=0.01, Unfreeze_batch_size=64), "sgd, cos, lr 0.01 to 0.001 (Min_lr 0.01 × 64/64 = 0.01 is above the limit 0.001: "
-     "OPTIMIZERS in utils/recipe.py)"),
+    (dict(optimizer_type="adamw", Init_lr=2e-5, Min_lr=2e-7, Unfreeze_batch_size=8), "adamw, cos, lr 0.0001 to 1e-06 (Init_lr and "
+     "Min_lr ask for 2.5e-06 to 2.5e-08; the limits stand in utils/recipe.py)"),
+    (dict(Init_lr=0.01, Min_lr=0.01, Unfreeze_batch_size=64), "sgd, cos, lr 0.01 to 0.001 (Init_lr and Min_lr ask for 0.01 to 0.01; "
+     "the limits stand in utils/recipe.py)"),
     (dict(Init_lr=0.001, Min_lr=0.001, Unfreeze_batch_size=64), "sgd, cos, lr 0.001 to 0.001")])
 def test_the_rates_that_train_are_said(changes, expected):
     assert describe_rates(settings_of(**changes), False) == expected

@@ -298,5 +298,5 @@ def test_a_launch_says_which_limit_changed_the_rate(tmp_path):
     folder = make_project(tmp_path, optimizer_type="'adamw'", Init_lr=2e-5, UnFreeze_Epoch=1, Freeze_batch_size=7)
     make_data(folder, train=24, test=6)
     out, _ = train(folder)
-    assert "adamw, cos, lr 0.0001 to 1e-06 (Init_lr 2e-05 × 8/64 = 2.5e-06 is below the limit 0.0001" in out
+    assert "adamw, cos, lr 0.0001 to 1e-06 (Init_lr and Min_lr ask for 2.5e-06 to 2.5e-08" in out
     assert history(run_of(folder))[0]["lr"] == pytest.approx(1e-5)  # a tenth, as the warm-up begins

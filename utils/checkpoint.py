@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from utils import processes
 from utils.errors import NOT_FINITE, UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import save_tensors
 from utils.processes import rank, say
 from utils.recipe import restore_optimizer
 
@@ -34,24 +34,6 @@ class Position:
         for sums in processes.gather_objects({**own, "unreadable": self.unreadable}):
             total.update(sums)
         return dict(total)
-
-
-def load_checkpoint(run):
-    """The newest sound checkpoint of a run; None when it never wrote one; UserError when none can be read."""
-    paths = [path for path in (Path(run, LAST), Path(run, BEFORE)) if path.exists()]
-    for path in paths:
-        try:
-            state = load_tensors(path, "resume", check_sums=True)
-            kinds = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "history": dict, "order": str, "scored_on": str}
-            if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-                raise UserError(f"resume: {str(path)!r} is no checkpoint of this version of the program")
-            return state
-        except UserError as error:
-            say(f"WARNING: {error}; trying the checkpoint before it")
-    if paths:
-        raise UserError(f"{run} has no readable checkpoint left: start anew with resume = False, "
-                        f"perhaps from model_path = {str(Path(run, 'last_epoch_weights.pth'))!r}")
-    return None
 
 
 def check_finite(state):

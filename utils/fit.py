@@ -46,25 +46,20 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
 
 
 def optimizer_step(optimizer, scaler, clip_grad_norm):
-    """One step, which leaves no trace where the scaler skips it because the gradients have overflowed.
+    """One step, which leaves no trace where the gradients have overflowed, and the scaler skips it.
 
-    A fused optimizer makes a parameter's state before it looks for overflow, and in a skipped step returns without filling
-    it: SGD's momentum would begin as whatever the memory held. Only steps that make state wait for the scale to be read.
+    A fused optimizer makes a parameter's state before it looks for overflow, and would leave it unfilled: SGD's momentum would
+    begin as whatever the memory held. So a step that makes state looks first, for which it waits for the GPU.
     """
-    if clip_grad_norm:
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    makes_state = scaler.is_enabled() and any(
+        not optimizer.state.get(p) or any(value is None for value in optimizer.state[p].values()) for p in parameters)
+    if clip_grad_norm or makes_state:
         scaler.unscale_(optimizer)  # otherwise the fused optimizer does it on its way
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-    before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
-    scaler.step(optimizer)
-    begun = [parameter for parameter, state in optimizer.state.items()
-             if any(value is not None and before.get(parameter, {}).get(name) is None for name, value in state.items())]
-    scale = scaler.get_scale() if begun else None
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm or math.inf)
+    if not makes_state or norm.isfinite():
+        scaler.step(optimizer)
     scaler.update()
-    if begun and scaler.get_scale() < scale:
-        for parameter in begun:
-            optimizer.state.pop(parameter)
-        optimizer.state.update((parameter, before[parameter]) for parameter in begun if parameter in before)
     optimizer.zero_grad(set_to_none=True)
 
 

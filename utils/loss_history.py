@@ -62,10 +62,14 @@ class LossHistory:
         self.loss_plot()
 
     def loss_plot(self):
+        """The curves of the loss, and of the figure that decides which epoch is best."""
         def curve(name):
             return [(row["epoch"], row[name]) for row in self.rows if name in row]
+        name = "top1" if self.best_by == "val_loss" else self.best_by
+        share = all(0 <= row.get(name, 0) <= 1 for row in self.rows)
         panels = [("loss", {"training": curve("train_loss"), "validation": curve("val_loss")}, None),
-                  ("top-1", {"training": curve("train_top1"), "validation": curve("top1")}, (0, 1))]
+                  (figure_text(name, 0).rpartition(" ")[0], {"training": curve(f"train_{name}"), "validation": curve(name)},
+                   (0, 1) if share else None)]
         save_image(Path(self.log_dir, "epoch_loss.png"), line_chart([p for p in panels if any(p[1].values())]))
 
     def state_dict(self):

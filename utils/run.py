@@ -13,12 +13,12 @@ import torch
 import torchvision
 
 from utils import files, processes
-from utils.checkpoint import BEFORE, LAST, load_checkpoint
+from utils.checkpoint import BEFORE, LAST
 from utils.errors import UserError, plain, shown
-from utils.files import check_regular, clear_drafts, save_text, writable
+from utils.files import check_regular, clear_drafts, load_tensors, save_text, writable
 from utils.lists import difference
 from utils.processes import say, world_size
-from utils.scheduler import phases
+from utils.scheduler import NBS, fit_lr, phases
 
 
 def read_config(run):
@@ -45,9 +45,26 @@ def write_config(run, config):
     save_text(Path(run, "config.json"), json.dumps(config, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
-def saved(run):
-    """Whether a run has a checkpoint."""
-    return Path(run, LAST).exists() or Path(run, BEFORE).exists()
+def checkpoints(run):
+    """The paths of a run's checkpoints, the newest first; none when it has saved nothing yet."""
+    return [path for path in (Path(run, LAST), Path(run, BEFORE)) if path.exists()]
+
+
+def load_checkpoint(run):
+    """The newest sound checkpoint of a run; None when it never wrote one; UserError when none can be read."""
+    for path in checkpoints(run):
+        try:
+            state = load_tensors(path, "resume", check_sums=True)
+            kinds = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "history": dict, "order": str, "scored_on": str}
+            if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+                raise UserError(f"resume: {str(path)!r} is no checkpoint of this version of the program")
+            return state
+        except UserError as error:
+            say(f"WARNING: {error}; trying the checkpoint before it")
+    if checkpoints(run):
+        raise UserError(f"{run} has no readable checkpoint left: start anew with resume = False, "
+                        f"perhaps from model_path = {str(Path(run, 'last_epoch_weights.pth'))!r}")
+    return None
 
 
 def runs_in(save_dir):
@@ -60,7 +77,7 @@ def runs_in(save_dir):
         try:
             found.append((read_config(path.parent), str(path.parent)))
         except UserError as error:
-            if saved(path.parent):  # else another program's config.json
+            if checkpoints(path.parent):  # else another program's config.json
                 raise UserError(f"{error}. It may be the newest run: name the run to continue with resume = '…', or move "
                                 f"{str(path.parent)!r} away") from None
     return sorted(found, key=lambda run: run[0]["start"], reverse=True)
@@ -108,7 +125,7 @@ def find_run(resume, save_dir, settings):
         if not lock(run, seconds=30 if again else 0):
             raise UserError(f"{run} is being trained by another process, and cannot be continued before that has ended"
                             + (": set resume = False for a new run" if resume is True else ""))
-        if again or resume is not True or saved(run):
+        if again or resume is not True or checkpoints(run):
             return run
         empty = empty or run
     if resume and not empty:
@@ -141,7 +158,7 @@ def continued_run(resume, save_dir, settings, class_names):
               if old.get(name, settings[name]) != settings[name]]
     others += filter(None, [difference(was, class_names, "the run", "the class list")])
     others += [f"it has {len(was)} classes, the class list {len(class_names)}"] if len(was) != len(class_names) else []
-    if others and saved(run):
+    if others and checkpoints(run):
         raise UserError(f"{run} cannot be continued: {others[0]} (give the settings that it was started with)")
     if settings["fp16"] == "auto" and old.get("Cuda") == settings["Cuda"]:
         settings["fp16"] = old.get("fp16", "auto")
@@ -160,14 +177,26 @@ def continued_run(resume, save_dir, settings, class_names):
     return run, state
 
 
-def begin_run(run, settings, class_names, facts):
+def describe_rates(s, transformer):
+    """For the header: the optimizer, each phase's highest and lowest rate as they train, and what limits have changed."""
+    told = []
+    for name in phases(s):
+        batch_size = s[name] * s.get("accumulate", 1)
+        asked = tuple(batch_size / NBS[transformer] * s[rate] for rate in ("Init_lr", "Min_lr"))
+        fitted = fit_lr(batch_size, s["Init_lr"], s["Min_lr"], s["optimizer_type"], transformer)
+        limits = " (Init_lr and Min_lr ask for {:.3g} to {:.3g}; the limits stand in utils/recipe.py)".format(*asked)
+        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}" + limits * (fitted != asked))
+    return f"{s['optimizer_type']}, {s['lr_decay_type']}, {', then '.join(dict.fromkeys(told))}"
+
+
+def begin_run(run, settings, class_names, first_epoch, facts):
     """Print what is about to be trained, and write config.json, which makes the folder a run; returns what it holds.
 
     facts: {row of the header: text}, which come before the settings' own rows.
     """
-    s = settings
+    s = {**settings, "Init_Epoch": first_epoch}
     rows = {"run": run, **facts, "input_shape": s["input_shape"],
-            "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}"
+            "epochs": f"{first_epoch} to {s['UnFreeze_Epoch']}"
                       + (f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""),
             "batch_size": f"{', then '.join(str(s[name]) for name in phases(s))} over {world_size()} processes, "
                           f"{s.get('accumulate', 1)} to a step"}
@@ -175,7 +204,7 @@ def begin_run(run, settings, class_names, facts):
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
                 "torchvision": torchvision.__version__, "pillow": PIL.__version__}
     number = 1 + max((config["start"] for config, _ in runs_in(Path(run).parent)), default=0)
-    config = {"settings": s, "class_names": class_names, "launch": processes.launch_id, "start": number, "finished": False,
+    config = {"settings": settings, "class_names": class_names, "launch": processes.launch_id, "start": number, "finished": False,
               "versions": versions}
     write_config(run, config)
     return config

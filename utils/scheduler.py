@@ -51,22 +51,6 @@ def phases(s):
     return [name for name, (first, end) in spans.items() if name in s and max(first, s.get("Init_Epoch", 0)) < end]
 
 
-def describe_rates(s, transformer):
-    """For the header: the optimizer, each phase's highest and lowest rate as they train, and the limits that have changed them."""
-    told = []
-    for name in phases(s):
-        batch_size, nbs = s[name] * s.get("accumulate", 1), NBS[transformer]
-        fitted = fit_lr(batch_size, s["Init_lr"], s["Min_lr"], s["optimizer_type"], transformer)
-        changed = []
-        for rate, fit in zip(("Init_lr", "Min_lr"), fitted):
-            if (scaled := batch_size / nbs * s[rate]) != fit:
-                side = "below" if scaled < fit else "above"
-                changed.append(f"{rate} {s[rate]:g} × {batch_size}/{nbs} = {scaled:.3g} is {side} the limit {fit:.3g}")
-        why = f" ({', '.join(changed)}: OPTIMIZERS in utils/recipe.py)" if changed else ""
-        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}{why}")
-    return f"{s['optimizer_type']}, {s['lr_decay_type']}, {', then '.join(dict.fromkeys(told))}"
-
-
 def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
     """Set every parameter group to the epoch's rate, times the group's own lr_scale where it has one."""
     lr = lr_scheduler_func(epoch)

@@ -18,17 +18,17 @@ from utils.errors import LOST, plain, sentence
 launch_id = uuid.uuid4().hex  # the same for all processes of one launch, also after torchrun has restarted them
 
 
-def rank() -> int:
-    """This process's number among all processes of the launch, known before they are connected."""
+def rank():
+    """This process's number among all of the launch, known before they are connected."""
     return int(os.environ.get("RANK", 0))
 
 
-def world_size() -> int:
+def world_size():
     """The number of processes of the launch on all nodes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def cores() -> int:
+def cores():
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -50,17 +50,15 @@ def describe_device(Cuda):
     if not Cuda:
         return f"CPU, {torch.get_num_threads()} threads"
     number = world_size() if connected() else torch.cuda.device_count()
-    slow = number > 1 and not connected()
-    hint = f" by DataParallel (torchrun --nproc_per_node={number} is faster)" if slow else ""
+    hint = "" if connected() or number < 2 else f" by DataParallel (torchrun --nproc_per_node={number} is faster)"
     return f"{number} × {torch.cuda.get_device_name()}{hint}"
 
 
 def group_store():
     """The launcher's store, under a name that only the living processes know.
 
-    torchrun keeps its store over a restart, and with it the addresses of dead processes; and neither its restart count, which
-    each node counts for itself, nor anything else tells one group from the next. So each process asks under a name that it
-    draws, and rank 0 answers with the group's name until everyone has said that it is here.
+    torchrun keeps its store over a restart, with the addresses of dead processes in it, and each node counts restarts for
+    itself. So each process asks under a name that it draws, and rank 0 answers with the group's until everyone is here.
     """
     global launch_id
     launchers, _, _ = next(dist.rendezvous("env://"))
@@ -88,7 +86,7 @@ def gather_objects(item):
     """Every process's `item`, in the order of ranks. Collective."""
     if not connected():
         return [item]
-    everyone = [None] * dist.get_world_size()
+    everyone = [None] * world_size()
     dist.all_gather_object(everyone, item)
     return everyone
 
@@ -114,8 +112,7 @@ def barrier():
 
 
 def say(text, everyone=False, as_it_is=False, **options):
-    """Print on rank 0 (or on every rank), at once, and plain but for its lines' ends. A closed pipe or a full disk under a log
-    must not decide what is saved."""
+    """Print on rank 0 or everyone's, at once, plain but for line ends. A closed pipe or a full disk must not decide what is saved."""
     if rank() == 0 or everyone:
         with contextlib.suppress(OSError, ValueError):
             print(text if as_it_is else "\n".join(map(plain, text.split("\n"))), **options, flush=True)
@@ -148,8 +145,7 @@ class ProgressLine:
 def ignore_signals(worker_id):
     """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving.
 
-    On Linux a worker dies with its process, at once: an orphan would hold the sockets that it inherited, and a group that
-    torchrun restarts would connect to them and wait for ever.
+    On Linux a worker dies with its process: a group that torchrun restarts would connect to an orphan's sockets, and wait.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -188,8 +184,7 @@ def one_sentence_errors():
 def show_error(kind, error, trace):
     """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback.
 
-    Each machine's first process speaks at once. The others wait, as a launcher ends them meanwhile, and so does a process that
-    only knows that another one has ended.
+    Each machine's first process speaks at once; the others, and who only knows that another one has ended, wait for the launcher.
     """
     if issubclass(kind, KeyboardInterrupt):  # before training, where there is nothing to save yet
         end(130)
@@ -203,11 +198,8 @@ def show_error(kind, error, trace):
 
 
 def end(code):
-    """The one way in which training ends: without clean-up that could wait for a worker or another process.
-
-    gloo's threads are destroyed in an order of chance: now and then a process that had done all its work
-    aborted ('terminate called without an active exception') or waited for ever.
-    """
+    """The one way in which training ends: without clean-up that could wait for a worker or another process, or abort, as gloo's
+    threads end in an order of chance."""
     stop_workers()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -49,16 +49,15 @@ def optimizer_step(optimizer, scaler, clip_grad_norm):
     """One step, which leaves no trace where the gradients have overflowed, and the scaler skips it.
 
     A fused optimizer makes a parameter's state before it looks for overflow, and would leave it unfilled: SGD's momentum would
-    begin as whatever the memory held. So a step that makes state looks first, for which it waits for the GPU.
+    begin as whatever the memory held. So in a step that makes state the scaler looks itself, for which it waits for the GPU.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    makes_state = scaler.is_enabled() and any(
-        not optimizer.state.get(p) or any(value is None for value in optimizer.state[p].values()) for p in parameters)
-    if clip_grad_norm or makes_state:
+    makes_state = any(not optimizer.state.get(p) or any(value is None for value in optimizer.state[p].values()) for p in parameters)
+    optimizer._step_supports_amp_scaling = optimizer.defaults.get("fused") and not makes_state  # what the scaler goes by
+    if clip_grad_norm:
         scaler.unscale_(optimizer)  # otherwise the fused optimizer does it on its way
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm or math.inf)
-    if not makes_state or norm.isfinite():
-        scaler.step(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+    scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 

@@ -13,7 +13,8 @@ import torch
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
 
-from nets import get_model, head_layers, is_transformer, lay_out, load_file, profile
+from nets import get_model, head_layers, is_transformer, lay_out, load_file
+from nets._trial import choose_precision, profile
 from utils import lists, processes
 from utils.charts import contact_sheet, drawable
 from utils.checkpoint import Checkpoint
@@ -21,7 +22,6 @@ from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own
 from utils.files import save_image
 from utils.fit import figure_names, fit_one_epoch
 from utils.loss_history import LossHistory
-from utils.precision import choose_precision
 from utils.processes import ignore_signals, rank, say, world_size
 from utils.recipe import balanced_weights, get_optimizer, get_recipe, said
 from utils.run import begin_run, continued_run, describe_rates, new_run, write_config
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     if model_path and state is None:
         load_file(model, model_path, class_names)
     Init_Epoch = state["epoch"] if state else Init_Epoch
-    parameters, flops, has_batch_norm = profile(model, backbone, torch.empty(1, 3, *input_shape), num_classes)
+    parameters, flops, has_batch_norm = profile(model, backbone, input_shape, num_classes)
     check_phases({**settings, "Init_Epoch": Init_Epoch}, num_train, num_val, has_batch_norm)
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -150,7 +150,7 @@ if __name__ == "__main__":
     first = EpochSampler(num_train, size, rank(), world_size(), seed=seed)
     batch = detection_collate([train_data[item] for _, item in zip(range(min(64, size // world_size())), first)])
     check_best_by(best_by, figure_names(model, batch, Cuda, recipe))
-    settings["fp16"], tried = processes.on_rank_0(lambda: choose_precision(settings, model, batch, recipe, num_train))
+    settings["fp16"], tried = processes.on_rank_0(lambda: choose_precision(settings, model, batch, recipe))
     fp16 = settings["fp16"]
     scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
 

@@ -1,8 +1,7 @@
 """Networks by name: every torchvision classifier, and each network of one's own in a file of this folder.
 
-A network of one's own is a file nets/my_net.py with a function my_net(num_classes, input_shape) that returns
-a torch.nn.Module from (N, 3, H, W) pictures to (N, num_classes) scores, last layer the head; backbone = 'my_net'.
-nets/resnet9.py is one, and the default.
+A file nets/my_net.py has a function my_net(num_classes, input_shape) that returns a torch.nn.Module from (N, 3, H, W)
+pictures to (N, num_classes) scores, last layer the head; backbone = 'my_net'. nets/resnet9.py is the default.
 """
 import importlib
 import math
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from utils.errors import UserError, nearest, shown
+from utils.errors import UserError, nearest
 
 DOCUMENTED_NAMES = {"mobilenetv2": "mobilenet_v2", "swin_transformer_tiny": "swin_t",
                     "swin_transformer_small": "swin_s", "swin_transformer_base": "swin_b"}
@@ -94,9 +93,7 @@ def build(name, num_classes, input_shape):
         options.update(transform_input=True, init_weights=True)
         options["aux_logits"] = name == "googlenet" or min(height, width) >= 299  # Inception's has no room below
     if name.startswith("vit_"):
-        if height != width:
-            raise UserError(f"input_shape = {list(input_shape)}: {name} takes square pictures only")
-        options["image_size"] = height
+        options["image_size"] = height  # of square pictures, others are refused when they come
     if name == "maxvit_t":
         # the paper's windows are 1/32 of the picture; torchvision's function, of which the rest is, fixes them at 7
         window = 7 if height % 224 == width % 224 == 0 else math.gcd(height // 32, width // 32)
@@ -117,8 +114,8 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
         model = build(name, num_classes, tuple(input_shape))
     model.__class__ = type(type(model).__name__, (Freezable, type(model)), {})
     if pretrained:
-        from nets._weights import load_matching
-        load_matching(model, pretrained_state(name), f"torchvision's weights of {name}")
+        from nets._weights import load_pretrained
+        load_pretrained(model, name)
     return model
 
 
@@ -134,39 +131,3 @@ def lay_out(model, device, channels_last):
     if not channels_last:
         model.register_forward_pre_hook(lambda module, pictures: (pictures[0].contiguous(), *pictures[1:]))
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def pretrained_state(name):
-    """torchvision's default state_dict of the network `name`, from torch.hub's cache or the network."""
-    if name in own_networks():
-        raise UserError(f"pretrained = True: {name} is a network of nets/, nobody publishes weights of it; "
-                        f"set pretrained = False, or model_path")
-    weights = models.get_model_weights(name).DEFAULT
-    target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
-    except Exception as error:  # no network, a cut download, a wrong hash: the remedy is the same
-        raise UserError(f"the pretrained weights of {name} could not be loaded ({error}): put {weights.url} "
-                        f"at {target}, or set pretrained = False") from error
-
-
-def profile(model, backbone, pictures, num_classes):
-    """(parameters, FLOPs of one picture, whether it has BatchNorm), found on the meta device, without computing.
-
-    pictures: float (N, 3, H, W), of which the shape counts. A training step of two pictures is tried as well: UserError
-    when they are too small for the network, or its scores are not (N, num_classes).
-    FLOPs count a multiply-add as two, as torch.utils.flop_counter does.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-    weights = {k: v.to("meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
-    pictures, mode = torch.empty(2, *pictures.shape[1:], device="meta"), model.training
-    with size_errors(backbone, pictures.shape[2:]), torch.no_grad():
-        torch.func.functional_call(model.train(), weights, (pictures,))
-        with FlopCounterMode(display=False) as counter:
-            scores = torch.func.functional_call(model.eval(), weights, (pictures,))
-    model.train(mode)
-    if getattr(scores, "shape", None) != (2, num_classes):
-        raise UserError(f"{backbone} gives {shown(list(getattr(scores, 'shape', [type(scores).__name__])))} scores for 2 pictures, "
-                        f"not [2, {num_classes}]: its last layer needs num_classes outputs")
-    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, has_norm

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torchvision import models
 
-from nets import head_layers
+from nets import head_layers, own_networks
 from utils.errors import UserError, plain, shown
 from utils.files import check_regular, load_tensors
 from utils.processes import say
@@ -126,3 +127,18 @@ def load_matching(model, state, source, class_names=None):
     if strangers := [k for k in state if k not in ours]:
         say(f"  {len(strangers)} tensors of the file have no place in this network: {some(strangers)}")
     return missed
+
+
+def load_pretrained(model, name):
+    """load_matching of torchvision's default weights of the network `name`, from torch.hub's cache or the network."""
+    if name in own_networks():
+        raise UserError(f"pretrained = True: {name} is a network of nets/, nobody publishes weights of it; "
+                        f"set pretrained = False, or model_path")
+    weights = models.get_model_weights(name).DEFAULT
+    target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # no network, a cut download, a wrong hash: the remedy is the same
+        raise UserError(f"the pretrained weights of {name} could not be loaded ({error}): put {weights.url} "
+                        f"at {target}, or set pretrained = False") from error
+    load_matching(model, state, f"torchvision's weights of {name}")

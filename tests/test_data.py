@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import pickle
 import warnings
 from pathlib import Path
 
@@ -389,11 +388,6 @@ def test_pictures_of_12_bits_are_noted(tmp_path):
     assert "12 bits" in DataGenerator(lines, (32, 32)).note()
     Image.fromarray((ramp * 65535).astype(np.uint16)).save(tmp_path / "0.png")
     assert not DataGenerator(lines, (32, 32)).note()
-
-
-def test_dataset_travels_to_other_processes(lines):
-    data = pickle.loads(pickle.dumps(DataGenerator(["0;x\n"], (8, 8))))
-    assert data.name(0) == "0;x"
 
 
 def test_unreadable(lines, tmp_path):

@@ -6,7 +6,7 @@ import math
 import random
 import re
 import zlib
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
 from utils.errors import UserError
-from utils.lists import split_line, target_of
+from utils.lists import AnnotationLines, target_of
 from utils.pictures import BROKEN, MEAN, centre_box, random_box, read_crop, why
 
 POLICIES = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment, "auto": v2.AutoAugment, "aug_mix": v2.AugMix}
@@ -26,44 +26,19 @@ def own_data(settings):
     """Data that are no lists of files: return (class names, training data set, test data set); None for the lists.
 
     An item of such a data set is (picture, label): a Pillow image, or a uint8 array or tensor (H, W) or (H, W, 3), of any size;
-    and what lists.target_of reads, a whole number from 0. It has a length, its items do not change, and it can be pickled where
-    workers are spawned. What its code raises of pictures.BROKEN is a broken picture; anything else keeps its traceback.
-    Crops, augmentation, seeding, resuming, validation and utils.evaluate are then those of the lists.
+    and what lists.target_of reads. It has a length, its items do not change, and it can be pickled where workers are spawned.
+    What its code raises of pictures.BROKEN is a broken picture; anything else keeps its traceback.
     """
     return None
-
-
-class AnnotationLines(Dataset):
-    """Checked 'class_id;path' lines as a data set: item i is (path, class id as text).
-
-    They stand in one shared-memory tensor, each between two line ends, because a list of Python strings would be copied
-    into every worker little by little, as its reference counts are touched.
-    """
-
-    def __init__(self, lines):
-        text = "\n" + "".join(line.rstrip("\r\n") + "\n" for line in lines)
-        self.text = torch.frombuffer(bytearray(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8).share_memory_()
-        self.ends = (self.text == ord("\n")).nonzero()[:, 0].share_memory_()
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def line(self, index):
-        text = self.text[int(self.ends[index]) + 1:int(self.ends[index + 1])]
-        return bytes(text.numpy()).decode("utf-8", "surrogateescape")
-
-    def __getitem__(self, index):
-        label, path = split_line(self.line(index))
-        return path, label
 
 
 class DataGenerator(Dataset):
     """Pictures of annotation lines or of a data set as own_data describes it, cropped and augmented.
 
-    Item (epoch, place, index) → (uint8 (H, W, 3), target, unreadable); a plain index where nothing is random. random: augment,
-    and replace an unreadable picture by another one; without it, picture and target of such a one are None. unreadable: a
-    list of (index, reason), empty for a good picture. cache_mb: megabytes (10⁶ bytes). Where the crops are the same in every
-    epoch and all fit, each process keeps those that it has read (in_memory), and loader processes cost more than they save.
+    Item (epoch, place, index), or a plain index where nothing is random → (uint8 (H, W, 3), target, [(index, reason)] of what
+    was unreadable). random: augment, and replace an unreadable picture by another one; else it and its target are None.
+    cache_mb (10⁶ bytes): where the crops are the same in every epoch and all fit, each process keeps those that it has read
+    (in_memory), and loader processes cost more than they save.
     """
 
     def __init__(self, annotation_lines, input_shape, random=True, augmentation="flip", random_erasing=0.0,
@@ -95,35 +70,37 @@ class DataGenerator(Dataset):
             raise UserError(f"{self.name(index)}: {error}") from None
 
     def class_ids(self):
-        """The target of every picture, int64 (N,) of class ids: from the data set's `targets`, as torchvision's have, unless a
-        transform may change them, else picture by picture."""
+        """Every target, int64 (N,) of class ids: from `targets`, as torchvision's data sets have, unless a transform may change
+        them, else picture by picture."""
         labels = getattr(self.source, "targets", None)
         if labels is None or any(getattr(self.source, name, None) for name in ("transforms", "target_transform")):
             labels = (self.source[index][1] for index in range(len(self)))
         return np.array([self.target(index, label) for index, label in enumerate(labels)])
 
     def some(self):
-        """Eight items or a few more, evenly spread, uncropped and small: what a start can look at in no time."""
+        """A batch of eight pictures or a few more, evenly spread, uncropped and small: what a start can look at in no time."""
         data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
-        return [data[index] for index in range(0, len(data), max(1, len(data) // 8))]
+        return detection_collate([data[index] for index in range(0, len(data), max(1, len(data) // 8))])
+
+    @cached_property
+    def checksum(self):
+        """Of the lines, or of another data set's `targets` and some pictures."""
+        if isinstance(self.source, AnnotationLines):
+            return zlib.crc32(self.source.text.numpy())
+        targets = np.asarray(getattr(self.source, "targets", ()), object).tolist()
+        return zlib.crc32(repr([targets, *(part.tolist() for part in self.some()[:2])]).encode())
 
     def fingerprint(self):
-        """{name: text} of all that a score depends on: every attribute but the memory. Of the source it is the lines, or
-        another data set's `targets` and some pictures."""
-        if isinstance(self.source, AnnotationLines):
-            content = self.source.text.numpy()
-        else:
-            pictures = [(image is not None and image.tolist(), target) for image, target, _ in self.some()]
-            content = repr([np.asarray(getattr(self.source, "targets", ()), object).tolist(), *pictures]).encode()
-        options = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in vars(self).items()
-                   if name not in ("kept", "in_memory")}
-        return {**options, "source": f"{len(self)} pictures, {zlib.crc32(content):08x}"}
+        """{name: text} of all that a score depends on: every attribute but the memory."""
+        source = f"{len(self)} pictures, {self.checksum:08x}"
+        return {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in {**vars(self), "source": source}.items()
+                if name not in ("kept", "in_memory")}
 
     def note(self):
         """A line to print before a training whose pictures are nearly black, or ''."""
-        peaks = [image.max() for image, _, _ in self.some() if image is not None]
+        images, _, _ = self.some()
         return "NOTE: the pictures look nearly black, no value of some of them is above 16 of 255. So do greys of 12 bits in " \
-               "16-bit files, where white is 65535: multiply them by 16\n" if peaks and max(peaks) <= 16 else ""
+               "16-bit files, where white is 65535: multiply them by 16\n" if len(images) and images.max() <= 16 else ""
 
     def read(self, index):
         """(uint8 (H, W, 3) that nobody may change, target); raises one of BROKEN for a picture that cannot be read."""
@@ -162,11 +139,9 @@ class DataGenerator(Dataset):
 
 
 def detection_collate(batch):
-    """Items → (uint8 (N, 3, H, W) in channels_last memory, (N, …) targets: int64 of class ids, [(index, reason)] unreadable).
-
-    Targets go as tensors: of plain numbers default_collate would make float64, of lists columns, and nothing in shared memory,
-    a lack of which is to be an error with its reason in the worker, and not a batch that never arrives.
-    """
+    """Items → (uint8 (N, 3, H, W) in channels_last memory, (N, …) targets: int64 of class ids, [(index, reason)] unreadable)."""
+    # Tensors are stacked in shared memory, a lack of which is then an error with its reason in the worker, and not a batch that
+    # never arrives. Of plain numbers default_collate would make float64, and of lists columns.
     readable = [(image, torch.as_tensor(target)) for image, target, _ in batch if image is not None]
     images, targets = default_collate(readable) if readable else (torch.empty(0, 1, 1, 3).byte(), torch.empty(0).long())
     return images.permute(0, 3, 1, 2), targets, [bad for *_, unreadable in batch for bad in unreadable]

@@ -1,10 +1,12 @@
-"""Class names and annotation lines: what can be wrong with them before training, each as one sentence."""
+"""Class names and annotation lines: what can be wrong with them, each as one sentence, and the lines as a data set."""
 import os
 import re
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+
+import torch
 
 from utils.errors import UserError, plain
 from utils.files import check_regular
@@ -20,8 +22,7 @@ def split_line(line):
 
 
 def target_of(label, num_classes=None):
-    """What a label says, the text of an annotation line or whatever a data set gives: the class id, an int. UserError, to which
-    the caller adds the place."""
+    """What a label says, a line's text or whatever a data set gives: the class id, an int. UserError, without the place."""
     text = str(label).strip()
     if not re.fullmatch("0|-?[1-9][0-9]{0,17}", text):  # int() would take '+0', '00', '٠' and 0.5 as well
         raise UserError(f"the class id {text[:40]!r} is not a whole number")
@@ -47,13 +48,12 @@ def check_text_file(name, path, remedy=REMEDY):
     try:
         check_regular(path, name)
         with open(path, "rb") as file:
-            data = file.read(os.stat(path).st_size)  # a file of the kernel may have no end, and says that it is empty
-        text = data.decode("utf-8").removeprefix("\ufeff")
+            text = file.read(os.stat(path).st_size).decode("utf-8-sig")  # a file of the kernel without an end says that it is empty
         if not text.strip():
             raise UserError(f"{name}: {path!r} is empty")
         return text
     except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
+        line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line} is not UTF-8 text: save {name}'s file as UTF-8") from None
     except UserError as error:
         raise UserError(f"{error}{hint(path)}: {remedy}") from None
@@ -63,13 +63,10 @@ def check_text_file(name, path, remedy=REMEDY):
 
 @contextmanager
 def together(*paths):
-    """Around the reading of the class file and its lists: UserError unless they all stay as they are meanwhile.
-
-    utils.annotation takes a list away before it replaces what belongs to it.
-    """
+    """Around the reading of the class file and its lists: UserError unless they all stay as they are meanwhile."""
     def state():
         return [(file.st_ino, file.st_mtime_ns, file.st_size) for file in map(os.stat, paths)]
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):  # utils.annotation takes a list away before it replaces what belongs to it
         before = state()
         yield
         if state() == before:
@@ -99,10 +96,7 @@ def check_names(names, source):
 
 
 def check_lines(lines, path, num_classes, classes_path):
-    """Annotation lines without blank ones and BOMs. UserError names the first wrong line; missing pictures are counted.
-
-    Folders are listed once instead of asking for each file: a million questions are slow on a network disk.
-    """
+    """Annotation lines without blank ones and BOMs. UserError names the first wrong line; missing pictures are counted."""
     kept, folders, missing, read = [], {}, [], cache(partial(target_of, num_classes=num_classes))
     for number, line in enumerate(lines, 1):
         line = line.removeprefix("\ufeff").rstrip("\r\n")  # a BOM stands inside as well where files were joined
@@ -116,7 +110,7 @@ def check_lines(lines, path, num_classes, classes_path):
         except UserError as error:
             raise UserError(f"{path}:{number}: {error} ({classes_path} has {num_classes} classes)") from None
         folder, slash, name = picture.rpartition("/")
-        if folder not in folders:
+        if folder not in folders:  # listed once, as a million questions for single files are slow on a network disk
             folders[folder] = set()
             with suppress(OSError, ValueError):
                 folders[folder].update(os.listdir(folder + slash or "."))
@@ -135,8 +129,7 @@ def check_both(train_lines, val_lines, train_path, val_path):
     folders, found = cache(os.path.realpath), []  # one picture may be spelled in several ways
     for path, lines in ((train_path, train_lines), (val_path, val_lines)):
         labels, others = {}, []
-        for line in lines:
-            label, picture = split_line(line)
+        for label, picture in map(split_line, lines):
             folder, slash, file = picture.rpartition("/")
             if labels.setdefault((folders(folder + slash), file), label.strip()) != label.strip():
                 others.append(picture)
@@ -151,6 +144,29 @@ def check_both(train_lines, val_lines, train_path, val_path):
         say(f"WARNING: {shared} pictures are in both the training and the test list: the scores will flatter")
 
 
+class AnnotationLines:
+    """Checked 'class_id;path' lines as a data set: item i is (path, class id as text).
+
+    They stand in one shared-memory tensor, each between two line ends: a list of Python strings would be copied into every
+    worker little by little, as its reference counts are touched.
+    """
+
+    def __init__(self, lines):
+        text = "\n".join(["", *(line.rstrip("\r\n") for line in lines), ""])
+        self.text = torch.frombuffer(bytearray(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8).share_memory_()
+        self.ends = (self.text == ord("\n")).nonzero()[:, 0].share_memory_()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def line(self, index):
+        text = self.text[int(self.ends[index]) + 1:int(self.ends[index + 1])]
+        return bytes(text.numpy()).decode("utf-8", "surrogateescape")
+
+    def __getitem__(self, index):
+        return split_line(self.line(index))[::-1]
+
+
 def difference(was, now, before, after):
     """'' or the beginning of a sentence: the first class that has another name in the list `now` than in `was`."""
     return next((f"class {number} is {old!r} in {before}, but {new!r} in {after}"
@@ -159,9 +175,8 @@ def difference(was, now, before, after):
 
 def check_same_everywhere(**fingerprints):
     """UserError unless every process has read the same lists, {setting: fingerprint}. Collective."""
-    everyone = gather_objects(fingerprints)
-    for number, other in enumerate(everyone):
-        for name, value in other.items():
-            if value != everyone[0][name]:
-                raise UserError(f"{name}: the lists of the processes differ ({everyone[0][name]} on rank 0, {value} on "
-                                f"rank {number}): every machine needs the same file")
+    first, *others = gather_objects(fingerprints)
+    for number, other in enumerate(others, 1):
+        if other != first:
+            raise UserError(f"the lists of the processes differ ({first} on rank 0, {other} on rank {number}): every machine needs "
+                            f"the same files")

@@ -233,15 +233,6 @@ def test_files_without_an_end_are_not_read(tmp_path):
             read_crop(path, (4, 4), whole)
 
 
-def test_a_fifo_that_takes_a_files_place_does_not_hang(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "fifo.jpg")
-    (tmp_path / "file.jpg").write_bytes(png())
-    was = os.stat(tmp_path / "file.jpg")
-    monkeypatch.setattr("utils.pictures.os.stat", lambda path: was)
-    with pytest.raises(OSError, match="empty file"):
-        opened(tmp_path / "fifo.jpg")
-
-
 def test_an_upright_picture_outlives_its_file(tmp_path):
     half_red(8, 6).save(tmp_path / "photo.png")
     with opened(tmp_path / "photo.png") as image:

@@ -3,33 +3,28 @@ import errno
 import io
 import math
 import os
-import stat
 from contextlib import suppress
 from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import RandomResizedCrop
 
 from utils.errors import UserError, plain
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
-    decode_jpeg = None
-
+# torchvision has announced that its decoders will go; Pillow's does the same, a little slower
+decode_jpeg = getattr(getattr(torchvision, "io", None), "decode_jpeg", None)
 # What is opened, by content, whatever a file is called. Raster formats that Pillow decodes itself: for some others it starts
 # another program. Pillow opens MPO (a JPEG with a second one behind it) as JPEG; TGA has no mark to know it by, so it is last.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "PCX", "SGI", "ICO", "TGA")
 BROKEN = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a file that is no whole picture
 REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quarter, an eighth
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # a FIFO that takes a file's place would otherwise wait for a writer
-# EXIF orientation → what Pillow calls it
-TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
+# What Pillow calls the EXIF orientations from 2 on
+TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
 
 
 @cache
@@ -57,14 +52,14 @@ def normalize(images, device, settings={}):
 def to_rgb(image):
     """Any mode that Pillow reads → RGB: greys of more than 8 bits are scaled, transparency is laid on white.
 
-    16 bits are always 0 … 65535, however dark. Of 32-bit whole numbers white is 255 or 65535, of floats 1, 255 or 65535: the
-    first whose double no finite value reaches, as filters overshoot; beyond them it is the largest value. NaN is black.
+    16 bits are always 0 … 65535, however dark. Of 32 bits white is 1, 255 or 65535: the first whose double no finite value
+    reaches, as filters overshoot; beyond them it is the largest value. NaN is black.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        depth = image.mode if image.format != "PPM" else "I;16"  # which Pillow reads into 32 bits
-        whites, raw = {"F": (1, 255, 65535), "I": (255, 65535)}.get(depth, (65535,)), np.asarray(image, np.float32)
-        peak = raw.max(initial=0, where=np.isfinite(raw))
-        white = next((white for white in whites if peak < 2 * white), peak)
+        raw, white = np.asarray(image, np.float32), 65535
+        if image.mode in ("I", "F") and image.format != "PPM":  # whose 16 bits Pillow reads into 32
+            peak = raw.max(initial=0, where=np.isfinite(raw))
+            white = next((white for white in (1, 255, 65535) if peak < 2 * white), peak)
         grey = raw * (255 / white)
         if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's photometric interpretation "white is zero", which Pillow minds
             grey = 255 - grey                           # in 8 bits alone
@@ -78,14 +73,12 @@ def to_rgb(image):
 
 
 def orientation(image):
-    """How a Pillow image's rows and columns lie, 1 … 8: EXIF's tag 0x0112 where it is a whole number from 1 to 8, else 1. All
-    but a JPEG is decoded by this, and then has the size that counts. XMP does not count: it is dropped before decoding, as TIFF
-    turns itself by it, and after, as a PNG's may come last."""
-    for decode in (image.format not in REDUCIBLE, False):
-        for key in ("xmp", "XML:com.adobe.xmp"):
-            image.info.pop(key, None)
-        if decode:
-            image.load()
+    """How a Pillow image's rows and columns lie, 1 … 8, by EXIF's tag 0x0112. All but a JPEG is decoded by this."""
+    image.info.pop("xmp", None)  # XMP does not count, but a TIFF would turn itself by it
+    if image.format not in REDUCIBLE:
+        image.load()
+    for key in ("xmp", "XML:com.adobe.xmp"):  # a PNG's may come last
+        image.info.pop(key, None)
     value = None
     with suppress(Exception):  # Pillow raises nearly anything for broken tags
         value = image.getexif().get(0x0112)
@@ -96,7 +89,7 @@ def upright(image, turn):
     """A Pillow image of any mode, whose `orientation` is turn → RGB as seen; it outlives its file."""
     image.load()
     image = to_rgb(image)
-    return image.transpose(TURNS[turn]) if turn > 1 else image
+    return image.transpose(Image.Transpose[TURNS[turn - 2]]) if turn > 1 else image
 
 
 def why(error):
@@ -108,33 +101,30 @@ def why(error):
 
 def file_bytes(path):
     """A regular file's bytes, no more than it says to have: devices have no end, and kernel files without one say 0."""
-    state = os.stat(path)
-    if not stat.S_ISREG(state.st_mode) or state.st_size > 2 ** 31:
+    size = os.path.getsize(path)
+    if size > 2 ** 31 or not os.path.isfile(path):
         raise OSError(f"{os.fspath(path)!r} is no regular file, or larger than 2 GiB")
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | NONBLOCK)) as file:
-        return file.read(state.st_size)
+    with open(path, "rb") as file:
+        return file.read(size)
 
 
 def opened(source):
-    """What read_crop takes → a Pillow image, of a file not decoded yet, that may be changed. OSError: no regular file, or none
-    of FORMATS; UserError: no picture at all."""
+    """What read_crop takes → a Pillow image, of a file not decoded yet, that may be changed. Raises what read_crop does."""
     if isinstance(source, Image.Image):
         image = source.copy()
         image.format, image.tag_v2 = source.format, getattr(source, "tag_v2", {})
         return image
-    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-        return Image.fromarray(pixels(source))
-    data = file_bytes(source) if isinstance(source, (str, os.PathLike)) else bytes(source)
+    data = file_bytes(source) if isinstance(source, (str, os.PathLike)) else source
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        return Image.fromarray(pixels(data))
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # whose own words name the place of the bytes in memory
         raise UnidentifiedImageError("none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
                                      "PNG" if data else "an empty file") from None
-    # Pillow scales a PNG's pixels to 8 bits, but not its transparent value
-    scales = {"L;2": lambda grey: grey * 85, "L;4": lambda grey: grey * 17, "RGB;16B": lambda rgb: tuple(v >> 8 for v in rgb)}
-    scaled = scales.get(image.format == "PNG" and image.tile[0][3])
-    if scaled and "transparency" in image.info:
-        image.info["transparency"] = scaled(image.info["transparency"])
+    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.format == "PNG" and image.tile[0][3])
+    if scale and "transparency" in image.info:  # Pillow scales a PNG's pixels to 8 bits, but not its transparent value
+        image.info["transparency"] = np.multiply(image.info["transparency"], scale).astype(int).tolist()
     return image
 
 
@@ -149,12 +139,11 @@ def pixels(source):
 
 
 def read_crop(source, input_shape, choose_box):
-    """Decode a picture and resize the box that `choose_box(height, width)` → (top, left, height, width) names.
+    """Decode a picture and resize the box `choose_box(height, width)` → (top, left, height, width) of it, as it stands upright.
 
-    source: a path, a file's bytes, a Pillow image, or a uint8 array or tensor (H, W), (H, W, 1) or (H, W, 3). The box counts
-    in the upright picture's full size. Returns uint8 (H, W, 3) of input_shape. A JPEG is decoded no larger than the crop
-    needs (libjpeg's 1/2, 1/4, 1/8), never smaller than input_shape. Raises UserError for any other source, and one of BROKEN
-    for a file that is no whole picture.
+    source: a path, a file's bytes, a Pillow image, or a uint8 array or tensor (H, W), (H, W, 1) or (H, W, 3). Returns uint8
+    (H, W, 3) of input_shape. A JPEG is decoded no larger than the crop needs (libjpeg's 1/2, 1/4, 1/8), never smaller.
+    UserError: any other source; one of BROKEN: a file that is no whole picture.
     """
     try:
         with opened(source) as image:
@@ -173,7 +162,7 @@ def crop(image, input_shape, choose_box):
     if decode_jpeg and file and image.format in REDUCIBLE and turn == 1 and height * width < 16 * math.prod(input_shape):
         # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
         with suppress(RuntimeError):  # of a broken file, which Pillow names
-            whole = decode_jpeg(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), ImageReadMode.RGB)
+            whole = decode_jpeg(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), "RGB")
             box = whole.permute(1, 2, 0)[None, top:top + box_height, left:left + box_width].contiguous().permute(0, 3, 1, 2)
             # in channels_last memory, which the decoder wrote, it takes half the time
             return F.interpolate(box, input_shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0)

@@ -2,6 +2,7 @@
 import argparse
 import ast
 import os
+from functools import partial
 
 import torch
 
@@ -40,7 +41,7 @@ MEANT = {word: setting for setting, words in {  # what other programs call a set
 
 
 def fits(value, kind, low, high):
-    """Whether a value is of one of the types, a number within its bounds, and a text that a file name can hold."""
+    """Whether a value is of one of the types, a number within its bounds, a text that a file name can hold."""
     if isinstance(value, bool) or not isinstance(value, kind):  # Python counts True as an int
         return False
     if isinstance(value, str):
@@ -68,10 +69,8 @@ def check_value(name, value, default=None):
 
 
 def constants(path):
-    """{setting: (its expression's syntax tree, its line's comment, its group)}: all names that a script assigns at module level.
-
-    A group's title is a comment that follows a blank line.
-    """
+    """{setting: (its expression's syntax tree, its line's comment, the title above it)} of all names that a script assigns at
+    module level; a title is a comment that follows a blank line."""
     with open(path, encoding="utf-8-sig") as file:
         source = file.read()
     lines, found = ["", *source.split("\n")], {}
@@ -85,19 +84,20 @@ def constants(path):
 
 
 def parse(arguments, script, known):
-    """{setting: word} of `--setting value` and `--setting=value`; --help shows the script's own groups."""
+    """{setting: value} of `--setting value` and `--setting=value`; --help shows the script's own groups."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value …]", description=script["__doc__"], exit_on_error=False, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Other commands: python -m utils.annotation, "
-        "python -m utils.evaluate, python -m utils.predict, python -m utils.export")
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Other commands: {', '.join(f'python -m utils.{name}' for name in ('annotation', 'evaluate', 'predict', 'export'))}")
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's own
     groups = {title: parser.add_argument_group(title) for _, _, title in known.values()}
     for name, (_, comment, title) in known.items():
         default = shown(script[name])
         unsaid = [f"or {c!r}" for c in CHOICES.get(name, ()) if c not in (True, False, 0) and repr(c) not in comment]
         groups[title].add_argument(
-            f"--{name}", action="append", help="; ".join(filter(None, [comment, *unsaid, f"default: {default}"])).replace("%", "%%"),
-            metavar=f'"{default}"' if isinstance(script[name], LIST) else "VALUE")
+            f"--{name}", type=partial(from_word, name, default=script[name]),
+            metavar=f'"{default}"' if isinstance(script[name], LIST) else "VALUE",
+            help="; ".join(filter(None, [comment, *unsaid, f"default: {default}"])).replace("%", "%%"))
     try:
         given, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -107,11 +107,7 @@ def parse(arguments, script, known):
         hint = f" (did you mean {MEANT[name]!r}?)" if MEANT.get(name) in known else nearest(name, known)
         hint = hint if word.startswith("-") else ': a value with blanks needs quotes, as in --input_shape "[224, 224]"'
         raise UserError(f"{shown(word)} is no setting of {parser.prog}{hint}; --help lists them")
-    words = {name: words for name, words in vars(given).items() if words and name in known}
-    for name in words:
-        if len(words[name]) > 1:
-            raise UserError(f"--{name} stands {len(words[name])} times on the command line")
-    return {name: word for name, (word,) in words.items()}
+    return {name: value for name, value in vars(given).items() if name in known}
 
 
 def from_word(name, word, default):
@@ -126,14 +122,13 @@ def from_word(name, word, default):
 
 
 def command_line(script, arguments=None):
-    """Set constants of the script from `--name value` or `--name=value`; returns all of them, {name: value}.
+    """Set constants of the script, its globals(), from `--name value` or `--name=value`; returns all of them, {name: value}.
 
-    script: its globals(). A value is read as a Python literal, or else taken as text. Constants that are computed from others
-    (Min_lr from Init_lr) follow. A tuple becomes a list and '~' a path, also where they stand in the script.
-    UserError for an unknown name and for a value that the setting cannot have.
+    Constants that are computed from others (Min_lr from Init_lr) follow. A tuple becomes a list and '~' a path, also where they
+    stand in the script. UserError: an unknown name, a value that the setting cannot have.
     """
     known = constants(script["__file__"])
-    changed = {name: from_word(name, word, script[name]) for name, word in parse(arguments, script, known).items()}
+    changed = parse(arguments, script, known)
     for name, (expression, _, _) in known.items():
         if name not in changed and any(isinstance(node, ast.Name) and node.id in changed for node in ast.walk(expression)):
             changed[name] = eval(compile(expression, "settings", "eval"), script)
@@ -155,11 +150,10 @@ RELATIONS = (  # settings, what must hold between them, and what is said otherwi
      "distributed = {} needs a launcher: torchrun --nproc_per_node=2 train.py, or set distributed = False"),
     (("distributed",), lambda on: on or world_size() == 1,
      "a launcher started several processes, but distributed = {}: set it to True"),
-    (("Cuda",), lambda on: not on or torch.cuda.is_available(), "Cuda = {}, but PyTorch sees no GPU: set Cuda = False"),
+    (("Cuda",), lambda on: not on or int(os.environ.get("LOCAL_RANK", 0)) < torch.cuda.device_count(),
+     "Cuda = {} needs a GPU for each process, and PyTorch sees fewer here: set Cuda = False, or lower --nproc_per_node"),
     (("sync_bn", "Cuda", "distributed"), lambda on, a, b: not on or (a and b),
      "sync_bn = {} works under torchrun on GPUs only (PyTorch's SyncBatchNorm has no CPU version): set sync_bn = False"),
-    (("Cuda", "distributed"), lambda a, b: not (a and b) or int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count(),
-     "Cuda = {}, distributed = {}: more processes than this machine has GPUs: lower --nproc_per_node"),
     (("compile", "Cuda", "distributed"), lambda on, a, b: not on or not a or b or torch.cuda.device_count() < 2,
      "compile = {} on several GPUs needs torchrun --nproc_per_node=2 train.py (DataParallel cannot copy a compiled network)"),
 )
@@ -186,7 +180,7 @@ def too_small(num_train, num_val, name, batch_size):
 
 
 def check_phases(s, num_train, num_val, has_batch_norm):
-    """Each phase that will be trained can be: found out now, not after hours of the first. ValueError, UserError."""
+    """ValueError or UserError unless each phase that will be trained can be: found out now, not after hours of the first."""
     for name in phases(s):
         if num_train < s[name] or not num_val:
             raise ValueError(too_small(num_train, num_val, name, s[name]))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nets import size_errors
-from utils.errors import UserError, shown
+from utils.errors import UserError
 from utils.fit import backward
 
 FASTER = 1.1  # what bfloat16 must gain to be worth its rounding to 8 bits
@@ -24,9 +24,10 @@ def profile(model, backbone, input_shape, num_classes):
         trial.train()(pictures)
         with FlopCounterMode(display=False) as counter:
             scores = trial.eval()(pictures)
-    if getattr(scores, "shape", None) != (2, num_classes):
-        raise UserError(f"{backbone} gives {shown(list(getattr(scores, 'shape', [type(scores).__name__])))} scores for 2 pictures, "
-                        f"not [2, {num_classes}]: its last layer needs num_classes outputs")
+    found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    if found != [2, num_classes]:
+        raise UserError(f"{backbone} gives {found} scores for 2 pictures, not [2, {num_classes}]: its last layer needs num_classes "
+                        f"outputs")
     has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, has_norm
 

@@ -94,7 +94,7 @@ class DataGenerator(Dataset):
         """{name: text} of all that a score depends on: every attribute but the memory."""
         source = f"{len(self)} pictures, {self.checksum:08x}"
         return {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in {**vars(self), "source": source}.items()
-                if name not in ("kept", "in_memory")}
+                if name not in ("kept", "in_memory", "checksum")}
 
     def note(self):
         """A line to print before a training whose pictures are nearly black, or ''."""

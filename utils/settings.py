@@ -112,13 +112,13 @@ def parse(arguments, script, known):
 
 def from_word(name, word, default):
     """The value of a setting that a word of the command line gives: the Python value that it spells, or else the text."""
-    if isinstance(default, str) and name not in ("fp16", "resume"):
+    if isinstance(default, str) and True not in CHOICES.get(name, ()):
         return word[1:-1] if len(word) > 1 and word[0] == word[-1] in "'\"" else word  # some shells leave them
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(word.lower(), word))
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return word
-    return word if name == "resume" and not isinstance(value, (bool, str)) else value  # 2026_11_24 spells a number as well
+    return word if name in TEXTS and not isinstance(value, (bool, str)) else value  # 2026_11_24 spells a number as well
 
 
 def command_line(script, arguments=None):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -66,33 +66,6 @@ def test_reduced_decoding_keeps_the_resolution(tmp_path, monkeypatch):
         assert min(seen[-1]) >= 224 and min(seen[-1]) < 448
     read_crop(tmp_path / "photo.jpg", (64, 224), lambda h, w: (0, 0, 1200, 470))
     assert seen[-1][0] >= 224 and seen[-1][1] >= 64
-
-
-def corner_picture(width, height):
-    """Red top left, green top right, blue bottom left, white bottom right."""
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    draw.rectangle([0, 0, width // 2, height // 2], (255, 0, 0))
-    draw.rectangle([width // 2, 0, width, height // 2], (0, 255, 0))
-    draw.rectangle([0, height // 2, width // 2, height], (0, 0, 255))
-    return image
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [(60, 40), (900, 600)])
-@pytest.mark.parametrize("ending", ["jpg", "png"])
-def test_exif_orientation(tmp_path, orientation, size, ending):
-    upright = corner_picture(*size)
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that the camera's position made
-    stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / f"turned.{ending}", exif=exif)
-    seen = []
-    crop = read_crop(tmp_path / f"turned.{ending}", (40, 60), lambda h, w: seen.append((w, h)) or (0, 0, h, w)).float()
-    assert seen == [size]
-    for (y, x), colour in {(5, 5): (255, 0, 0), (5, 54): (0, 255, 0), (34, 5): (0, 0, 255), (34, 54): (255,) * 3}.items():
-        assert (crop[y, x] - torch.tensor(colour)).abs().max() < 60
 
 
 GRADIENT = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))

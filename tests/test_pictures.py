@@ -71,7 +71,8 @@ def test_orientation_as_a_long_number(tmp_path, size):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [16, 64], ids=["Pillow decodes it", "torchvision decodes it"])
-def test_boxes_count_in_the_upright_picture(tmp_path, orientation, size):
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_boxes_count_in_the_upright_picture(tmp_path, orientation, size, kind):
     """The same box of a picture stored in any of the eight ways is the same crop."""
     rng = np.random.default_rng(0)
     upright = Image.fromarray(rng.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((180, 120), Image.Resampling.BICUBIC)
@@ -79,8 +80,9 @@ def test_boxes_count_in_the_upright_picture(tmp_path, orientation, size):
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "photo.jpg", exif=exif, quality=100, subsampling=0)
-    crop = read_crop(tmp_path / "photo.jpg", (size, size * 3 // 4), lambda h, w: (40, 30, 64, 48)).float()
+    stored.save(tmp_path / f"photo.{kind}", exif=exif, quality=100, subsampling=0)
+    assert seen_size(tmp_path / f"photo.{kind}", size) == (180, 120)
+    crop = read_crop(tmp_path / f"photo.{kind}", (size, size * 3 // 4), lambda h, w: (40, 30, 64, 48)).float()
     expected = upright.crop((30, 40, 78, 104)).resize((size * 3 // 4, size), Image.Resampling.BILINEAR)
     assert crop.shape == (size, size * 3 // 4, 3)
     assert (crop - torch.from_numpy(np.array(expected)).float()).abs().mean() < 4

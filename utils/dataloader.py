@@ -140,8 +140,8 @@ class DataGenerator(Dataset):
 
 def detection_collate(batch):
     """Items → (uint8 (N, 3, H, W) in channels_last memory, (N, …) targets: int64 of class ids, [(index, reason)] unreadable)."""
-    # Tensors are stacked in shared memory, a lack of which is then an error with its reason in the worker, and not a batch that
-    # never arrives. Of plain numbers default_collate would make float64, and of lists columns.
+    # Tensors are stacked in shared memory, so that a lack of it is an error in the worker, and not a batch that never arrives; of
+    # plain numbers default_collate would make float64, and of lists columns
     readable = [(image, torch.as_tensor(target)) for image, target, _ in batch if image is not None]
     images, targets = default_collate(readable) if readable else (torch.empty(0, 1, 1, 3).byte(), torch.empty(0).long())
     return images.permute(0, 3, 1, 2), targets, [bad for *_, unreadable in batch for bad in unreadable]

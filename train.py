@@ -18,7 +18,7 @@ from nets._trial import choose_precision, profile
 from utils import lists, processes
 from utils.charts import contact_sheet, drawable
 from utils.checkpoint import Checkpoint
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
+from utils.dataloader import DataGenerator, EpochSampler, detection_collate, note, own_data
 from utils.files import save_image
 from utils.fit import figure_names, fit_one_epoch
 from utils.loss_history import LossHistory
@@ -123,7 +123,6 @@ if __name__ == "__main__":
     del train_lines, val_lines
     lists.check_same_everywhere(train_annotation_path=train_data.fingerprint()["source"],
                                 test_annotation_path=val_data.fingerprint()["source"])
-    say(train_data.note(), end="")
     settings = {name: globals()[name] for name in settings}  # with the sample's paths
     if train_data.in_memory:
         num_workers = 0  # loader processes would take more from a CPU that trains than they save
@@ -149,6 +148,7 @@ if __name__ == "__main__":
     size = Freeze_batch_size if Freeze_Train and Init_Epoch < Freeze_Epoch else Unfreeze_batch_size  # of the first phase
     first = EpochSampler(num_train, size, rank(), world_size(), seed=seed)
     batch = detection_collate([train_data[item] for _, item in zip(range(min(64, size // world_size())), first)])
+    say(note(batch[0]), end="")
     check_best_by(best_by, figure_names(model, batch, Cuda, recipe))
     settings["fp16"], tried = processes.on_rank_0(lambda: choose_precision(settings, model, batch, recipe))
     fp16 = settings["fp16"]

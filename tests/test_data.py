@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
+from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate, note
 from utils.errors import UserError
 from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_crop
 from utils.sample_data import DEFAULT_PATHS, SHAPES, data_paths, draw_set
@@ -357,10 +357,11 @@ def test_pictures_of_12_bits_are_noted(tmp_path):
     ramp = np.tile(np.linspace(0, 1, 64), (64, 1))
     for i in range(20):
         Image.fromarray((ramp * 4095).astype(np.uint16)).save(tmp_path / f"{i}.png")
-    lines = [f"0;{tmp_path / f'{i}.png'}" for i in range(20)]
-    assert "12 bits" in DataGenerator(lines, (32, 32)).note()
-    Image.fromarray((ramp * 65535).astype(np.uint16)).save(tmp_path / "0.png")
-    assert not DataGenerator(lines, (32, 32)).note()
+    data = DataGenerator([f"0;{tmp_path / f'{i}.png'}" for i in range(20)], (32, 32))
+    images, _, _ = detection_collate([data[0, i, i] for i in range(20)])
+    assert "12 bits" in note(images)
+    images[9:] = 17
+    assert not note(images)
 
 
 def test_unreadable(lines, tmp_path):

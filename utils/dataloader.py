@@ -77,30 +77,21 @@ class DataGenerator(Dataset):
             labels = (self.source[index][1] for index in range(len(self)))
         return np.array([self.target(index, label) for index, label in enumerate(labels)])
 
-    def some(self):
-        """A batch of eight pictures or a few more, evenly spread, uncropped and small: what a start can look at in no time."""
-        data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
-        return detection_collate([data[index] for index in range(0, len(data), max(1, len(data) // 8))])
-
     @cached_property
     def checksum(self):
-        """Of the lines, or of another data set's `targets` and some pictures."""
+        """Of the lines, or of another data set's `targets` and of eight pictures or a few more, small and uncropped."""
         if isinstance(self.source, AnnotationLines):
             return zlib.crc32(self.source.text.numpy())
-        targets = np.asarray(getattr(self.source, "targets", ()), object).tolist()
-        return zlib.crc32(repr([targets, *(part.tolist() for part in self.some()[:2])]).encode())
+        data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
+        some = detection_collate([data[index] for index in range(0, len(data), max(1, len(data) // 8))])
+        targets = np.asarray(getattr(self.source, "targets", ()), object)
+        return zlib.crc32(repr([part.tolist() for part in (targets, *some[:2])]).encode())
 
     def fingerprint(self):
         """{name: text} of all that a score depends on: every attribute but the memory."""
         source = f"{len(self)} pictures, {self.checksum:08x}"
         return {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in {**vars(self), "source": source}.items()
                 if name not in ("kept", "in_memory", "checksum")}
-
-    def note(self):
-        """A line to print before a training whose pictures are nearly black, or ''."""
-        images, _, _ = self.some()
-        return "NOTE: the pictures look nearly black, no value of some of them is above 16 of 255. So do greys of 12 bits in " \
-               "16-bit files, where white is 65535: multiply them by 16\n" if len(images) and images.max() <= 16 else ""
 
     def read(self, index):
         """(uint8 (H, W, 3) that nobody may change, target); raises one of BROKEN for a picture that cannot be read."""
@@ -145,6 +136,12 @@ def detection_collate(batch):
     readable = [(image, torch.as_tensor(target)) for image, target, _ in batch if image is not None]
     images, targets = default_collate(readable) if readable else (torch.empty(0, 1, 1, 3).byte(), torch.empty(0).long())
     return images.permute(0, 3, 1, 2), targets, [bad for *_, unreadable in batch for bad in unreadable]
+
+
+def note(images):
+    """A line to print before a training of which uint8 (N, 3, H, W) are pictures, where they are nearly black, or ''."""
+    return "NOTE: the pictures look nearly black, no value of most of them is above 16 of 255. So do greys of 12 bits in 16-bit " \
+           "files, where white is 65535: multiply them by 16\n" if images.amax((1, 2, 3)).median() <= 16 else ""
 
 
 class EpochSampler(Sampler):

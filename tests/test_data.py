@@ -173,11 +173,6 @@ def test_lines_are_shared_tensors(lines):
     assert not any(isinstance(v, (list, np.ndarray)) and len(v) > 10 for v in vars(data).values())
 
 
-def test_a_list_of_pictures_is_a_data_set_as_well():
-    data = DataGenerator([(photo(40, 30), 0), (np.zeros((20, 20), np.uint8), 1)], (16, 16), random=False)
-    assert len(data) == 2 and [data[i][1] for i in (0, 1)] == [0, 1] and data[1][0].shape == (16, 16, 3)
-
-
 @pytest.mark.parametrize("number, batch, world", [(100, 10, 1), (103, 8, 2), (64, 64, 4), (127, 64, 2), (1000, 48, 3)])
 def test_sampler_visits(number, batch, world):
     samplers = [EpochSampler(number, batch, rank, world, seed=5) for rank in range(world)]

@@ -92,13 +92,6 @@ def test_one_label_is_nothing_to_learn():
         both(["0;a", "0;b"], ["0;c", "1;d"])
 
 
-def test_labels():
-    assert [lists.target_of(label, 3) for label in ("0", " 2 ", 1)] == [0, 2, 1] and lists.target_of("7") == 7
-    for label in ("", "+0", "0_0", "٠", "1.0", 1.0, True, "-1", 3, "9" * 5000):
-        with pytest.raises(UserError, match="class id"):
-            lists.target_of(label, 3)
-
-
 def test_lists_that_change_while_they_are_read(tmp_path):
     """Together or not at all; by an editor, or by a rename that keeps time and size."""
     paths = [tmp_path / name for name in ("classes", "train", "test")]

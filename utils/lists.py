@@ -12,8 +12,6 @@ from utils.errors import UserError, plain
 from utils.files import check_regular
 from utils.processes import gather_objects, say
 
-REMEDY = "python -m utils.annotation DATASETS writes it from folders of pictures"
-
 
 def split_line(line):
     """'class_id;path' → (class_id text, path): only the first ';' splits."""
@@ -42,7 +40,7 @@ def hint(path):
     return " (folders are divided by '/', not by a backslash)" if "\\" in str(path) and os.sep == "/" else ""
 
 
-def check_text_file(name, path, remedy=REMEDY):
+def check_text_file(name, path, remedy="python -m utils.annotation DATASETS writes it from folders of pictures"):
     """The file's text without a BOM; UserError when it is missing, no regular file, empty, unreadable or not UTF-8."""
     try:
         check_regular(path, name)

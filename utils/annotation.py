@@ -61,7 +61,7 @@ def collect(datasets, test_share, seed):
     if not os.path.isdir(datasets):
         raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
     walk = Walk(datasets)
-    train, test = find_split(datasets, walk.folders, {inside for inside, _ in walk.pictures + walk.links}, test_share)
+    train, test = find_split(datasets, walk.folders, {inside for _, inside, *_ in walk.pictures}, test_share)
     names, tested = (sorted({class_name(inside[-1]) for inside in walk.folders if inside and inside[:-1] == part})
                      for part in (train, test))
     if not names:

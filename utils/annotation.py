@@ -7,6 +7,7 @@
 import argparse
 import os
 import random
+import signal
 from collections import Counter
 from contextlib import ExitStack
 from itertools import groupby
@@ -18,7 +19,7 @@ from utils.files import clear_drafts, draft, lock, not_written, writable
 from utils.folders import Walk, is_line
 from utils.lists import class_name, get_classes, hint
 from utils.pictures import endings
-from utils.processes import one_sentence_errors, say
+from utils.processes import end, one_sentence_errors, say
 from utils.sample_data import DEFAULT_PATHS
 from utils.shrink import shrink
 
@@ -160,6 +161,7 @@ def main(arguments=None):
         parser.add_argument(name, default=default, help=f"file to write ({default})")
     options = parser.parse_args(arguments)
     one_sentence_errors()
+    signal.signal(signal.SIGINT, lambda *_: end(130))  # also in a process that is being started, which would print a traceback
     if options.test_share is not None and not 0 < options.test_share < 1:
         raise UserError(f"--test-share {options.test_share} must be between 0 and 1")
     if options.shrink is not None and options.shrink < 1:
@@ -174,7 +176,7 @@ def main(arguments=None):
                             f"--force overwrites it, --classes FILE writes another one")
     if options.shrink or options.check:
         paths = [path for pairs in lists for _, path in pairs]
-        readable = shrink(paths, options.datasets, options.shrink, options.check)
+        readable = shrink(paths, options.datasets, options.shrink)
         lists = [[(number, readable[path]) for number, path in pairs if path in readable] for pairs in lists]
         check_lists(options.datasets, names, lists)
     report(names, lists, left_out)

@@ -7,15 +7,15 @@
 import argparse
 import os
 import random
+import shlex
 import signal
 from collections import Counter
-from contextlib import ExitStack
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 from utils.errors import UserError, plain
-from utils.files import clear_drafts, draft, lock, not_written, writable
+from utils.files import clear_drafts, lock, not_written, save_text, writable
 from utils.folders import Walk, is_line
 from utils.lists import class_name, get_classes, hint
 from utils.pictures import endings
@@ -108,30 +108,24 @@ def check_outputs(options):
 def replace_together(texts):
     """Write {path: text} of the class file, the training and the test list, which belong together.
 
-    The lists are taken away before any of the three is replaced, and the test list comes back last: whatever instant this
-    stops at, nobody finds files that do not belong together, as one of each two is absent until both are new.
+    The lists are taken away first, and the test list comes back last: whatever instant this stops at, nobody finds files that
+    do not belong together, as one of each two is absent until both are new. UserError: they cannot be written.
     """
-    (classes, train, test), fresh = texts, {}
-    with ExitStack() as stack:
-        if hasattr(os, "O_DIRECTORY"):  # not on Windows
-            folder = os.open(os.path.dirname(classes), os.O_DIRECTORY)
-            stack.callback(os.close, folder)
-            if not lock(folder):
-                raise UserError(f"another annotation is writing {classes}: try again")
-        try:
-            for path, text in texts.items():
-                clear_drafts(os.path.dirname(path))
-                fresh[path] = stack.enter_context(draft(path, folder=True)) / "whole"
-                with open(fresh[path], "wb") as file:
-                    file.write(text.encode("utf-8"))
-                    file.flush()
-                    os.fsync(file.fileno())
-            for path in (test, train):
-                Path(path).unlink(missing_ok=True)
-            for path in (classes, train, test):
-                os.replace(fresh[path], path)
-        except OSError as error:
-            raise not_written(path, error) from None
+    classes, train, test = texts
+    folder = os.open(os.path.dirname(classes), os.O_DIRECTORY) if hasattr(os, "O_DIRECTORY") else None  # Windows opens none
+    try:
+        if not lock(folder):
+            raise UserError(f"another annotation is writing {classes}: try again")
+        for path in (test, train):
+            Path(path).unlink(missing_ok=True)
+        for path, text in texts.items():
+            clear_drafts(os.path.dirname(path))
+            save_text(path, text)
+    except OSError as error:
+        raise not_written(classes, error) from None
+    finally:
+        if folder is not None:
+            os.close(folder)
 
 
 def report(names, lists, left_out):
@@ -142,8 +136,8 @@ def report(names, lists, left_out):
     say(f"{'class':<{width}}  {'training':>8}  {'test':>8}")
     for number, name in enumerate(shown):
         train, test = (count[number] for count in counts)
-        note = "no training pictures" if not train else "few training pictures" if train < FEW else "no test pictures"
-        say(f"{name:<{width}}  {train:>8}  {test:>8}" + f"  WARNING: {note}" * (train < FEW or not test))
+        note = "  WARNING: few training pictures" if train < FEW else "" if test else "  WARNING: no test pictures"
+        say(f"{name:<{width}}  {train:>8}  {test:>8}{note}")
     for what, count in (+left_out).most_common(10):
         say(f"left out: {count} {plain(what)}")
 
@@ -182,9 +176,10 @@ def main(arguments=None):
     report(names, lists, left_out)
     texts = ["".join(f"{number};{path}\n" for number, path in pairs) for pairs in lists]
     replace_together(dict(zip(outputs.values(), ["\n".join(names) + "\n", *texts])))
-    say(f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; in train.py (or after "
-        f"python train.py):\n  classes_path = {options.classes!r}\n  train_annotation_path = {options.train!r}\n"
-        f"  test_annotation_path = {options.test!r}")
+    settings = ("classes_path", options.classes), ("train_annotation_path", options.train), ("test_annotation_path", options.test)
+    words = [f" --{name} {shlex.quote(path)}" for (name, path), usual in zip(settings, DEFAULT_PATHS) if path != usual]
+    say(f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; to train on them:\n"
+        f"python train.py{''.join(words)}")
 
 
 if __name__ == "__main__":

@@ -17,17 +17,14 @@ MARK = ".reduced-copies"  # a file that says whose the folder is
 PAYS = 1.25  # a copy of less than this times its size would save less than a third of the pixels
 
 
-class Attempts:
-    """A DataLoader's data set whose indices are the items themselves: processes then share no list of them, which would be
-    copied into each, little by little."""
-
-    def __init__(self, work):
-        self.work = work
+class Attempts(partial):
+    """A function as a DataLoader's data set, whose indices are the items themselves: processes then share no list of them, which
+    would be copied into each, little by little."""
 
     def __getitem__(self, item):
-        """(work(item), None), or (None, why it cannot be read)."""
+        """(what it makes of an item, None), or (None, why it cannot be read)."""
         try:
-            return self.work(item), None
+            return self(item), None
         except UserError:
             raise
         except Exception as error:  # Pillow's plugins raise nearly anything for a broken file

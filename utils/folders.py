@@ -11,7 +11,7 @@ LEFT_BEHIND = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", 
 
 
 class Walk:
-    """A walk through a folder that enters each real folder once, those behind links last, and none that is around it.
+    """A walk through a folder that enters each real folder once, those behind links last, and by no link one around others.
 
     folders: the names that lead from the root to each of them, such as ("train", "cat"), the root's own is (); pictures:
     [(whether it is a link, such names, path, where it lies)]; left_out: {what: how many} of all that was not taken.
@@ -19,11 +19,11 @@ class Walk:
 
     def __init__(self, root):
         self.folders, self.pictures, self.left_out = [], [], Counter()
-        self.waiting, top, seen = [(False, (), root)], os.path.realpath(root), set()
+        self.waiting, seen = [(False, (), root)], set()
         while self.waiting:  # a heap, so that links come last
-            _, names, folder = heappop(self.waiting)
+            link, names, folder = heappop(self.waiting)
             real = os.path.realpath(folder)
-            if real in seen or top.startswith(os.path.join(real, "")):
+            if real in seen or link and any(other.startswith(os.path.join(real, "")) for other in seen):
                 self.left_out["links to folders that are read anyway"] += 1
                 continue
             seen.add(real)

@@ -201,13 +201,17 @@ def test_a_list_is_answered_line_by_line_until_ctrl_c(folder):
     assert process.returncode == 130 and not out and b"Traceback" not in err, err
 
 
-def test_ctrl_c_in_a_folder(folder):
+@pytest.mark.parametrize("when", ["processes begin", "answers come"])
+def test_ctrl_c_in_a_folder(folder, when):
     long = folder / "long"
-    long.mkdir()
-    for i in range(3000):
+    long.mkdir(exist_ok=True)
+    for i in range(len(list(long.iterdir())), 3000):
         os.link(folder / "many/00.png", long / f"{i}.png")
     process = begin(folder, "run", "long")
-    process.stdout.readline()
+    if when == "answers come":
+        process.stdout.readline()
+    while len(subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout.split()) < 2:
+        assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err and out.count(b"\n") < 2900, err

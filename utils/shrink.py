@@ -3,6 +3,7 @@ import contextlib
 import os
 import sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -34,10 +35,10 @@ class Attempts(partial):
 def on_all_cores(work, items, title):
     """{item: work(item)} of the items that raise nothing; the others are printed. Progress and the time left go to stderr."""
     progress, done, number = ProgressLine(title, len(items), stream=sys.stderr), {}, 0
-    loader = DataLoader(Attempts(work), batch_size=None, sampler=items, num_workers=min(cores(), 60, len(items)),
-                        worker_init_fn=ignore_signals)
+    loader = DataLoader(Attempts(work), 1 + min(len(items) // 500, 15), sampler=items, collate_fn=list,  # few: to each its share
+                        num_workers=min(cores(), 60, len(items)), worker_init_fn=ignore_signals)
     try:
-        for number, ((result, reason), item) in enumerate(zip(loader, items), 1):
+        for number, ((result, reason), item) in enumerate(zip(chain.from_iterable(loader), items), 1):
             if reason:
                 progress.clear()
                 say(f"unreadable: {plain(item)} ({reason})")

@@ -1,12 +1,12 @@
-"""Other people's names for torchvision's layers: timm's, Microsoft's (Swin) and the documented family's, and back.
+"""Other people's names for torchvision's layers: timm's, Microsoft's (Swin), Meta's (ConvNeXt) and the documented family's.
 
 A table holds pairs (their name, torchvision's name) of how a key begins, the first that fits counts; # is a number,
 % the same number less one. What no pair fits keeps its name, so torchvision's own files pass through unchanged.
 """
 import re
+from contextlib import suppress
 
 import torch
-from torch import nn
 from torchvision import models
 
 from nets._weights import COMPUTED
@@ -85,18 +85,10 @@ def rename(key, table):
 
 
 def reshape(model, name, value, wanted):
-    """`value` in the shape of `wanted` where it holds the same, or the same for another picture or window size."""
-    if name == "encoder.pos_embedding" and value.dim() == 3 and value.shape[2] == wanted.shape[2]:
-        try:
-            return models.vision_transformer.interpolate_embeddings(model.image_size, model.patch_size,
-                                                                    {name: value.float()})[name]
-        except (ValueError, RuntimeError):  # no square of positions and one class token
-            return value
-    if name.endswith("relative_position_bias_table") and value.dim() == 2 and value.shape[1] == wanted.shape[1]:
-        old, new = (round(len(table) ** 0.5) for table in (value, wanted))
-        if 0 < old * old == len(value):
-            grid = value.float().T.reshape(1, -1, old, old)
-            return nn.functional.interpolate(grid, size=(new, new), mode="bicubic").reshape(-1, new * new).T
+    """`value` in the shape of `wanted` where it holds the same, or the same for another picture size."""
+    if name == "encoder.pos_embedding":
+        with suppress(ValueError, RuntimeError):  # no square of positions and one class token
+            value = models.vision_transformer.interpolate_embeddings(model.image_size, model.patch_size, {name: value.float()})[name]
     if value.dim() != wanted.dim() and value.shape[:1] == wanted.shape[:1] and value.numel() == wanted.numel():
         return value.reshape(wanted.shape)  # a Linear layer written as a convolution, a scale with axes of one
     return value
@@ -134,14 +126,3 @@ def fit(model, state, source):
         raise UserError(f"{source} holds this network more than once, under {' and '.join(map(repr, best))}: "
                         f"save the state_dict of the one that you mean")
     return found[best[0]], best[0]
-
-
-def to_timm(state):
-    """A ViT's or Swin's state_dict under timm's names, for timm.create_model(…, num_classes=n).load_state_dict."""
-    if not {"class_token", "features.1.0.attn.qkv.weight"} & state.keys():
-        raise UserError("to_timm renames the weights of a ViT or a Swin only; ResNets and DenseNets have timm's names")
-    table = [(ours, theirs) for theirs, ours in (VIT if "class_token" in state else swin(0))]
-    named = {rename(k, table): v for k, v in state.items() if not COMPUTED.search(k)}
-    for key in [key for key in named if key.endswith("qkv.bias") and key[:-8] + "logit_scale" in named]:  # v2
-        named[key[:-8] + "q_bias"], _, named[key[:-8] + "v_bias"] = named.pop(key).chunk(3)
-    return named

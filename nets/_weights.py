@@ -16,6 +16,7 @@ from utils.processes import say
 
 # Where other trainers' checkpoints keep weights. Averages and teachers come first: they are what publishers evaluate.
 ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model", "student", "module")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # those of 8 bits would need a scale
 # What the network works out from its sizes and no file needs to hold.
 COMPUTED = re.compile(r"relative_position_index$|relative_coords_table$|attn_mask$")
 
@@ -66,17 +67,12 @@ def load_weights(path, name="model_path"):
     return state
 
 
-def kind(tensor):
-    """What must agree between two tensors for their numbers to mean the same; floats of 8 bits and fewer need a scale."""
-    return tensor.is_floating_point() and tensor.itemsize > 1, tensor.is_complex(), tensor.dtype == torch.bool
-
-
 def check_numbers(ours, state, source):
-    """UserError where numbers of `state` are of another kind than those of `ours` by this name, or become infinite there."""
+    """UserError where a float of `ours` has no plain float by its name in `state`, or one that becomes infinite here."""
     for name in sorted(ours.keys() & state.keys()):
         own, value = ours[name], state[name]
-        if value.shape == own.shape and not name.endswith("num_batches_tracked"):
-            if kind(value) != kind(own):
+        if own.is_floating_point() and value.shape == own.shape:
+            if value.dtype not in FLOATS:
                 raise UserError(f"{source} holds {name!r} as {value.dtype}, this network as {own.dtype}: save floats, scaled as they were")
             if not value.to(own.dtype).isfinite().all():
                 raise UserError(f"{source} holds weights that are not finite as {own.dtype} ({name!r})")

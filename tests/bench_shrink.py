@@ -17,8 +17,7 @@ from tests.bench_tools import Reference, pairs, photos, report, seconds
 from tests.helpers import history, make_project, runs, train
 from utils.annotation import main as annotate
 from utils.dataloader import DataGenerator, detection_collate
-from utils.processes import cores
-from utils.shrink import copy_path, reduced_copy, results
+from utils.shrink import copy_path, on_all_cores, reduced_copy
 
 SIZE = 512  # shorter side of the copies
 CLASSES = ("upright", "level", "checks", "dots", "rings", "slanted")
@@ -32,8 +31,7 @@ def limit(path):
 
 
 def everything(work, paths):
-    for _, _, reason in results(work, paths, cores()):
-        assert reason is None, reason
+    assert on_all_cores(work, paths, "read").keys() == {*paths}
 
 
 def bench_speed(folder):
@@ -43,7 +41,7 @@ def bench_speed(folder):
         originals.mkdir()
         paths = photos(str(originals), 6, 3264, 2448, grain)
         name = f"3264×2448, {np.mean([os.path.getsize(path) for path in paths]) / 1e6:.1f} MB"
-        make = partial(reduced_copy, datasets=originals, folder=copies, size=SIZE, check=False, drafts=folder)
+        make = partial(reduced_copy, datasets=originals, folder=copies, size=SIZE, drafts=folder)
         ratio, ours, theirs = pairs(lambda: seconds(lambda: everything(make, paths * 16)),
                                     lambda: seconds(lambda: everything(limit, paths * 16)), 5)
         report(f"making copies of {SIZE}, {name}: share of the decoding limit, all cores", f"{ratio:.2f}", "≥ 0.9",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from utils.charts import contact_sheet, figure_table, matrix, shorten
+from utils.charts import contact_sheet, matrix, shorten
 from utils.errors import UserError
 from utils.pictures import FORMATS, endings, opened, read_crop, to_rgb, upright
 
@@ -251,7 +251,6 @@ def test_rgb_as_it_is():
 @pytest.mark.parametrize("length", [3000, 20_000])
 def test_names_of_any_length_are_drawn(length):
     names = ["漢é" * (length // 2), "short"]
-    images = [matrix(np.eye(2, dtype=int), names), figure_table(names, {"F1": np.ones(2)}),
-              contact_sheet([torch.zeros(4, 4, 3, dtype=torch.uint8)], [names[0]])]
+    images = [matrix(np.eye(2, dtype=int), names), contact_sheet([torch.zeros(4, 4, 3, dtype=torch.uint8)], [names[0]])]
     assert max(max(image.size) for image in images) < 2000
     assert shorten("abc", 100, 14) == "abc" and shorten("a" * 400, 60, 14).endswith("a…")

@@ -69,7 +69,7 @@ def test_a_folder_is_answered_in_order_by_several_processes(folder, call, monkey
     code, out, err = call("run", "many", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and [row["picture"] for row in rows] == [f"many/{i:02d}.png" for i in range(70)]
-    assert [i for i, row in enumerate(rows) if "error" in row] == [5, 40] and err.count("unreadable picture: many/") == 2
+    assert [i for i, row in enumerate(rows) if "error" in row] == [5, 40] and err.count(".png: unreadable picture (UnidentifiedImageError: ") == 2
     if multiprocessing.get_start_method() == "fork":
         readers = set(Path(folder, "readers").read_text().split())
         assert len(readers) == 2 and str(os.getpid()) not in readers
@@ -97,8 +97,8 @@ def test_a_closed_standard_input_names_no_picture(monkeypatch):
 
 def test_a_dash_in_a_list_is_a_file(folder, call):
     code, out, err = call("run", "-", text=b"-\n" * 1500 + b"many/00.png\nempty\n")
-    assert code == 1 and out.startswith("many/00.png: ") and err.count("unreadable picture: - (FileNotFoundError") == 1500
-    assert "empty (a folder without a picture)" in err
+    assert code == 1 and out.startswith("many/00.png: ") and err.count("-: does not exist\n") == 1500
+    assert "empty: a folder without a picture" in err
 
 
 def test_paths_do_not_reach_the_terminal_as_they_are(folder, call):
@@ -110,6 +110,11 @@ def test_paths_do_not_reach_the_terminal_as_they_are(folder, call):
     assert not any(c in out + err for c in "\x1b\x9b\r\u202e") and r"gone\x9b2J\rx.png" in err
     code, out, err = call("run", *names, "--json")
     assert [json.loads(line)["picture"] for line in out.splitlines()] == names and not any(c in out for c in "\x1b\x9b\r\u202e")
+
+
+def test_a_picture_that_does_not_exist_is_one_sentence(folder):
+    with pytest.raises(FileNotFoundError, match="^the picture 'gone.jpg' does not exist$"):
+        predict.Classifier(folder / "run")(Path("gone.jpg"))
 
 
 def test_an_empty_folder_does_not_end_the_rest(call):
@@ -124,7 +129,7 @@ def test_labelled_copies(folder, call):
     for name in names:
         picture(0, rng).save(folder / name)
     code, out, err = call("run", *names, "--save")
-    assert code == 0 and len(out.splitlines()) == 3 and not err
+    assert code == 0 and len(out.splitlines()) == 3 and err == "labelled copies are in run/predictions\n"
     copies = sorted(path.name for path in (folder / "run/predictions").iterdir())
     assert len(copies) == 3 and copies[0].startswith("00000_xxx") and copies[1].startswith("00001_ééé") and copies[2] == "00002_short.png"
     for copy in copies:
@@ -196,13 +201,17 @@ def test_a_list_is_answered_line_by_line_until_ctrl_c(folder):
     assert process.returncode == 130 and not out and b"Traceback" not in err, err
 
 
-def test_ctrl_c_in_a_folder(folder):
+@pytest.mark.parametrize("when", ["processes begin", "answers come"])
+def test_ctrl_c_in_a_folder(folder, when):
     long = folder / "long"
-    long.mkdir()
-    for i in range(3000):
+    long.mkdir(exist_ok=True)
+    for i in range(len(list(long.iterdir())), 3000):
         os.link(folder / "many/00.png", long / f"{i}.png")
     process = begin(folder, "run", "long")
-    process.stdout.readline()
+    if when == "answers come":
+        process.stdout.readline()
+    while len(subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout.split()) < 2:
+        assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err and out.count(b"\n") < 2900, err

@@ -7,18 +7,19 @@
 import argparse
 import os
 import random
+import shlex
+import signal
 from collections import Counter
-from contextlib import ExitStack
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 from utils.errors import UserError, plain
-from utils.files import clear_drafts, draft, lock, not_written, writable
+from utils.files import clear_drafts, lock, not_written, save_text, writable
 from utils.folders import Walk, is_line
 from utils.lists import class_name, get_classes, hint
 from utils.pictures import endings
-from utils.processes import one_sentence_errors, say
+from utils.processes import end, one_sentence_errors, say
 from utils.sample_data import DEFAULT_PATHS
 from utils.shrink import shrink
 
@@ -61,7 +62,7 @@ def collect(datasets, test_share, seed):
     if not os.path.isdir(datasets):
         raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
     walk = Walk(datasets)
-    train, test = find_split(datasets, walk.folders, {inside for inside, _ in walk.pictures + walk.links}, test_share)
+    train, test = find_split(datasets, walk.folders, {inside for _, inside, *_ in walk.pictures}, test_share)
     names, tested = (sorted({class_name(inside[-1]) for inside in walk.folders if inside and inside[:-1] == part})
                      for part in (train, test))
     if not names:
@@ -107,30 +108,24 @@ def check_outputs(options):
 def replace_together(texts):
     """Write {path: text} of the class file, the training and the test list, which belong together.
 
-    The lists are taken away before any of the three is replaced, and the test list comes back last: whatever instant this
-    stops at, nobody finds files that do not belong together, as one of each two is absent until both are new.
+    The lists are taken away first, and the test list comes back last: whatever instant this stops at, nobody finds files that
+    do not belong together, as one of each two is absent until both are new. UserError: they cannot be written.
     """
-    (classes, train, test), fresh = texts, {}
-    with ExitStack() as stack:
-        if hasattr(os, "O_DIRECTORY"):  # not on Windows
-            folder = os.open(os.path.dirname(classes), os.O_DIRECTORY)
-            stack.callback(os.close, folder)
-            if not lock(folder):
-                raise UserError(f"another annotation is writing {classes}: try again")
-        try:
-            for path, text in texts.items():
-                clear_drafts(os.path.dirname(path))
-                fresh[path] = stack.enter_context(draft(path, folder=True)) / "whole"
-                with open(fresh[path], "wb") as file:
-                    file.write(text.encode("utf-8"))
-                    file.flush()
-                    os.fsync(file.fileno())
-            for path in (test, train):
-                Path(path).unlink(missing_ok=True)
-            for path in (classes, train, test):
-                os.replace(fresh[path], path)
-        except OSError as error:
-            raise not_written(path, error) from None
+    classes, train, test = texts
+    folder = os.open(os.path.dirname(classes), os.O_DIRECTORY) if hasattr(os, "O_DIRECTORY") else None  # Windows opens none
+    try:
+        if not lock(folder):
+            raise UserError(f"another annotation is writing {classes}: try again")
+        for path in (test, train):
+            Path(path).unlink(missing_ok=True)
+        for path, text in texts.items():
+            clear_drafts(os.path.dirname(path))
+            save_text(path, text)
+    except OSError as error:
+        raise not_written(classes, error) from None
+    finally:
+        if folder is not None:
+            os.close(folder)
 
 
 def report(names, lists, left_out):
@@ -141,8 +136,8 @@ def report(names, lists, left_out):
     say(f"{'class':<{width}}  {'training':>8}  {'test':>8}")
     for number, name in enumerate(shown):
         train, test = (count[number] for count in counts)
-        note = "no training pictures" if not train else "few training pictures" if train < FEW else "no test pictures"
-        say(f"{name:<{width}}  {train:>8}  {test:>8}" + f"  WARNING: {note}" * (train < FEW or not test))
+        note = "  WARNING: few training pictures" if train < FEW else "" if test else "  WARNING: no test pictures"
+        say(f"{name:<{width}}  {train:>8}  {test:>8}{note}")
     for what, count in (+left_out).most_common(10):
         say(f"left out: {count} {plain(what)}")
 
@@ -160,6 +155,7 @@ def main(arguments=None):
         parser.add_argument(name, default=default, help=f"file to write ({default})")
     options = parser.parse_args(arguments)
     one_sentence_errors()
+    signal.signal(signal.SIGINT, lambda *_: end(130))  # also in a process that is being started, which would print a traceback
     if options.test_share is not None and not 0 < options.test_share < 1:
         raise UserError(f"--test-share {options.test_share} must be between 0 and 1")
     if options.shrink is not None and options.shrink < 1:
@@ -174,15 +170,16 @@ def main(arguments=None):
                             f"--force overwrites it, --classes FILE writes another one")
     if options.shrink or options.check:
         paths = [path for pairs in lists for _, path in pairs]
-        readable = shrink(paths, options.datasets, options.shrink, options.check)
+        readable = shrink(paths, options.datasets, options.shrink)
         lists = [[(number, readable[path]) for number, path in pairs if path in readable] for pairs in lists]
         check_lists(options.datasets, names, lists)
     report(names, lists, left_out)
     texts = ["".join(f"{number};{path}\n" for number, path in pairs) for pairs in lists]
     replace_together(dict(zip(outputs.values(), ["\n".join(names) + "\n", *texts])))
-    say(f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; in train.py (or after "
-        f"python train.py):\n  classes_path = {options.classes!r}\n  train_annotation_path = {options.train!r}\n"
-        f"  test_annotation_path = {options.test!r}")
+    settings = ("classes_path", options.classes), ("train_annotation_path", options.train), ("test_annotation_path", options.test)
+    words = [f" --{name} {shlex.quote(path)}" for (name, path), usual in zip(settings, DEFAULT_PATHS) if path != usual]
+    say(f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; to train on them:\n"
+        f"python train.py{''.join(words)}")
 
 
 if __name__ == "__main__":

@@ -65,12 +65,10 @@ def shorten(text, width, size):
     return text[:bisect(range(1, min(len(text), width)), width, key=lambda n: measure(text[:n] + "…"))] + "…"
 
 
-def ticks(low, high, number=5):
-    """Round values from low to high, about `number` of them."""
-    raw = (high - low) / number or 1
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(part * power for part in (1, 2, 5, 10) if part * power >= raw)
-    return [round(step * i, 10) for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
+def ticks(low, high, number, least=0):
+    """Multiples of a step of one digit from low to high, about `number` of them."""
+    step = max(least, float(f"{(high - low) / number:.1g}"))
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step + 1e-6) + 1)]
 
 
 def line_chart(panels, width=640, height=420):
@@ -87,10 +85,10 @@ def line_chart(panels, width=640, height=420):
             return np.interp(x, [x_low, x_high], [left, right]), np.interp(y, [low, high], [bottom, top])
         write(draw, ((left + right) / 2, 24), title, 20, "mm")
         write(draw, ((left + right) / 2, height - 18), "epoch", 15, "mm")
-        for y in ticks(low, high):
+        for y in ticks(low, high, 5):
             draw.line([place(x_low, y), place(x_high, y)], GREY)
             write(draw, (left - 8, place(x_low, y)[1]), f"{y:g}", 14, "rm")
-        for x in filter(float.is_integer, map(float, ticks(x_low, x_high, 8))):
+        for x in ticks(x_low, x_high, 8, least=1):
             draw.line([place(x, low), (place(x, low)[0], bottom + 5)], BLACK)
             write(draw, (place(x, low)[0], bottom + 16), f"{x:g}", 14, "mm")
         draw.line([(left, top), (left, bottom), (right, bottom)], BLACK, 2)
@@ -120,42 +118,28 @@ def contact_sheet(pictures, labels, columns=8, cell=112, caption=18):
     return sheet
 
 
-def grid(shares, text, rows, columns, cell, caption=""):
-    """A table of shaded cells, with names beside rows and over columns, as many as there is room for.
+def matrix(counts, names):
+    """A confusion matrix as a picture: rows true, columns predicted, shaded by the row's share; 2 to 1,000 classes.
 
-    shares: (rows, columns) from 0 to 1; text(row, column): what stands in a cell, (width, height) in pixels, that is large enough.
+    counts: whole numbers (classes, classes). They stand in cells that are large enough; names, where there is room for them.
     """
-    wide, high = cell
-    size, side = min(18, max(10, high - 4)), (wide * len(columns), high * len(rows))
-    rows, columns = ([shorten(name, 194, size) for name in names] for names in (rows, columns))
-    left, top = (16 + round(max(font(size, name).getlength(name) for name in names)) for names in (rows, columns))
-    image = Image.new("RGB", (left + max(side[0] + 30, 300), top + side[1] + 50), "white")
+    cell, shares = max(1, min(56, 1000 // len(names))), counts / counts.sum(1, keepdims=True).clip(1)
+    size, side = min(18, max(10, cell - 4)), cell * len(names)
+    names = [shorten(name, 194, size) for name in drawable(names)]
+    edge = 16 + round(max(font(size, name).getlength(name) for name in names))
+    image = Image.new("RGB", (edge + max(side + 30, 300), edge + side + 50), "white")
     draw = ImageDraw.Draw(image)
     shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
-    image.paste(Image.fromarray(shades).resize(side, Image.Resampling.NEAREST), (left, top))
-    draw.rectangle([left - 1, top - 1, left + side[0], top + side[1]], outline=BLACK)
-    for i in range(0, len(rows), math.ceil(12 / high)):
-        write(draw, (left - 6, top + (i + .5) * high), rows[i], size, "rm")
-    for i in range(0, len(columns), math.ceil(12 / wide)):
-        upwards = ImageFont.TransposedFont(font(size, columns[i]), Image.Transpose.ROTATE_90)
-        *_, across, up = upwards.getbbox(columns[i])
-        draw.text((left + (i + .5) * wide - across / 2, top - 6 - up), columns[i], BLACK, upwards)
-    for y, x in np.ndindex(shares.shape) if min(cell) >= 24 else ():
-        inside, ink = text(y, x), "white" if shares[y, x] > 0.5 else BLACK
-        fitting = min(size, int(wide * 1.5 / max(1, len(inside))))
-        write(draw, (left + (x + .5) * wide, top + (y + .5) * high), inside, fitting, "mm", ink)
-    write(draw, (left, image.height - 24), caption, 14)
+    image.paste(Image.fromarray(shades).resize((side, side), Image.Resampling.NEAREST), (edge, edge))
+    draw.rectangle([edge - 1, edge - 1, edge + side, edge + side], outline=BLACK)
+    middles = [edge + (i + .5) * cell for i in range(len(names))]
+    for middle, name in [*zip(middles, names)][::math.ceil(12 / cell)]:
+        write(draw, (edge - 6, middle), name, size, "rm")
+        upwards = ImageFont.TransposedFont(font(size, name), Image.Transpose.ROTATE_90)
+        *_, across, up = upwards.getbbox(name)
+        draw.text((middle - across / 2, edge - 6 - up), name, BLACK, upwards)
+    for y, x in np.argwhere(counts) if cell >= 24 else ():
+        number, ink = str(counts[y, x]), "white" if shares[y, x] > 0.5 else BLACK
+        write(draw, (middles[x], middles[y]), number, min(size, int(cell * 1.5 / len(number))), "mm", ink)
+    write(draw, (edge, image.height - 24), "rows: true class, columns: predicted class", 14)
     return image
-
-
-def matrix(counts, names):
-    """A confusion matrix as a picture: rows true, columns predicted, shaded by the row's share; 2 to 1,000 classes."""
-    names, cell = drawable(names), max(1, min(56, 1000 // len(names)))
-    return grid(counts / counts.sum(1, keepdims=True).clip(1), lambda row, column: str(counts[row, column] or ""), names, names,
-                (cell, cell), "rows: true class, columns: predicted class")
-
-
-def figure_table(names, figures):
-    """Every class's figures (name → values from 0 to 1) as a picture."""
-    values = np.stack([*figures.values()], 1)
-    return grid(values, lambda row, column: f"{values[row, column]:.3f}", drawable(names), [*figures], (56, 24))

@@ -1,28 +1,28 @@
 """Measure a trained run on a list of pictures: python -m utils.evaluate RUN
 
-Prints every figure of the recipe and each class's precision, recall, F1 and support; writes predictions.csv, confusion_matrix.csv
-and .png, per_class.png and mistakes.png (the most confident ones) into the run's folder, or --out.
+Prints every figure of the recipe and each class's precision, recall, F1 and support; writes predictions.csv, per_class.csv,
+confusion_matrix.csv and .png, and mistakes.png (the most confident ones) into the run's folder, or --out.
 """
 import csv
 import io
-import os
 import re
 import time
 from collections import Counter
+from contextlib import suppress
 from itertools import chain
 
 import numpy as np
 import torch
 
 from utils import lists, recipe
-from utils.charts import contact_sheet, drawable, figure_table, matrix
+from utils.charts import contact_sheet, drawable, matrix
 from utils.dataloader import DataGenerator, own_data
 from utils.errors import UserError, plain
 from utils.files import save_file, save_image, writable
 from utils.processes import ProgressLine
 from utils.trained import TrainedRun, command
 
-MOST = 1000  # classes of which a table or a picture can be read
+MOST = 1000  # classes of which a table or a matrix can be read
 
 
 def pictures_of(run, annotation=None):
@@ -30,29 +30,26 @@ def pictures_of(run, annotation=None):
 
     A config.json of somebody else may name any file: its words are in a message only where the user names it.
     """
-    own = None if annotation else own_data(run.settings)
-    classes, path = run.settings["classes_path"], annotation or run.settings["test_annotation_path"]
-    try:
-        classes, now = ("own_data", own[0]) if own else (classes, lists.get_classes(classes)[0] if os.path.isfile(classes) else [])
-    except UserError:
-        now = [""]  # no list of classes
-    moved = next((f"class {number} is {was!r} in {run.folder}, but not in {classes}" for number, (was, name)
-                  in enumerate(zip(run.class_names, now)) if lists.class_name(was) != lists.class_name(name)), "")
-    if moved and not annotation:
-        raise UserError(f"{moved}, so class ids mean other classes: --annotation names a list with the run's ids")
+    own, now = None if annotation else own_data(run.settings), []
+    classes, path = "own_data" if own else run.settings["classes_path"], annotation or run.settings["test_annotation_path"]
+    with suppress(UserError):  # without a list of classes there is nothing to compare
+        now = own[0] if own else lists.get_classes(classes)[0]
+    moved = [number for number, names in enumerate(zip(run.class_names, now)) if len(set(map(lists.class_name, names))) > 1]
     if moved:
-        print(f"WARNING: {plain(moved)}; the ids of {plain(annotation)} are taken for the run's")
+        why = f"class {moved[0]} is {run.class_names[moved[0]]!r} in {run.folder}, but not in {classes}"
+        if not annotation:
+            raise UserError(f"{why}, so class ids mean other classes: --annotation names a list with the run's ids")
+        print(f"WARNING: {plain(why)}; the ids of {plain(annotation)} are taken for the run's")
     if own:
         return own[2]
-    lists.check_text_file("annotation", path, "python -m utils.annotation DATASETS writes it")
-    number = len(run.class_names)
+    lists.check_text_file("annotation", path)
     try:
         with open(path, encoding="utf-8") as file:
-            return lists.check_lines(file.readlines(), path, number, run.folder)
+            return lists.check_lines(file.readlines(), path, len(run.class_names), run.folder)
     except UserError:
         if annotation:
             raise
-        raise UserError(f"{path}, the run's test list, is none for its {number} classes: --annotation {path} says why") from None
+        raise UserError(f"{path}, the run's test list, is none for its classes: --annotation {path} says why") from None
 
 
 def score(run, data, batch_size, num_workers=None):
@@ -86,40 +83,37 @@ def per_class(truth, called, number):
 
 
 def report(names, table):
-    """The table of per_class and its means, as text; the plain mean is that of the classes with pictures."""
+    """Print the table of per_class and its means; the plain mean is that of the classes with pictures."""
     seen, rows = table[3] > 0, [*zip(names, *table)] if len(names) <= MOST else []
     for label, weights in (("mean", seen), ("weighted mean", table[3])):
         rows.append((label, *(np.average(figure, weights=weights) for figure in table[:3]), table[3].sum()))
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{'class':<{width}}  precision  recall      F1  support"]
-    lines += [f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}" for name, precision, recall, f1, support in rows]
+    print(f"{'class':<{width}}  precision  recall      F1  support")
+    for name, precision, recall, f1, support in rows:
+        print(f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}")
     if len(names) > MOST:
-        lines.append(f"({len(names)} classes are more than anybody reads: left out here, with confusion_matrix.png and per_class.png)")
+        print(f"({len(names)} classes are more than anybody reads: they stand in per_class.csv, and there is no confusion matrix)")
     if not seen.all():
-        lines.append(f"mean: without {np.sum(~seen)} of {len(names)} classes, which have no picture here")
-    return "\n".join(lines)
+        print(f"mean: without {np.sum(~seen)} of {len(names)} classes, which have no picture here")
 
 
 def by_class(data, names, indices, truth, called, answers):
     """What holds where each picture is of one class: prints the table, returns ({file name: rows or picture}, confusion matrix).
 
-    truth, called: int64 (N,) class ids. Rows of the matrix are true classes; of more than MOST the pairs that occur are listed.
+    truth, called: int64 (N,) class ids. Rows of the matrix are true classes; of more than MOST classes it is None.
     """
     truth, called, number, shown = truth.numpy(), called.numpy(), len(names), list(map(plain, names))
-    table, drawn = per_class(truth, called, number), drawable(shown)
-    print(report(shown, table))
-    small = DataGenerator(data.source, (112, 112), random=False)
-    wrong = sorted(np.flatnonzero(truth != called), key=lambda i: -answers[i][0][1])[:32]
-    files = {"mistakes.png": contact_sheet([small[int(indices[i])][0] for i in wrong], [
-        f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong])}
-    if number > MOST:
-        pairs = Counter(zip(truth.tolist(), called.tolist())).most_common()
-        files["confusion_pairs.csv"] = [("true", "predicted", "pictures"), *((names[t], names[c], count) for (t, c), count in pairs)]
-        return files, None
-    confusion = np.bincount(truth * number + called, minlength=number ** 2).reshape(number, number)
-    files["confusion_matrix.csv"] = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, confusion.tolist()))]
-    files["confusion_matrix.png"] = matrix(confusion, shown)
-    files["per_class.png"] = figure_table(shown, dict(zip(("precision", "recall", "F1"), table)))
+    table, drawn, confusion = per_class(truth, called, number), drawable(shown), None
+    report(shown, table)
+    files = {"per_class.csv": [("class", "precision", "recall", "F1", "support"), *zip(names, *table)]}
+    if wrong := sorted(np.flatnonzero(truth != called), key=lambda i: -answers[i][0][1])[:32]:
+        small = DataGenerator(data.source, (112, 112), random=False)
+        files["mistakes.png"] = contact_sheet([small[int(indices[i])][0] for i in wrong], [
+            f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong])
+    if number <= MOST:
+        confusion = np.bincount(truth * number + called, minlength=number ** 2).reshape(number, number)
+        files["confusion_matrix.csv"] = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, confusion.tolist()))]
+        files["confusion_matrix.png"] = matrix(confusion, shown)
     return files, confusion
 
 
@@ -152,6 +146,7 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
     for name, target, answer in zip(map(data.name, indices), targets, answers):
         rows.append([lists.split_line(name)[1] or name, recipe.said(target, names), *chain.from_iterable(answer)])
     files["predictions.csv"] = rows
+    (out / "mistakes.png").unlink(missing_ok=True)  # of weights that made some
     for name, content in files.items():
         (save_csv if name.endswith(".csv") else save_image)(out / name, content)
     print(f"wrote {', '.join(sorted(files))} into {plain(out)}")

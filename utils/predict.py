@@ -38,6 +38,8 @@ class Classifier(TrainedRun):
 
     def __call__(self, picture):
         """picture: a path, a file's bytes or a Pillow image. Raises what Pillow raises for an unreadable one."""
+        if isinstance(picture, (str, os.PathLike)) and not os.path.exists(picture):
+            raise FileNotFoundError(f"the picture {os.fspath(picture)!r} does not exist")
         image, _ = Pictures(self, [picture]).read(0)
         best, = recipe.answers(self.scores(image.permute(2, 0, 1)[None]), self.class_names)
         if isinstance(best, str):
@@ -48,7 +50,8 @@ class Classifier(TrainedRun):
 def predictions(run, paths, size=32):
     """Yield (path, recipe.answers' answer, or a text that says why there is none) in order, from `size` at a time."""
     for scores, numbers, unreadable in run.scored(Pictures(run, paths), size, min(cores(), len(paths) // size)):
-        found = {number: "a folder without a picture" if os.path.isdir(paths[number]) else why for number, why in unreadable}
+        found = {number: "does not exist" if not os.path.exists(paths[number]) else "a folder without a picture"
+                 if os.path.isdir(paths[number]) else f"unreadable picture ({why})" for number, why in unreadable}
         if scores is not None:
             found.update(zip(numbers.tolist(), recipe.answers(scores, run.class_names)))
         yield from ((paths[number], found[number]) for number in sorted(found))
@@ -66,7 +69,7 @@ def show(path, found, as_json, utf8):
     """Print one answer; JSON is escaped where it holds what no terminal should get, or this one cannot show."""
     unreadable = isinstance(found, str)
     if unreadable:
-        print(f"unreadable picture: {plain(path)} ({plain(found)})", file=sys.stderr)
+        print(f"{plain(path)}: {plain(found)}", file=sys.stderr)
     if as_json:
         best = {"error": found} if unreadable else {"top5": [{"class": name, "probability": round(p, 6)} for name, p in found]}
         text = json.dumps({"picture": path, **best}, ensure_ascii=not utf8)
@@ -121,6 +124,8 @@ def main(arguments=None):
             except (OSError, ValueError) as error:  # UserError is one, from the OSError that it tells of
                 failed = True
                 print(f"no labelled copy of {plain(path)} ({plain(error.__cause__ or error)})", file=sys.stderr)
+    if copies:
+        print(f"labelled copies are in {plain(copies)}", file=sys.stderr)
     raise SystemExit("error: standard input names no picture" if number < 0 else int(failed))
 
 

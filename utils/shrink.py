@@ -1,76 +1,54 @@
 """The same work on many pictures on all cores; reduced copies of large ones."""
 import contextlib
 import os
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from utils.errors import UserError, plain
 from utils.files import clear_drafts, draft, writable
 from utils.pictures import opened, orientation, to_rgb, upright, why
-from utils.processes import ProgressLine, cores, ignore_signals, say, stop_workers
+from utils.processes import ProgressLine, cores, ignore_signals, say
 
 MARK = ".reduced-copies"  # a file that says whose the folder is
 PAYS = 1.25  # a copy of less than this times its size would save less than a third of the pixels
-KILLED = "it ended the process that read it, most likely for lack of memory"
 
 
-def attempt(work, item):
-    """(item, work(item), None), or (item, None, why it cannot be read)."""
-    try:
-        return item, work(item), None
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-        return item, None, why(error)
+class Attempts(partial):
+    """A function as a DataLoader's data set, whose indices are the items themselves: processes then share no list of them, which
+    would be copied into each, little by little."""
 
-
-def results(work, items, workers):
-    """What `attempt` gives, in order. What was under way when one of several workers was killed is done again by a single
-    one, which takes item by item, so that it is known at which it died."""
-    at, size = 0, max(1, min(16, len(items) // (8 * workers))) if workers > 1 else 1
-    while at < len(items):
-        pool = ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(0,))
+    def __getitem__(self, item):
+        """(what it makes of an item, None), or (None, why it cannot be read)."""
         try:
-            with contextlib.ExitStack() as begun:  # until then Ctrl-C waits: a worker that nobody knows yet would outlive it
-                if hasattr(signal, "pthread_sigmask"):
-                    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-                    begun.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-                found = pool.map(partial(attempt, work), items[at:], chunksize=size)
-            for result in found:
-                at += 1
-                yield result
-        except BrokenProcessPool:
-            if workers == 1:
-                yield items[at], None, KILLED
-                at += 1
-            else:
-                again = items[at:at + 2 * workers * size]
-                at += len(again)
-                yield from results(work, again, 1)
+            return self(item), None
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+            return None, why(error)
 
 
 def on_all_cores(work, items, title):
     """{item: work(item)} of the items that raise nothing; the others are printed. Progress and the time left go to stderr."""
-    progress, done, killed = ProgressLine(title, len(items), stream=sys.stderr), {}, 0
+    progress, done, number = ProgressLine(title, len(items), stream=sys.stderr), {}, 0
+    loader = DataLoader(Attempts(work), 1 + min(len(items) // 500, 15), sampler=items, collate_fn=list,  # few: to each its share
+                        num_workers=min(cores(), 60, len(items)), worker_init_fn=ignore_signals)
     try:
-        for number, (item, result, reason) in enumerate(results(work, items, min(cores(), 60)), 1):
-            killed = killed + 1 if reason == KILLED else 0
-            if killed == 5:
-                raise UserError(f"five pictures in a row ended their processes, at last {item!r}: is there memory left?")
+        for number, ((result, reason), item) in enumerate(zip(chain.from_iterable(loader), items), 1):
             if reason:
                 progress.clear()
                 say(f"unreadable: {plain(item)} ({reason})")
             else:
                 done[item] = result
             progress.show(number, 1, lambda: f"{number - len(done)} unreadable", due=number == len(items))
+    except RuntimeError as error:  # the loader's own: what `work` raises is an answer
+        raise UserError(f"a process was ended while it read {items[number]!r} or one of the next pictures, most likely for lack of "
+                        f"memory: close other programs, or take that picture away, and give the same command again ({error})") from None
     finally:
-        stop_workers()
         say("", end="\n" * progress.terminal, file=sys.stderr)
     return done
 
@@ -108,13 +86,11 @@ def copy_time(path):
 
 
 def is_current(path, copy):
-    try:
+    with contextlib.suppress(OSError):
         return copy_time(path) == os.stat(copy).st_mtime_ns and os.path.getsize(copy) > 0
-    except OSError:
-        return False
 
 
-def reduced_copy(path, datasets, folder, size, check, drafts):
+def reduced_copy(path, datasets, folder, size, drafts):
     """Write the copy of a picture whose shorter side is well above `size`; returns the path to list, the copy's or its own.
 
     Pixels are what training makes of them: upright, transparency on white, colours as stored (an RGB's profile goes along).
@@ -123,8 +99,7 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
     time = copy_time(path)
     with opened(path) as image:
         if min(image.size) < PAYS * size:
-            if check:
-                image.load()
+            image.load()
             return path
         profile = image.info.get("icc_profile") if image.mode == "RGB" else None
         turn = orientation(image)
@@ -145,7 +120,7 @@ def reduced_copy(path, datasets, folder, size, check, drafts):
     return copy.as_posix()
 
 
-def shrink(paths, datasets, size, check):
+def shrink(paths, datasets, size):
     """{picture: the path to list, its copy's where one pays} of the readable ones; only what is new or changed is done.
 
     Without a size no copies are made.
@@ -155,7 +130,7 @@ def shrink(paths, datasets, size, check):
     folder = copies_folder(datasets, size)
     done = {path: copy for path in paths if is_current(path, copy := copy_path(path, datasets, folder))}
     with draft(folder / "copies", folder=True) as drafts:
-        done |= on_all_cores(partial(reduced_copy, datasets=datasets, folder=folder, size=size, check=check, drafts=drafts),
+        done |= on_all_cores(partial(reduced_copy, datasets=datasets, folder=folder, size=size, drafts=drafts),
                              [path for path in paths if path not in done], "shrunk")
     say(f"{sum(path != listed for path, listed in done.items())} of {len(paths)} pictures are listed as copies in {folder}")
     return done

@@ -160,6 +160,7 @@ def ignore_signals(worker_id):
 
 def stop_workers():
     """Kill this process's workers; the standard library would send them the SIGTERM that they ignore, and wait."""
+    signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)  # torch's handler raises where a worker is killed
     for worker in multiprocessing.active_children():
         worker.kill()
 

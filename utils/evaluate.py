@@ -142,7 +142,7 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
     words = [recipe.figure_text(name, value, exact=True) for name, value in figures.items()]
     unreadable = [f"{len(data) - count} unreadable"] if count < len(data) else []
     print(*words, f"{count} pictures scored", *unreadable, f"{speed:.0f} images/s", sep=", ")
-    rows = [["path", "true"] + [f"{what}{k}" for k in range(1, max(map(len, answers)) + 1) for what in ("class", "probability")]]
+    rows = [["path", "true"] + [f"{what}{k}" for k in range(1, max(map(len, answers)) + 1) for what in recipe.ANSWER]]
     for name, target, answer in zip(map(data.name, indices), targets, answers):
         rows.append([lists.split_line(name)[1] or name, recipe.said(target, names), *chain.from_iterable(answer)])
     files["predictions.csv"] = rows

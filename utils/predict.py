@@ -71,7 +71,7 @@ def show(path, found, as_json, utf8):
     if unreadable:
         print(f"{plain(path)}: {plain(found)}", file=sys.stderr)
     if as_json:
-        best = {"error": found} if unreadable else {"top5": [{"class": name, "probability": round(p, 6)} for name, p in found]}
+        best = {"error": found} if unreadable else recipe.as_json(found)
         text = json.dumps({"picture": path, **best}, ensure_ascii=not utf8)
         print(text if text.isprintable() else json.dumps({"picture": path, **best}), flush=True)
     elif not unreadable:

@@ -55,6 +55,14 @@ def answers(scores, names):
             for finite, *row in zip(scores.isfinite().all(1).tolist(), values.tolist(), indices.tolist())]
 
 
+ANSWER = ("class", "probability")  # what the two parts of an answer are called in predictions.csv and JSON
+
+
+def as_json(answer):
+    """A picture's answer, one of what `answers` gives, for programs."""
+    return {"top5": [dict(zip(ANSWER, (name, round(value, 6)))) for name, value in answer]}
+
+
 def answer_text(name, value):
     """One of the pairs that `answers` gives, as it is printed and drawn."""
     return f"{name} {value:.1%}"

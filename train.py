@@ -13,8 +13,7 @@ import torch
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
 
-from nets import get_model, head_layers, is_transformer, lay_out, load_file
-from nets._trial import choose_precision, profile
+from nets import get_model, head_layers, is_transformer, lay_out, load_file, profile
 from utils import lists, processes
 from utils.charts import contact_sheet, drawable
 from utils.checkpoint import Checkpoint
@@ -27,7 +26,7 @@ from utils.recipe import balanced_weights, get_optimizer, get_recipe, said
 from utils.run import begin_run, continued_run, describe_rates, new_run, write_config
 from utils.sample_data import data_paths
 from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
-from utils.settings import check_best_by, check_phases, check_settings, command_line, too_small
+from utils.settings import check_best_by, check_phases, check_settings, choose_precision, command_line, too_small
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU

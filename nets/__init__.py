@@ -3,6 +3,7 @@
 A file nets/my_net.py has a function my_net(num_classes, input_shape) that returns a torch.nn.Module from (N, 3, H, W)
 pictures to (N, num_classes) scores, last layer the head; backbone = 'my_net'. nets/resnet9.py is the default.
 """
+import copy
 import importlib
 import math
 from contextlib import contextmanager
@@ -131,3 +132,23 @@ def lay_out(model, device, channels_last):
     if not channels_last:
         model.register_forward_pre_hook(lambda module, pictures: (pictures[0].contiguous(), *pictures[1:]))
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def profile(model, backbone, input_shape, num_classes):
+    """(parameters, FLOPs of one picture, whether it has BatchNorm), found on the meta device, without computing.
+
+    A training step of two pictures is tried as well: UserError when they are too small for the network, or its scores are not
+    (N, num_classes). FLOPs count a multiply-add as two, as torch.utils.flop_counter does.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and loader processes need none of it
+    trial, pictures = copy.deepcopy(model).to("meta"), torch.empty(2, 3, *input_shape, device="meta")
+    with size_errors(backbone, input_shape), torch.no_grad():
+        trial.train()(pictures)
+        with FlopCounterMode(display=False) as counter:
+            scores = trial.eval()(pictures)
+    found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    if found != [2, num_classes]:
+        raise UserError(f"{backbone} gives {found} scores for 2 pictures, not [2, {num_classes}]: its last layer needs num_classes "
+                        f"outputs")
+    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, has_norm

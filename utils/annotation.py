@@ -17,8 +17,8 @@ from pathlib import Path
 from utils.errors import UserError, plain
 from utils.files import clear_drafts, lock, not_written, save_text, writable
 from utils.folders import Walk, is_line
+from utils.formats import endings
 from utils.lists import class_name, get_classes, hint
-from utils.pictures import endings
 from utils.processes import end, one_sentence_errors, say
 from utils.sample_data import DEFAULT_PATHS
 from utils.shrink import shrink

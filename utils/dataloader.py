@@ -14,8 +14,9 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
 from utils.errors import UserError
+from utils.formats import BROKEN, why
 from utils.lists import AnnotationLines, target_of
-from utils.pictures import BROKEN, MEAN, centre_box, random_box, read_crop, why
+from utils.pictures import MEAN, centre_box, random_box, read_crop
 
 POLICIES = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment, "auto": v2.AutoAugment, "aug_mix": v2.AugMix}
 FIXED = ("none", "flip")  # augmentations whose crop of a picture is the same in every epoch
@@ -27,7 +28,7 @@ def own_data(settings):
 
     An item of such a data set is (picture, label): a Pillow image, or a uint8 array or tensor (H, W) or (H, W, 3), of any size;
     and what lists.target_of reads. It has a length, its items do not change, and it can be pickled where workers are spawned.
-    What its code raises of pictures.BROKEN is a broken picture; anything else keeps its traceback.
+    What its code raises of formats.BROKEN is a broken picture; anything else keeps its traceback.
     """
     return None
 

@@ -4,7 +4,7 @@ from collections import Counter
 from heapq import heappop, heappush
 from pathlib import Path
 
-from utils.pictures import endings
+from utils.formats import endings
 
 LEFT_BEHIND = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "lost+found",
                "system volume information"}  # by operating systems and storage boxes, in lower case

@@ -17,7 +17,7 @@ from utils.dataloader import DataGenerator
 from utils.errors import UserError, plain
 from utils.files import save_image, writable
 from utils.folders import pictures_below
-from utils.pictures import opened, orientation, upright
+from utils.formats import opened, orientation, upright
 from utils.processes import cores
 from utils.trained import TrainedRun, command
 

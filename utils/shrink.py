@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from utils.errors import UserError, plain
 from utils.files import clear_drafts, draft, writable
-from utils.pictures import opened, orientation, to_rgb, upright, why
+from utils.formats import opened, orientation, to_rgb, upright, why
 from utils.processes import ProgressLine, cores, ignore_signals, say
 
 MARK = ".reduced-copies"  # a file that says whose the folder is

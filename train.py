@@ -80,7 +80,8 @@ mixup_alpha = 0.0  # blend pairs of pictures, Beta(alpha, alpha); 0 = off
 cutmix_alpha = 0.0  # paste a rectangle of another picture, Beta(alpha, alpha); 0 = off
 class_weights = "none"  # 'none', or 'balanced' by frequency
 ema_decay = 0.0  # exponential moving average of the weights, validated and saved; 0 = off
-clip_grad_norm = 5.0  # largest norm of the gradient: steadies the first epochs; 0 = off
+clip_ratio = 0.5  # longest gradient of a layer, as a share of its weights' length: steadies the first epochs; 0 = off
+clip_grad_norm = 0.0  # largest norm of all gradients together; 0 = off
 best_by = "top1"  # figure of validation that decides which epoch is best: 'top1', 'top5', 'val_loss'
 early_stop = 0  # stop after this many epochs without a better one; 0 = off
 

@@ -79,6 +79,26 @@ def test_clip_grad_norm():
     assert moved == pytest.approx(0.5, rel=1e-3)
 
 
+def test_no_layers_gradient_is_longer_than_its_share():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    F.cross_entropy(100 * model(torch.randn(4, 3, 12, 12)), torch.tensor([0, 1, 2, 0])).backward()
+    with torch.no_grad():
+        *_, head = (p for p in model.parameters() if p.ndim > 1)
+        head.zero_()  # weights that begin as zeros still learn
+    before = copy.deepcopy(model)
+    limits = [0.2 * max(p.norm().item(), 1e-3) if p.ndim > 1 else float("inf") for p in model.parameters()]
+    expected = [p.grad * min(1, limit / p.grad.norm().item()) for p, limit in zip(model.parameters(), limits)]
+    assert any(p.grad.norm() > limit for p, limit in zip(model.parameters(), limits))
+    optimizer_step(optimizer, NO_SCALER, clip_ratio=0.2)
+    for one, other, step in zip(model.parameters(), before.parameters(), expected):
+        assert torch.allclose(other - one, step, rtol=1e-3, atol=1e-6)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer_step(optimizer, NO_SCALER, clip_ratio=0.2)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_mixing():
     images, targets = torch.rand(8, 3, 12, 12), torch.arange(8) % 3
     assert get_recipe(DEFAULTS, network(), 3).mix is None

@@ -22,11 +22,11 @@ def setting(optimizer_type):
     return model, get_optimizer(model, ["2"], optimizer_type, 0.9, 5e-4), torch.amp.GradScaler("cpu", init_scale=1024.0)
 
 
-def step(model, optimizer, scaler, number, overflow=False, clip_grad_norm=0.0):
+def step(model, optimizer, scaler, number, overflow=False, **clip):
     pictures = torch.randn(5, 4, generator=torch.Generator().manual_seed(number))
     loss = model(pictures).square().mean()
     scaler.scale(loss * float("inf") if overflow else loss).backward()
-    optimizer_step(optimizer, scaler, clip_grad_norm)
+    optimizer_step(optimizer, scaler, **clip)
 
 
 def same(a, b):
@@ -45,16 +45,16 @@ def assert_same(one, other):
     assert same(one[1].state_dict(), other[1].state_dict())
 
 
-@pytest.mark.parametrize("clip_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("clip", [{}, {"clip_grad_norm": 1.0}, {"clip_ratio": 0.1}])
 @pytest.mark.parametrize("optimizer_type", OPTIMIZERS)
-def test_the_first_step(optimizer_type, clip_grad_norm):
+def test_the_first_step(optimizer_type, clip):
     skipped, clean = setting(optimizer_type), setting(optimizer_type)
-    step(*skipped, 0, overflow=True, clip_grad_norm=clip_grad_norm)
+    step(*skipped, 0, overflow=True, **clip)
     assert skipped[2].get_scale() == 512
     assert_same(skipped, clean)
     for number in range(3):
-        step(*skipped, number, clip_grad_norm=clip_grad_norm)
-        step(*clean, number, clip_grad_norm=clip_grad_norm)
+        step(*skipped, number, **clip)
+        step(*clean, number, **clip)
         assert_same(skipped, clean)
 
 

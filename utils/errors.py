@@ -6,7 +6,7 @@ import re
 TOO_SMALL = "数据集过小,无法继续进行训练,请扩充数据集。"  # the documented words of the documented ValueError
 
 LOST = "another process of the launch has ended"
-NOT_FINITE = "lower Init_lr or clip_grad_norm; the files saved before it are intact"
+NOT_FINITE = "lower Init_lr or clip_ratio; the files saved before it are intact"
 
 # Words of PyTorch's and the system's messages → what a user can do. The first row that fits counts. {line}: the message's
 # first line, {all}: all of it.

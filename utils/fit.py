@@ -11,7 +11,7 @@ from utils.checkpoint import Checkpoint, Position
 from utils.errors import NOT_FINITE, UserError, plain
 from utils.pictures import normalize
 from utils.processes import ProgressLine, rank, say, world_size
-from utils.recipe import Recipe, figure_text, figures_of, sums_of
+from utils.recipe import Recipe, clip_layers, figure_text, figures_of, sums_of
 from utils.scheduler import set_optimizer_lr
 
 named_unreadable = set()  # pictures that were named already
@@ -45,7 +45,7 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
     return done
 
 
-def optimizer_step(optimizer, scaler, clip_grad_norm):
+def optimizer_step(optimizer, scaler, clip_grad_norm=0.0, clip_ratio=0.0):
     """One step, which leaves no trace where the gradients have overflowed, and the scaler skips it.
 
     A fused optimizer makes a parameter's state before it looks for overflow, and would leave it unfilled: SGD's momentum would
@@ -54,8 +54,11 @@ def optimizer_step(optimizer, scaler, clip_grad_norm):
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     makes_state = any(not optimizer.state.get(p) or any(value is None for value in optimizer.state[p].values()) for p in parameters)
     optimizer._step_supports_amp_scaling = optimizer.defaults.get("fused") and not makes_state  # what the scaler goes by
-    if clip_grad_norm:
+    if clip_ratio or clip_grad_norm:
         scaler.unscale_(optimizer)  # otherwise the fused optimizer does it on its way
+    if clip_ratio:
+        clip_layers(parameters, clip_ratio)
+    if clip_grad_norm:
         torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
     scaler.step(optimizer)
     scaler.update()
@@ -100,7 +103,7 @@ def check_training(position, scaler, lr, late):
                         f"at lr {lr:.3g}: {NOT_FINITE}")
     if scaler.get_scale() < 1:
         raise UserError(f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}, however "
-                        f"small their scale: set fp16 = False, or lower Init_lr or clip_grad_norm")
+                        f"small their scale: set fp16 = False, or lower Init_lr or clip_ratio")
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
@@ -155,7 +158,7 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
             set_optimizer_lr(optimizer, lr_scheduler_func, epoch + position.step / epoch_step)
         seed_step(recipe.seed, epoch, position.step, Cuda)
         done = backward(model_train, batches, device, Cuda, fp16, used_scaler, recipe)
-        optimizer_step(optimizer, used_scaler, recipe.clip_grad_norm)
+        optimizer_step(optimizer, used_scaler, recipe.clip_grad_norm, recipe.clip_ratio)
         if recipe.ema:
             recipe.ema.update_parameters(model)
         for loss, scores, targets in done:

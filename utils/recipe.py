@@ -127,6 +127,7 @@ class Recipe:
     extra_loss: Any = None  # (pictures as the network saw them, scores, targets) → a scalar added to the loss
     mix: Any = None  # (pictures, class ids) → (pictures, class probabilities), such as v2.MixUp
     ema: Any = None  # EMA of the model; it is then what is validated and saved
+    clip_ratio: float = 0.0
     clip_grad_norm: float = 0.0
     accumulate: int = 1
     seed: int = 0
@@ -141,8 +142,8 @@ def get_recipe(settings, model, num_classes, weights=None):
     return Recipe(
         criterion=get_criterion(settings, weights, training=True), val_criterion=get_criterion(settings),
         mix=v2.RandomChoice(mixes) if mixes else None, ema=EMA(model, decay) if decay else None,
-        clip_grad_norm=settings.get("clip_grad_norm", 0.0), accumulate=settings.get("accumulate", 1),
-        seed=settings.get("seed", 0), settings=settings)
+        clip_ratio=settings.get("clip_ratio", 0.0), clip_grad_norm=settings.get("clip_grad_norm", 0.0),
+        accumulate=settings.get("accumulate", 1), seed=settings.get("seed", 0), settings=settings)
 
 
 OPTIMIZERS = {  # optimizer_type: (function of parameters and momentum, limits of Init_lr_fit, the same for transformers)
@@ -172,6 +173,16 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
         [{"params": tensors, "weight_decay": weight_decay if decayed else 0.0,
           "lr_scale": backbone_lr_scale if part == "backbone" else 1.0}
          for (part, decayed), tensors in groups.items() if tensors], momentum)
+
+
+def clip_layers(parameters, ratio):
+    """Adaptive gradient clipping (Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021), by
+    layer: no weight tensor's gradient stays longer than `ratio` times the tensor. Biases and norm layers are left alone."""
+    weights = [p for p in parameters if p.ndim > 1]
+    gradients = [p.grad for p in weights]
+    limits = torch._foreach_mul(torch._foreach_clamp_min(torch._foreach_norm(weights), 1e-3), ratio)  # of weights that are zero as well
+    shares = torch._foreach_div(limits, torch._foreach_norm(gradients))  # infinite where there is no gradient
+    torch._foreach_mul_(gradients, torch._foreach_clamp_max(shares, 1.0))
 
 
 def restore_optimizer(optimizer, state):

@@ -27,14 +27,15 @@ BOUNDS = {  # setting: the lowest and highest number, which are whole where the 
     "Unfreeze_batch_size": (1, MOST), "accumulate": (1, 10_000), "Init_lr": (1e-9, 1000), "Min_lr": (0.0, 1000),
     "momentum": (0.0, BELOW_1), "weight_decay": (0.0, 1000), "backbone_lr_scale": (0.0, 1000),
     "label_smoothing": (0.0, BELOW_1), "mixup_alpha": (0.01, 1000), "cutmix_alpha": (0.01, 1000), "ema_decay": (0.0, BELOW_1),
-    "clip_grad_norm": (1e-6, MOST), "early_stop": (0, MOST), "save_period": (1, MOST), "save_minutes": (0.0, MOST),
+    "clip_ratio": (1e-6, MOST), "clip_grad_norm": (1e-6, MOST), "early_stop": (0, MOST), "save_period": (1, MOST),
+    "save_minutes": (0.0, MOST),
 }
 ITEMS = {"input_shape": ("height", "width"), **dict.fromkeys(("mean", "std"), ("red", "green", "blue"))}  # lists of such numbers
 FLAGS = ("Cuda", "distributed", "sync_bn", "channels_last", "compile", "pretrained", "Freeze_Train")
 CHOICES = {  # setting: what it may be besides texts or such numbers, or instead of them
     **dict.fromkeys(FLAGS, (True, False)), "resume": (False, True), "model_path": ("",), "fp16": (True, False, "auto"),
     "augmentation": AUGMENTATIONS, "optimizer_type": OPTIMIZERS, "lr_decay_type": LR_DECAYS, "class_weights": ("none", "balanced"),
-    **dict.fromkeys(("mixup_alpha", "cutmix_alpha", "clip_grad_norm"), (0,)),
+    **dict.fromkeys(("mixup_alpha", "cutmix_alpha", "clip_ratio", "clip_grad_norm"), (0,)),
 }
 MEANT = {word: setting for setting, words in {  # what other programs call a setting
     "Init_lr": "lr learning_rate", "UnFreeze_Epoch": "epochs epoch", "Unfreeze_batch_size": "batch_size batch",

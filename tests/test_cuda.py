@@ -243,7 +243,8 @@ def test_commands_with_and_without_a_gpu(cuda_run):
     assert losses == pytest.approx([best["val_loss"]] * 2, rel=1e-3) and losses[0] == pytest.approx(best["val_loss"], rel=1e-6)
     assert answer.keys() == plain_answer.keys()
     for ours, theirs in zip(table(cuda_run / "gpu/predictions.csv"), table(cuda_run / "cpu/predictions.csv"), strict=True):
-        assert ours[:3] == theirs[:3] and float(ours[3]) == pytest.approx(float(theirs[3]), abs=5e-3)
+        shares, others = (dict(zip(row[2::2], map(float, row[3::2]))) for row in (ours, theirs))  # two equal ones may change places
+        assert ours[:2] == theirs[:2] and len(shares) == 3 and shares == pytest.approx(others, abs=5e-3)
     pictures = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     programs = [torch.export.load(cuda_run / out / "model.pt2").module() for out in ("gpu", "cpu")]
     torch.testing.assert_close(programs[0](pictures), programs[1](pictures))

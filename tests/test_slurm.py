@@ -19,10 +19,10 @@ PREEMPTION = dict(extra="PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """(folder, README's script for one process a node, the last weights of a run that nobody disturbed)."""
+    """(folder, the script of utils/README.md for one process a node, the last weights of a run that nobody disturbed)."""
     folder = make_project(tmp_path_factory.mktemp("project"), UnFreeze_Epoch=8)
     make_data(folder)
-    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("\n```\n")
+    blocks = (ROOT / "utils/README.md").read_text(encoding="utf-8").split("\n```\n")
     script, = (block for block in blocks if "#SBATCH" in block)
     assert script.startswith("#!/bin/bash\n") and script.count("--nproc_per_node=8") == 1
     train(folder, "--save_dir", "alone", launcher=torchrun(), timeout=300)

@@ -52,7 +52,8 @@ def checkpoints(run):
 
 def load_checkpoint(run):
     """The newest sound checkpoint of a run; None when it never wrote one; UserError when none can be read."""
-    for path in checkpoints(run):
+    paths = checkpoints(run)
+    for path in paths:
         try:
             state = load_tensors(path, "resume", check_sums=True)
             kinds = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "history": dict, "order": str, "scored_on": str}
@@ -61,7 +62,7 @@ def load_checkpoint(run):
             return state
         except UserError as error:
             say(f"WARNING: {error}; trying the checkpoint before it")
-    if checkpoints(run):
+    if paths:
         raise UserError(f"{run} has no readable checkpoint left: start anew with resume = False, "
                         f"perhaps from model_path = {str(Path(run, 'last_epoch_weights.pth'))!r}")
     return None

@@ -52,7 +52,8 @@ def optimizer_step(optimizer, scaler, clip_grad_norm=0.0, clip_ratio=0.0):
     begin as whatever the memory held. So in a step that makes state the scaler looks itself, for which it waits for the GPU.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    makes_state = any(not optimizer.state.get(p) or any(value is None for value in optimizer.state[p].values()) for p in parameters)
+    makes_state = scaler.is_enabled() and any(  # without a scaler no step is skipped
+        not optimizer.state.get(p) or any(value is None for value in optimizer.state[p].values()) for p in parameters)
     optimizer._step_supports_amp_scaling = optimizer.defaults.get("fused") and not makes_state  # what the scaler goes by
     if clip_ratio or clip_grad_norm:
         scaler.unscale_(optimizer)  # otherwise the fused optimizer does it on its way

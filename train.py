@@ -6,6 +6,7 @@
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py    the first of two machines
 """
 import os
+from itertools import islice
 
 import utils  # noqa: F401 before torch, for its OpenMP setting
 import numpy as np
@@ -22,7 +23,7 @@ from utils.files import save_image
 from utils.fit import figure_names, fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.processes import ignore_signals, rank, say, world_size
-from utils.recipe import balanced_weights, get_optimizer, get_recipe, said
+from utils.recipe import Recipe, balanced_weights, get_optimizer, said
 from utils.run import begin_run, continued_run, describe_rates, new_run, write_config
 from utils.sample_data import data_paths
 from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
@@ -104,12 +105,12 @@ if __name__ == "__main__":
     else:
         classes_path, train_annotation_path, test_annotation_path = data_paths(
             classes_path, train_annotation_path, test_annotation_path)
-        with lists.together(classes_path, train_annotation_path, test_annotation_path):
-            class_names, num_classes = lists.get_classes(classes_path)
-            with open(train_annotation_path, encoding='utf-8') as f:
-                train_lines = f.readlines()
-            with open(test_annotation_path, encoding='utf-8') as f:
-                val_lines = f.readlines()
+        class_names, num_classes = lists.get_classes(classes_path)
+        with open(train_annotation_path, encoding='utf-8') as f:
+            train_lines = f.readlines()
+        with open(test_annotation_path, encoding='utf-8') as f:
+            val_lines = f.readlines()
+        lists.check_unchanged(classes_path, class_names)
         train_lines = lists.check_lines(train_lines, train_annotation_path, num_classes, classes_path)
         val_lines = lists.check_lines(val_lines, test_annotation_path, num_classes, classes_path)
         lists.check_both(train_lines, val_lines, train_annotation_path, test_annotation_path)
@@ -121,8 +122,7 @@ if __name__ == "__main__":
                                cache_mb * (not Cuda), mean)  # beside a GPU each loader process would keep its own
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb)
     del train_lines, val_lines
-    lists.check_same_everywhere(train_annotation_path=train_data.fingerprint()["source"],
-                                test_annotation_path=val_data.fingerprint()["source"])
+    lists.check_same_everywhere(train_data, val_data)
     settings = {name: globals()[name] for name in settings}  # with the sample's paths
     if train_data.in_memory:
         num_workers = 0  # loader processes would take more from a CPU that trains than they save
@@ -136,18 +136,18 @@ if __name__ == "__main__":
     model = get_model(backbone, num_classes, input_shape, pretrained and state is None)
     if model_path and state is None:
         load_file(model, model_path, class_names)
-    Init_Epoch = state["epoch"] if state else Init_Epoch
-    parameters, flops, has_batch_norm = profile(model, backbone, input_shape, num_classes)
-    check_phases({**settings, "Init_Epoch": Init_Epoch}, num_train, num_val, has_batch_norm)
+    settings["Init_Epoch"] = Init_Epoch = state["epoch"] if state else Init_Epoch
+    parameters, flops, _ = profile(model, backbone, input_shape, num_classes)
+    check_phases(settings, num_train, num_val)
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = lay_out(model, "cuda" if Cuda else "cpu", channels_last)
     optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
     weights = balanced_weights(train_data.class_ids(), num_classes) if class_weights == "balanced" else None
-    recipe = get_recipe(settings, model, num_classes, weights.cuda() if weights is not None and Cuda else weights)
+    recipe = Recipe(settings, model, num_classes, weights)
     size = Freeze_batch_size if Freeze_Train and Init_Epoch < Freeze_Epoch else Unfreeze_batch_size  # of the first phase
     first = EpochSampler(num_train, size, rank(), world_size(), seed=seed)
-    batch = detection_collate([train_data[item] for _, item in zip(range(min(64, size // world_size())), first)])
+    batch = detection_collate([train_data[item] for item in islice(first, min(64, size // world_size()))])
     say(note(batch[0]), end="")
     check_best_by(best_by, figure_names(model, batch, Cuda, recipe))
     settings["fp16"], tried = processes.on_rank_0(lambda: choose_precision(settings, model, batch, recipe))
@@ -159,13 +159,13 @@ if __name__ == "__main__":
     loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
     checkpoint = Checkpoint(
         save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema, "history": loss_history},
-        save_minutes, scored_on=f"{val_data.fingerprint()} {mean} {std} {best_by}")
+        save_minutes, scored_on=f"{val_data.fingerprint} {mean} {std} {best_by}")
     if state:
         checkpoint.load(state)
-    config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, Init_Epoch, {
+    config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, {
         "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
         "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
-        "optimizer": describe_rates({**settings, "Init_Epoch": Init_Epoch}, is_transformer(backbone)),
+        "optimizer": describe_rates(settings, is_transformer(backbone)),
         "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'}" + f" ({tried})" * bool(tried)}))
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
@@ -227,8 +227,7 @@ if __name__ == "__main__":
 
     if rank() == 0:
         loss_history.writer.close()
-        stopped = loss_history.since_best() if loss_history.rows[-1]["epoch"] < UnFreeze_Epoch else 0
-        write_config(save_dir, {**config, "finished": True, "stopped_after": stopped})
+        write_config(save_dir, {**config, "finished": loss_history.rows[-1]["epoch"] == UnFreeze_Epoch})  # no early stop
         say(f"best {loss_history.describe_best()} in {save_dir}")
     processes.barrier()
     processes.end(0)

@@ -324,7 +324,7 @@ def test_targets_of_any_kind_travel(monkeypatch, workers, targets, dtype):
 
 def test_fingerprint(lines):
     def of(source, *options, **more):
-        return DataGenerator(source, *options, **more).fingerprint()
+        return DataGenerator(source, *options, **more).fingerprint
     base = of(lines, (32, 40), False)
     assert base == of(lines, [32, 40], False, cache_mb=100) == json.loads(json.dumps(base))
     for others in ([(32, 32)], [(32, 40), True], [(32, 40), False, "none"]):
@@ -344,7 +344,7 @@ def test_a_fingerprint_is_complete_and_without_addresses():
         def __init__(self, *options, sharpen, **more):
             super().__init__(*options, **more)
             self.sharpen, self.function = sharpen, lambda image: image
-    one, same, other = (Fork(["0;a"], (8, 8), sharpen=value).fingerprint() for value in (1, 1, 2))
+    one, same, other = (Fork(["0;a"], (8, 8), sharpen=value).fingerprint for value in (1, 1, 2))
     assert one == same != other
 
 

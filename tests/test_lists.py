@@ -53,14 +53,15 @@ def test_text_files(tmp_path, monkeypatch, content, sentence):
             lists.check_text_file(name, "list.txt", "python -m utils.annotation writes it")
 
 
-def test_class_files(tmp_path, capsys):
+def test_class_files(tmp_path):
     path = tmp_path / "classes.txt"
-    path.write_bytes("\ufeffcat\r\n\r\ndog house\r\n".encode())
+    path.write_bytes("\ufeffcat\r\ndog house\r\n\r\n".encode())
     assert lists.get_classes(path) == (["cat", "dog house"], 2)
     path.write_bytes("cat\rdog\u2028house\r".encode())
     assert lists.get_classes(path) == (["cat", "dog\u2028house"], 2)
     path.write_text("cat\n\ndog\n")
-    assert lists.get_classes(path) == (["cat", "dog"], 2) and "classes.txt:2 is blank" in capsys.readouterr().out
+    with pytest.raises(UserError, match="classes.txt: class 1 has no name"):
+        lists.get_classes(path)
     path.write_text("cafe\u0301\ndog\n", encoding="utf-8")
     assert lists.get_classes(path) == (["caf\u00e9", "dog"], 2)
     for text, named in (("cat\ndog\ncat\n", "cat"), ("cafe\u0301\ncaf\u00e9\n", "caf\u00e9"), ("\x1b[2Jcat\n" * 2, r"\\x1b\[2Jcat")):
@@ -92,26 +93,13 @@ def test_one_label_is_nothing_to_learn():
         both(["0;a", "0;b"], ["0;c", "1;d"])
 
 
-def test_lists_that_change_while_they_are_read(tmp_path):
-    """Together or not at all; by an editor, or by a rename that keeps time and size."""
-    paths = [tmp_path / name for name in ("classes", "train", "test")]
-    for path in paths:
-        path.write_text("0;a\n")
-    with lists.together(*paths):
-        pass
-    def renamed(path):
-        (tmp_path / "new").write_text("1;a\n")
-        os.utime(tmp_path / "new", ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
-        os.replace(tmp_path / "new", path)
-    for change in (lambda path: path.write_text("1;bb\n"), renamed, Path.unlink):
-        for path in paths:
-            with pytest.raises(UserError, match="being written"):
-                with lists.together(*paths):
-                    change(path)
-            path.write_text("0;a\n")
-    with pytest.raises(UserError, match="its own words"):
-        with lists.together(*paths):
-            raise UserError("its own words")
+def test_classes_that_change_while_the_lists_are_read(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("a\nb\n")
+    lists.check_unchanged(path, ["a", "b"])
+    path.write_text("b\na\n")
+    with pytest.raises(UserError, match="being written"):
+        lists.check_unchanged(path, ["a", "b"])
 
 
 @settings(max_examples=300, deadline=None)

@@ -15,7 +15,7 @@ from nets import get_model, head_layers
 from tests.bench_trainings import FINETUNE, SCRATCH
 from tests.helpers import environment, history, make_data, make_project, run_of, same, train, weights
 from utils.fit import backward, optimizer_step
-from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, get_recipe, sums_of
+from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, sums_of
 
 DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0)
 NO_SCALER = torch.amp.GradScaler("cuda", enabled=False)
@@ -37,7 +37,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     gradients = []
     for given in (parts, large):
         model, sums = network(), Counter()
-        for loss, scores, targets in backward(model, given, "cpu", False, False, NO_SCALER, Recipe()):
+        for loss, scores, targets in backward(model, given, False, False, NO_SCALER, Recipe()):
             sums.update(sums_of(loss, scores, targets, {}))
         gradients.append(([p.grad for p in model.parameters()], sums))
     for a, b in zip(*[g[0] for g in gradients]):
@@ -60,7 +60,7 @@ def test_a_step_reads_no_figure():
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
     for _ in range(2):  # the first one may set things up
         with Waits() as waits:
-            for loss, scores, targets in backward(model, parts, "cpu", False, False, NO_SCALER, Recipe()):
+            for loss, scores, targets in backward(model, parts, False, False, NO_SCALER, Recipe()):
                 sums.update(sums_of(loss, scores, targets, {}))
             optimizer_step(optimizer, NO_SCALER, 1.0)
     assert waits.count == 0 and sums["pictures"] == 16
@@ -101,9 +101,9 @@ def test_no_layers_gradient_is_longer_than_its_share():
 
 def test_mixing():
     images, targets = torch.rand(8, 3, 12, 12), torch.arange(8) % 3
-    assert get_recipe(DEFAULTS, network(), 3).mix is None
+    assert Recipe(DEFAULTS, network(), 3).mix is None
     for name, alpha in (("mixup_alpha", 1.0), ("cutmix_alpha", 1.0), ("cutmix_alpha", 1)):
-        mix = get_recipe({**DEFAULTS, name: alpha}, network(), 3).mix
+        mix = Recipe({**DEFAULTS, name: alpha}, network(), 3).mix
         torch.manual_seed(0)
         mixed, shares = mix(images, targets)
         assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8)) and not torch.equal(mixed, images)
@@ -113,7 +113,7 @@ def test_label_smoothing_and_class_weights():
     scores, targets = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
     found = balanced_weights(targets.numpy(), 3)
     assert found.tolist() == pytest.approx(compute_class_weight("balanced", classes=targets.unique().numpy(), y=targets.numpy()).tolist())
-    recipe = get_recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), 3, found)
+    recipe = Recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), 3, found)
     each = found[targets] * F.cross_entropy(scores, targets, label_smoothing=0.1, reduction="none")
     torch.testing.assert_close(recipe.criterion(scores, targets), each.mean())
     mixed = 0.3 * F.one_hot(targets, 3).float() + 0.7 * F.one_hot(targets.flip(0), 3).float()
@@ -165,7 +165,7 @@ def test_the_recipes_that_are_measured(tmp_path, recipe):
 def test_the_best_scores_under_class_weights_are_right(counts):
     """With smoothing and weights, the loss's own optimum names every picture rightly where pictures can be told apart."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    recipe = get_recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), len(counts), balanced_weights(labels.numpy(), len(counts)))
+    recipe = Recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), len(counts), balanced_weights(labels.numpy(), len(counts)))
     scores = torch.zeros(len(counts), len(counts), requires_grad=True)  # one row of scores for the pictures of each class
     optimizer = torch.optim.Adam([scores], 0.1)
     for _ in range(300):

@@ -45,7 +45,7 @@ WRONG = [
     (dict(early_stop=-1), "early_stop"), (dict(val_crop=0), "val_crop"), (dict(crop_scale=2), "crop_scale"),
     (dict(seed=2 ** 63), "seed = 9223372036854775808 must be"), (dict(mixup_alpha=1e-300), "0, or a number from 0.01 to 1,000"),
     (dict(clip_grad_norm=1e-300), "clip_grad_norm"), (dict(UnFreeze_Epoch=10 ** 400), "UnFreeze_Epoch = 1000"),
-    (dict(UnFreeze_Epoch=10 ** 5000), "thousands of digits"), (dict(optimizer_type=10 ** 5000), "thousands of digits"),
+    (dict(UnFreeze_Epoch=10 ** 5000), "thousands of digits"), (dict(optimizer_type=10 ** 5000), "hundreds of digits"),
     (dict(weight_decay=10 ** 400), "weight_decay"), (dict(save_dir="a\udc80"), "in UTF-8"), (dict(save_dir="a\0b"), "save_dir"),
     (dict(resume=3), "resume = 3 must be False, True, or"), (dict(resume=""), "resume"), (dict(save_dir=""), "save_dir"),
     (dict(sync_bn=True), "set sync_bn = False"), (dict(distributed=True), "torchrun"), (dict(classes_path=None), "classes_path"),
@@ -96,44 +96,31 @@ def test_batch_sizes_of_several_processes(launched):
         rules.check_settings({**s, "Unfreeze_batch_size": 6})
     with pytest.raises(UserError, match="Unfreeze_batch_size = 3 .*set it to 4$"):
         rules.check_settings({**s, "Unfreeze_batch_size": 3})
-    with pytest.raises(UserError, match="Unfreeze_batch_size = 4 leaves fewer than two pictures.* set it to 8, 12, 16 …"):
-        rules.check_phases({**s, "Unfreeze_batch_size": 4}, 100, 10, True)
-    rules.check_phases({**s, "Unfreeze_batch_size": 4}, 100, 10, False)
-    rules.check_phases({**s, "Unfreeze_batch_size": 8}, 100, 10, True)
 
 
 def test_only_phases_that_are_trained_are_checked(launched):
     s = settings_with(distributed=True, UnFreeze_Epoch=20)
     rules.check_settings({**s, "Freeze_batch_size": 7})  # nothing is frozen
-    rules.check_phases({**s, "Freeze_batch_size": 999}, 100, 10, True)
+    rules.check_phases({**s, "Freeze_batch_size": 999}, 100, 10)
     frozen = {**s, "Freeze_Train": True, "Freeze_Epoch": 5}
     with pytest.raises(UserError, match="Freeze_batch_size = 7"):
         rules.check_settings({**frozen, "Freeze_batch_size": 7})
     rules.check_settings({**frozen, "Freeze_batch_size": 7, "Init_Epoch": 5})
     rules.check_settings({**frozen, "Unfreeze_batch_size": 7, "UnFreeze_Epoch": 5})
-    rules.check_phases({**frozen, "Freeze_batch_size": 4}, 100, 10, True)  # its statistics stand still
     with pytest.raises(ValueError, match="数据集过小.*Freeze_batch_size = 999"):
-        rules.check_phases({**frozen, "Freeze_batch_size": 999}, 100, 10, True)
+        rules.check_phases({**frozen, "Freeze_batch_size": 999}, 100, 10)
     with pytest.raises(ValueError, match="100 training and 0 test pictures"):
-        rules.check_phases(s, 100, 0, True)
-    rules.check_phases({**s, "Init_Epoch": s["UnFreeze_Epoch"]}, 1, 0, True)  # nothing is left to train
+        rules.check_phases(s, 100, 0)
+    rules.check_phases({**s, "Init_Epoch": s["UnFreeze_Epoch"]}, 1, 0)  # nothing is left to train
 
 
 def test_several_gpus_of_one_process(monkeypatch):
-    """DataParallel splits a batch as torch.chunk does, and cannot copy a compiled network."""
-    s = settings_with(Cuda=True)
-    for gpus, good, bad in ((1, (2, 3, 32), (1,)), (2, (4, 5, 32), (1, 2, 3)), (3, (6, 8, 32), (2, 4, 5, 7)), (4, (8, 32, 30), (1, 4, 5, 6, 9, 13))):
+    """DataParallel cannot copy a compiled network."""
+    for gpus in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        rules.check_settings({**s, "compile": gpus == 1})
-        if gpus > 1:
-            with pytest.raises(UserError, match="torchrun"):
-                rules.check_settings({**s, "compile": True})
-        for size in good:
-            rules.check_phases({**s, "Unfreeze_batch_size": size}, 100, 10, True)
-        for size in bad:
-            with pytest.raises(UserError, match=f"Unfreeze_batch_size = {size} leaves fewer than two"):
-                rules.check_phases({**s, "Unfreeze_batch_size": size}, 100, 10, True)
-            rules.check_phases({**s, "Unfreeze_batch_size": size}, 100, 10, False)
+        rules.check_settings(settings_with(Cuda=True, compile=gpus == 1))
+    with pytest.raises(UserError, match="torchrun"):
+        rules.check_settings(settings_with(Cuda=True, compile=True))
 
 
 def test_command_line():
@@ -163,7 +150,7 @@ def test_one_spelling_of_lists_and_paths(monkeypatch):
 @pytest.mark.parametrize("words, sentence", [
     ("--Init_lrr 1", "did you mean 'Init_lr'"), ("Init_lr", "'Init_lr' is no setting"), ("--seed", "--seed: expected one argument"),
     ("--seed --Cuda False", "--seed: expected one"), ("--best_by -mae", "write --name=value"), ("--seed a", "seed = 'a' must be"),
-    ("--Cuda yes", "True, False"), ("--seed " + "9" * 5000, "seed = "), ("--seed " + "0x" + "f" * 5000, "thousands of digits"),
+    ("--Cuda yes", "True, False"), ("--seed " + "9" * 5000, "seed = "), 
     ("--Init_lr 1e400", "Init_lr = inf"), ("--Init_lr nan", "Init_lr = 'nan'"), ("--Init_lr=-1", "Init_lr = -1 must"), ("--Init_lr -1", "Init_lr = -1 must"),
     ("--Init_lr True", "Init_lr = True"),
     ("--no-pretrained", "did you mean 'pretrained'"), ("--no-Cuda", "did you mean 'Cuda'"), ("--input_shape [224, 224]", "'224\\]' is no setting.*quotes"),
@@ -171,10 +158,10 @@ def test_one_spelling_of_lists_and_paths(monkeypatch):
     ("--seed=", "seed = '' must be"), ("--save_dir=", "save_dir = '' must be"), ("-- --seed 3", "no setting"), ("-b 32", "'-b' is no setting"),
     ("--=3", "'--=3' is no setting"), ("--Init_lr (((((((", "Init_lr = "), ("--seed 1e3", "seed = 1000.0"), ("--seed None", "seed = None"),
     ("--help-me", "no setting"), ("--Init", "did you mean"), ("--save_dir a\udc80", "in UTF-8"), ("--init_lr 3", "did you mean 'Init_lr'"),
-    *((f"--{word} 3", f"did you mean '{name}'") for word, name in dict(
-        lr="Init_lr", learning_rate="Init_lr", epochs="UnFreeze_Epoch", epoch="UnFreeze_Epoch", batch_size="Unfreeze_batch_size",
-        workers="num_workers", gpu="Cuda", model="backbone", weights="model_path", optimizer="optimizer_type", amp="fp16", device="Cuda",
-        data="train_annotation_path").items()), ("--batch-size=3", "did you mean 'Unfreeze_batch_size'"), ("--LR 3", "did you mean 'Init_lr'")])
+    *((f"--{word} 3", f"did you mean .*'{name}'") for word, name in dict(
+        lr="Init_lr", epochs="UnFreeze_Epoch", epoch="UnFreeze_Epoch", batch_size="Unfreeze_batch_size", workers="num_workers",
+        model="model_path", weights="weight_decay", optimizer="optimizer_type", LR="Init_lr").items()),
+    ("--batch-size=3", "did you mean .*'Unfreeze_batch_size'")])
 def test_mistakes_on_the_command_line(words, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         given_words(*words.split(" "))
@@ -204,10 +191,6 @@ def test_choices_that_a_fork_adds_are_in_help(monkeypatch, capsys):
 def test_every_constant_has_a_rule_a_line_and_a_comment():
     constants = rules.constants(trainer.__file__)
     assert set(constants) == NAMES and all(comment and title != "Settings" for _, comment, title in constants.values())
-
-
-def test_words_that_are_meant_name_settings():
-    assert set(rules.MEANT.values()) <= NAMES and not NAMES.intersection(rules.MEANT)
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(-1, 300) | st.floats(), max_size=3)
@@ -281,7 +264,7 @@ def test_a_rule_whose_constant_is_gone_is_passed_over():
         given = settings_with()
         del given[name]
         rules.check_settings(given)
-        rules.check_phases(given, 100, 10, True)
+        rules.check_phases(given, 100, 10)
 
 
 def test_best_by():

@@ -16,7 +16,7 @@ from utils.files import save_tensors
 from utils.processes import rank, say
 from utils.recipe import restore_optimizer
 
-LAST, BEFORE = "last_checkpoint.pth", "last_checkpoint_previous.pth"
+LAST = "last_checkpoint.pth"
 GO_ON, SAVE = 0, 1  # what a process wishes for the next step; 128 + a signal's number: save and end
 
 
@@ -36,15 +36,6 @@ class Position:
         return dict(total)
 
 
-def check_finite(state):
-    """UserError when a weight or the loss in a checkpoint is NaN or infinite."""
-    where = f"in epoch {state['epoch'] + 1}, step {state['step']}" if state["step"] else f"after epoch {state['epoch']}"
-    for name, what in (("model", "weights are"), ("ema", "averaged weights are"), ("totals", "loss is")):
-        tensors = [value for value in (state[name] or {}).values() if isinstance(value, torch.Tensor)]
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            raise UserError(f"the {what} not finite any more {where}: {NOT_FINITE}")
-
-
 class Checkpoint:
     """A run's state: saved, loaded and published; and the steps, before each of which the processes agree.
 
@@ -54,32 +45,24 @@ class Checkpoint:
 
     def __init__(self, run, parts, save_minutes=0, scored_on=""):
         self.run, self.parts, self.save_minutes, self.scored_on = run, parts, save_minutes, scored_on
-        self.judged_now = True  # whether what stands here is what the history's last epoch was scored with
         self.best, self.best_is_new = None, False  # the best epoch's weights, on the CPU: with the history they make one story
         self.position, self.order, self.resumed = Position(0), "", {}
         self.signal, self.signalled_at, self.saved_at = 0, 0, time.monotonic()
+        self.asked = torch.tensor([GO_ON]), None  # the last wish, and its journey to the other processes
 
     def load(self, state):
         """Give every part its own back, taking it out of `state`: it would fill memory for the rest of the run."""
-        ema, toggled = self.parts.get("ema"), (self.parts.get("ema") is None) != (state["ema"] is None)
         for name, part in self.parts.items():
-            kept = state.pop(name, None)
-            if part is not None and kept is not None:
-                try:
-                    restore_optimizer(part, kept) if name == "optimizer" else part.load_state_dict(kept)
-                except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise UserError(f"{self.run} cannot be continued, its {name} is of another network or optimizer: "
-                                    f"{(str(error).splitlines() or [''])[0]}") from error
-        if ema and toggled:
-            ema.module.load_state_dict(self.parts["model"].state_dict())  # an average begins where the model stands
-        self.best, self.best_is_new = state.pop("best", None), True
+            kept = state.pop(name)
+            if part and kept:
+                restore_optimizer(part, kept) if name == "optimizer" else part.load_state_dict(kept)
+        self.best, self.best_is_new = state.pop("best"), True
         if state["scored_on"] != self.scored_on:
             self.best = None
-            if self.parts.get("history"):
+            if rank() == 0:
                 self.parts["history"].seek_best_anew()
             say("  the best epoch is sought anew: the test pictures, how they are read or best_by changed, so scores do not compare")
         self.resumed, self.position = state, Position(state["epoch"], state["step"])
-        self.judged_now = state["step"] == 0 and not toggled
 
     def begin(self, epoch, order):
         """The Position at the beginning of an epoch, or where it was interrupted if its order is still the same.
@@ -99,15 +82,18 @@ class Checkpoint:
         return self.position
 
     def save(self, epoch, step=0, totals=None):
-        """Write last_checkpoint.pth on rank 0, keeping the one before it; the other processes wait. Collective.
+        """Write last_checkpoint.pth on rank 0; the other processes wait. Collective.
 
         UserError when the weights are not finite, or the disk is full; the files saved before are then intact.
         """
         if rank() == 0:
             state = {name: part and part.state_dict() for name, part in self.parts.items()}
             state.update(best=self.best, epoch=epoch, step=step, totals=totals, order=self.order, scored_on=self.scored_on)
-            check_finite(state)
-            save_tensors(Path(self.run, LAST), state, keep=Path(self.run, BEFORE))
+            for name, what in (("model", "weights are"), ("ema", "averaged weights are"), ("totals", "loss is")):
+                tensors = [value for value in (state[name] or {}).values() if isinstance(value, torch.Tensor)]
+                if not all(tensor.isfinite().all() for tensor in tensors):
+                    raise UserError(f"the {what} not finite any more in epoch {epoch + bool(step)}: {NOT_FINITE}")
+            save_tensors(Path(self.run, LAST), state)
         processes.barrier()
         self.saved_at = time.monotonic()
 
@@ -120,26 +106,25 @@ class Checkpoint:
         if best:
             self.best_is_new = True
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in judged.state_dict().items()}
-        self.position, self.judged_now = Position(figures["epoch"]), True
+        self.position = Position(figures["epoch"])
         self.save(figures["epoch"])
         self.publish(save_period, last_epoch)
         return best
 
     def publish(self, save_period, last_epoch):
-        """Bring the files that people read in line with the checkpoint, on rank 0: history.csv, curves, weight files."""
-        history, judged = self.parts["history"], self.parts.get("ema") or self.parts["model"]
-        if rank() or not history.rows:
+        """After an epoch's end, also when resuming there: what people read follows the checkpoint, on rank 0."""
+        history, judged = self.parts["history"], self.parts["ema"] or self.parts["model"]
+        if rank() or not history.rows or self.position.step:
             return
         history.write()
         if self.best_is_new and self.best is not None:
             save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
         self.best_is_new = False
-        if self.judged_now:
-            row, weights = history.rows[-1], getattr(judged, "module", judged).state_dict()
-            save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
-            if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:
-                name = "ep%03d-loss%.3f-val_loss%.3f.pth" % (row["epoch"], row["train_loss"], row["val_loss"])
-                save_tensors(Path(self.run, name), weights)
+        row, weights = history.rows[-1], getattr(judged, "module", judged).state_dict()
+        save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
+        if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:
+            name = "ep%03d-loss%.3f-val_loss%.3f.pth" % (row["epoch"], row["train_loss"], row["val_loss"])
+            save_tensors(Path(self.run, name), weights)
 
     def catch_signals(self):
         """From now on SIGTERM, Ctrl-C and SIGHUP are noted and obeyed before the next step; a second Ctrl-C ends at once."""
@@ -156,32 +141,30 @@ class Checkpoint:
     def steps(self, gen, steps, number=1):
         """Yield the next `number` batches of `gen` at a time, `steps` in all, once the processes have agreed to go on.
 
-        A process that has no share in a batch gets a shorter list. Each wish travels while the step before computes.
+        A process that has no share in a batch gets a shorter list.
         """
-        batches, wish = iter(gen), self.wish()
-        while steps > 0:
-            current, steps = list(islice(batches, min(number, steps))), steps - number
-            self.obey(*wish)
-            wish = self.wish()
+        batches = iter(gen)
+        for done in range(0, steps, number):
+            current = list(islice(batches, min(number, steps - done)))
+            self.agree()
             yield current
-        self.obey(*wish)
 
-    def wish(self):
-        """Send what this process wishes on its way: (int64 (1,), its journey or None)."""
-        due = self.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
-        wish = torch.tensor([128 + self.signal if self.signal else SAVE if due else GO_ON])
-        return wish, dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True) if processes.connected() else None
+    def agree(self):
+        """Do what the processes agreed on, the largest wish: go on, save, or save and end; and ask anew. Collective.
 
-    def obey(self, wish, journey):
-        """Do what the processes have agreed on, the largest wish: go on, save, or save and end. Collective."""
+        The wish of each process travels while a step computes, and is obeyed before the next one.
+        """
+        wish, journey = self.asked
         if journey:
             journey.wait()
-        if wish == GO_ON:
-            return
-        epoch, step = self.position.epoch, self.position.step
-        self.save(epoch, step, self.position.totals())
+        if wish != GO_ON:
+            epoch, step = self.position.epoch, self.position.step
+            self.save(epoch, step, self.position.totals())
         if wish > 128:
             say(f"\n{signal.Signals(int(wish) - 128).name}: saved at epoch {epoch + 1}, step {step}; continue with "
                 f"resume = {self.run!r} (or resume = True), the other settings as they are")
             processes.barrier()
             processes.end(int(wish))
+        due = self.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
+        wish = torch.tensor([128 + self.signal if self.signal else SAVE if due else GO_ON])
+        self.asked = wish, dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True) if processes.connected() else None

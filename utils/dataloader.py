@@ -79,20 +79,20 @@ class DataGenerator(Dataset):
         return np.array([self.target(index, label) for index, label in enumerate(labels)])
 
     @cached_property
-    def checksum(self):
-        """Of the lines, or of another data set's `targets` and of eight pictures or a few more, small and uncropped."""
-        if isinstance(self.source, AnnotationLines):
-            return zlib.crc32(self.source.text.numpy())
-        data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
-        some = detection_collate([data[index] for index in range(0, len(data), max(1, len(data) // 8))])
-        targets = np.asarray(getattr(self.source, "targets", ()), object)
-        return zlib.crc32(repr([part.tolist() for part in (targets, *some[:2])]).encode())
-
     def fingerprint(self):
-        """{name: text} of all that a score depends on: every attribute but the memory."""
-        source = f"{len(self)} pictures, {self.checksum:08x}"
-        return {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in {**vars(self), "source": source}.items()
-                if name not in ("kept", "in_memory", "checksum")}
+        """{name: text} of all that a score depends on: every attribute but the memory.
+
+        The source's is a checksum of the lines, or of another data set's `targets` and of eight pictures or a few more, small.
+        """
+        if isinstance(self.source, AnnotationLines):
+            content = self.source.text.numpy()
+        else:
+            data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
+            some = detection_collate([data[index] for index in range(0, len(data), max(1, len(data) // 8))])
+            targets = np.asarray(getattr(self.source, "targets", ()), object)
+            content = repr([part.tolist() for part in (targets, *some[:2])]).encode()
+        parts = {**vars(self), "source": f"{len(self)} pictures, {zlib.crc32(content):08x}"}
+        return {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in parts.items() if name not in ("kept", "in_memory")}
 
     def read(self, index):
         """(uint8 (H, W, 3) that nobody may change, target); raises one of BROKEN for a picture that cannot be read."""

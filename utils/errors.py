@@ -18,6 +18,8 @@ ADVICE = (
     (r"out of memory|ALLOC_FAILED|[Cc]an't allocate memory|Unable to allocate|MemoryError",
      "out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase, --batch-size of a command), or "
      "input_shape ({line})"),
+    (r"more than 1 value per channel", "BatchNorm needs two pictures or more in each process, or on each GPU: raise "
+                                       "Unfreeze_batch_size (Freeze_batch_size in the frozen phase)"),
     (r"shared memory|torch_\w+>: No space|[Bb]us error",
      "the data loader's workers have no shared memory left: give the container more (docker run --shm-size=2g), lower "
      "num_workers, or set num_workers = 0"),
@@ -33,17 +35,16 @@ class UserError(ValueError):
 
 
 def nearest(name, choices) -> str:
-    """' (did you mean …?)' for a mistyped name, or ''."""
-    found = difflib.get_close_matches(str(name).lower()[:100], list(choices), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+    """' (did you mean …?)' for a mistyped name, or a part of one, or ''."""
+    word, known = str(name).lower()[:100], {choice.lower(): choice for choice in choices}
+    inside = [choice for choice in known if len(word) > 1 and word.rstrip("s") in choice]
+    found = inside[:4] or difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(repr(known[choice]) for choice in found)}?)" if found else ""
 
 
 def shown(value, length=80) -> str:
     """repr(value), shortened: a message must stay one readable sentence."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to spell a number of more than 4,300 digits
-        text = "a number of thousands of digits"
+    text = repr(value) if type(value) is not int or value.bit_length() < 9999 else "a number of thousands of digits"
     return text if len(text) <= length else text[:length] + "…"
 
 
@@ -61,7 +62,7 @@ def sentence(error):
         return text.rpartition("UserError: ")[2]
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
         return f"the output cannot be written ({error.strerror})"
-    if isinstance(error, (RuntimeError, OSError, EOFError, MemoryError)):
+    if isinstance(error, (RuntimeError, ValueError, OSError, EOFError, MemoryError)):
         for words, advice in ADVICE:
             if re.search(words, f"{type(error).__name__}: {text}"):
                 line = (text.splitlines() or [type(error).__name__])[0]

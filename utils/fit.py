@@ -17,21 +17,9 @@ from utils.scheduler import set_optimizer_lr
 named_unreadable = set()  # pictures that were named already
 
 
-def batch_loss(outputs, images, targets, recipe):
-    """(loss, float32 scores): auxiliary outputs count 0.3 (GoogLeNet's paper) or 0.4 (Inception v3)."""
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-    scores, *others = [output.float() for output in outputs if output is not None]
-    loss = recipe.criterion(scores, targets)
-    for output in others:
-        loss = loss + (0.3 if len(others) == 2 else 0.4) * recipe.criterion(output, targets)
-    if recipe.extra_loss:
-        loss = loss + recipe.extra_loss(images, scores, targets)
-    return loss, scores
-
-
-def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
+def backward(model_train, batches, Cuda, fp16, scaler, recipe):
     """Gradients of the mean loss over `batches` (more than one: accumulated); what each gave: [(loss, scores, targets)]."""
-    done = []
+    done, device = [], next(model_train.parameters()).device
     for number, (images, targets, _) in enumerate(batches, 1):
         images, targets = normalize(images, device, recipe.settings), targets.to(device, non_blocking=True)
         if recipe.mix:
@@ -39,13 +27,16 @@ def backward(model_train, batches, device, Cuda, fp16, scaler, recipe):
         wait = number < len(batches) and hasattr(model_train, "no_sync")  # DDP: reduce once, with the last part
         with model_train.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast("cuda" if Cuda else "cpu", enabled=fp16):  # float16 on CUDA, bfloat16 on a CPU
-                loss, scores = batch_loss(model_train(images), images, targets, recipe)
+                scores = model_train(images).float()
+                loss = recipe.criterion(scores, targets)
+                if recipe.extra_loss:
+                    loss = loss + recipe.extra_loss(images, scores, targets)
             scaler.scale(loss / len(batches)).backward()
         done.append((loss.detach(), scores.detach(), targets))
     return done
 
 
-def optimizer_step(optimizer, scaler, clip_grad_norm=0.0, clip_ratio=0.0):
+def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
     """One step, which leaves no trace where the gradients have overflowed, and the scaler skips it.
 
     A fused optimizer makes a parameter's state before it looks for overflow, and would leave it unfilled: SGD's momentum would
@@ -82,13 +73,13 @@ def score_batch(model, images, targets, Cuda, fp16, settings):
 
 
 def count_unreadable(batches, data, position):
-    """Name each unreadable picture once, and count it. UserError when this process alone has met too many."""
+    """Name each unreadable picture once, and count it."""
     for index, reason in (bad for batch in batches for bad in batch[2]):
         if index not in named_unreadable:
             say(f"\nunreadable picture: {plain(data.name(index))} ({plain(reason)})", everyone=True)
         named_unreadable.add(index)
         position.unreadable += 1
-    check_unreadable(position.unreadable, data)
+    check_unreadable(position.unreadable, data)  # of this process; those of all when the epoch is done
 
 
 def check_unreadable(number, data):
@@ -108,7 +99,7 @@ def check_training(position, scaler, lr, late):
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
-    """(validation's figures, pictures scored, unreadable ones) over all processes."""
+    """Validation's figures, with 'scored' and 'unreadable', the numbers of pictures, over all processes."""
     position = Position(epoch)
     gen_val.sampler.set_epoch(epoch)
     model.eval()
@@ -122,12 +113,19 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
     check_unreadable(totals["unreadable"], gen_val.dataset)
     if "pictures" not in totals:
         raise UserError("no picture of the test list can be read, so there is no score")
-    return validation_figures(totals, recipe), int(totals["pictures"]), totals["unreadable"]
+    return {**validation_figures(totals, recipe), "scored": int(totals["pictures"]), "unreadable": totals["unreadable"]}
 
 
 def validation_figures(sums, recipe):
     """figures_of validation's sums as the history calls them: 'val_loss', and the others by their own names."""
     return {"val_loss" if name == "loss" else name: value for name, value in figures_of(sums, recipe.settings).items()}
+
+
+def figure_names(model, batch, Cuda, recipe):
+    """The names of validation's figures, found with two pictures."""
+    scores, targets = score_batch(model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings)
+    sums = sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings)
+    return list(validation_figures(sums, recipe))
 
 
 def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
@@ -144,8 +142,8 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     recipe = recipe or Recipe()
     checkpoint = checkpoint or Checkpoint(save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler,
                                                      "ema": recipe.ema, "history": loss_history})
-    used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # then its calls do nothing but the optimizer's step
-    device, images_per_step = next(model.parameters()).device, gen.batch_size * world_size()
+    s, used_scaler = recipe.settings, scaler or torch.amp.GradScaler("cuda", enabled=False)  # which only steps the optimizer
+    accumulate, images_per_step = s.get("accumulate", 1), gen.batch_size * world_size()
     look_every = 20 if Cuda else 1  # a GPU has to finish its steps to be looked at
     begin, position = time.monotonic(), checkpoint.begin(epoch, order_of(gen))
     first_step, lr = position.step, lr_scheduler_func(epoch) if lr_scheduler_func else optimizer.param_groups[-1]["lr"]
@@ -153,22 +151,22 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     gen.sampler.set_epoch(epoch, first_step)
     model_train.train()
     progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, first_step)
-    for batches in checkpoint.steps(gen, epoch_step - first_step, recipe.accumulate):
+    for batches in checkpoint.steps(gen, epoch_step - first_step, accumulate):
         count_unreadable(batches, gen.dataset, position)
         if lr_scheduler_func:
             set_optimizer_lr(optimizer, lr_scheduler_func, epoch + position.step / epoch_step)
-        seed_step(recipe.seed, epoch, position.step, Cuda)
-        done = backward(model_train, batches, device, Cuda, fp16, used_scaler, recipe)
-        optimizer_step(optimizer, used_scaler, recipe.clip_grad_norm, recipe.clip_ratio)
+        seed_step(s.get("seed", 0), epoch, position.step, Cuda)
+        done = backward(model_train, batches, Cuda, fp16, used_scaler, recipe)
+        optimizer_step(optimizer, used_scaler, s.get("clip_grad_norm"), s.get("clip_ratio"))
         if recipe.ema:
             recipe.ema.update_parameters(model)
         for loss, scores, targets in done:
-            position.sums.update(sums_of(loss, scores, targets, recipe.settings))  # adds to what each name has
+            position.sums.update(sums_of(loss, scores, targets, s))  # adds to what each name has
         position.step += len(batches)
-        if position.step // recipe.accumulate % look_every == 0 or position.step == epoch_step:
+        if position.step // accumulate % look_every == 0 or position.step == epoch_step:
             check_training(position, used_scaler, optimizer.param_groups[-1]["lr"], Cuda)
         progress.show(position.step, images_per_step, lambda: " ".join(
-            [figure_text(*figure) for figure in figures_of(position.sums, recipe.settings).items()]
+            [figure_text(*figure) for figure in figures_of(position.sums, s).items()]
             + [f"lr {optimizer.param_groups[-1]['lr']:.2e}"]))
     progress.clear()
     seconds = time.monotonic() - begin
@@ -177,36 +175,22 @@ def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step
     check_unreadable(totals["unreadable"], gen.dataset)
     processes.sync_buffers(judged)
     wrapped = model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
-    scored_figures, scored, unscored = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)
-    figures = {"epoch": epoch + 1, "lr": lr, "scored": scored, "unreadable": totals["unreadable"] + unscored,
+    validated = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)
+    if not math.isfinite(validated["val_loss"]):
+        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: {NOT_FINITE}")
+    unreadable = totals["unreadable"] + validated.pop("unreadable")
+    figures = {"epoch": epoch + 1, "lr": lr, "scored": validated.pop("scored"), "unreadable": unreadable,
                "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3),
                **({"scale": scaler.get_scale()} if scaler else {}),
-               **{f"train_{name}": value for name, value in figures_of(totals, recipe.settings).items()},
-               **scored_figures}
-    if not math.isfinite(figures["val_loss"]):
-        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: {NOT_FINITE}")
+               **{f"train_{name}": value for name, value in figures_of(totals, s).items()}, **validated}
     best = checkpoint.commit(figures, judged, save_period, UnFreeze_Epoch)
-    say(summary(figures, UnFreeze_Epoch) + " *" * best)
+    told = [figure_text(name, figures[name]) for name in ("train_loss", *validated)]
+    told += [f"{unreadable} unreadable, {figures['scored']} scored"] if unreadable else []
+    say(f"epoch {epoch + 1}/{UnFreeze_Epoch}: {', '.join(told)} ({figures['images_per_second']:.0f} images/s)" + " *" * best)
     return figures
-
-
-def summary(figures, last_epoch):
-    """An epoch in one line."""
-    hidden = {"epoch", "lr", "scored", "unreadable", "images_per_second", "scale"}
-    told = [figure_text(name, value) for name, value in figures.items()
-            if name == "train_loss" or name not in hidden and not name.startswith("train_")]
-    told += [f"{figures['unreadable']} unreadable, {figures['scored']} scored"] if figures["unreadable"] else []
-    return f"epoch {figures['epoch']}/{last_epoch}: {', '.join(told)} ({figures['images_per_second']:.0f} images/s)"
 
 
 def order_of(gen):
     """A text of all that the pictures of a step depend on, but for the number of processes."""
     own = ("rank", "world_size", "epoch", "first_step")
-    return f"{[pair for pair in vars(gen.sampler).items() if pair[0] not in own]} {gen.dataset.fingerprint()}"
-
-
-def figure_names(model, batch, Cuda, recipe):
-    """The names of validation's figures, found with two pictures."""
-    scores, targets = score_batch(model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings)
-    sums = sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings)
-    return list(validation_figures(sums, recipe))
+    return f"{[pair for pair in vars(gen.sampler).items() if pair[0] not in own]} {gen.dataset.fingerprint}"

@@ -3,7 +3,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache, partial
 
 import torch
@@ -46,40 +46,27 @@ def check_text_file(name, path, remedy="python -m utils.annotation DATASETS writ
         check_regular(path, name)
         with open(path, "rb") as file:
             text = file.read(os.stat(path).st_size).decode("utf-8-sig")  # a file of the kernel without an end says that it is empty
-        if not text.strip():
-            raise UserError(f"{name}: {path!r} is empty")
-        return text
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line} is not UTF-8 text: save {name}'s file as UTF-8") from None
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise UserError(f"{error}{hint(path)}: {remedy}") from None
-    except OSError as error:
-        raise UserError(f"{name}: {path!r} cannot be read ({error.strerror})") from None
-
-
-@contextmanager
-def together(*paths):
-    """Around the reading of the class file and its lists: UserError unless they all stay as they are meanwhile."""
-    def state():
-        return [(file.st_ino, file.st_mtime_ns, file.st_size) for file in map(os.stat, paths)]
-    with suppress(FileNotFoundError):  # utils.annotation takes a list away before it replaces what belongs to it
-        before = state()
-        yield
-        if state() == before:
-            return
-    raise UserError(f"{', '.join(map(str, paths))} are being written: start again when they are complete")
+    if not text.strip():
+        raise UserError(f"{name}: {path!r} is empty: {remedy}")
+    return text
 
 
 def get_classes(classes_path):
-    """(class names, their number) from a text file, one name a line; blank lines are passed over, and it is said."""
+    """(class names, their number) from a text file, one name a line."""
     text = check_text_file("classes_path", classes_path, "write one class name a line")
-    names = [class_name(line.strip()) for line in re.split("\r\n?|\n", text.rstrip())]
-    if "" in names:
-        say(f"WARNING: {classes_path}:{names.index('') + 1} is blank: ids count the names alone, so the class after it has "
-            f"the id of the blank line")
-    names = check_names([name for name in names if name], classes_path)
+    names = check_names([class_name(line.strip()) for line in re.split("\r\n?|\n", text.rstrip())], classes_path)
     return names, len(names)
+
+
+def check_unchanged(classes_path, class_names):
+    """UserError where utils.annotation has replaced the class file since its names were read, and with it the lists."""
+    if get_classes(classes_path)[0] != class_names:
+        raise UserError(f"{classes_path} and its lists are being written: start again when they are complete")
 
 
 def check_names(names, source):
@@ -87,6 +74,8 @@ def check_names(names, source):
     names = list(names)
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{source}: class names must be a list of texts, not {names[:5]}")
+    if "" in names:
+        raise UserError(f"{source}: class {names.index('')} has no name: ids count the lines, so none may be blank")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{source} names a class more than once: {', '.join(map(plain, twice[:5]))}")
     return list(map(str, names))
@@ -164,16 +153,10 @@ class AnnotationLines:
         return split_line(self.line(index))[::-1]
 
 
-def difference(was, now, before, after):
-    """'' or the beginning of a sentence: the first class that has another name in the list `now` than in `was`."""
-    return next((f"class {number} is {old!r} in {before}, but {new!r} in {after}"
-                 for number, (old, new) in enumerate(zip(was, now)) if class_name(old) != class_name(new)), "")
-
-
-def check_same_everywhere(**fingerprints):
-    """UserError unless every process has read the same lists, {setting: fingerprint}. Collective."""
-    first, *others = gather_objects(fingerprints)
+def check_same_everywhere(*data):
+    """UserError unless every process has read the same lists into its training and test data. Collective."""
+    first, *others = gather_objects([part.fingerprint["source"] for part in data])
     for number, other in enumerate(others, 1):
         if other != first:
-            raise UserError(f"the lists of the processes differ ({first} on rank 0, {other} on rank {number}): every machine needs "
-                            f"the same files")
+            raise UserError(f"the training or test lists of the processes differ ({first} on rank 0, {other} on rank {number}): "
+                            f"every machine needs the same files")

@@ -1,13 +1,10 @@
 """What is learned and how it is judged: the loss, the figures, the optimizers, and the recipes around them."""
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
+import copy
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -99,51 +96,43 @@ def figure_text(name, value, exact=False):
     return f"{name.replace('_', ' ')} {value:{'.8g' if exact else '.4f' if name.endswith('loss') else '.4g'}}"
 
 
-class EMA(AveragedModel):
+class EMA(nn.Module):
     """Exponential moving average of a model's parameters and BatchNorm statistics, from the first step's on.
 
-    torch's own update copies its counter to the GPU at every step, and waits for it.
+    torch's AveragedModel copies its counter to the GPU at every step, and waits for it.
     """
 
     def __init__(self, model, decay):
-        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(model), decay
+        self.register_buffer("n_averaged", torch.tensor(0))  # on the host
 
+    @torch.no_grad()
     def update_parameters(self, model):
-        if self.n_averaged == 0:  # on the host
-            return super().update_parameters(model)  # a copy
-        pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model))))
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
         counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # such as BatchNorm's of batches
-        self.multi_avg_fn(*zip(*(pair for pair in pairs if pair[0].is_floating_point())), None)
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        torch._foreach_lerp_(averages, values, 1 - self.decay if self.n_averaged else 1.0)
         if counters:
             torch._foreach_copy_(*zip(*counters))
         self.n_averaged += 1
 
 
-@dataclass
 class Recipe:
-    """What fit_one_epoch needs beyond the sixteen documented parameters; the defaults are the documented training."""
-    criterion: Any = get_criterion({}, training=True)
-    val_criterion: Any = get_criterion({})
-    extra_loss: Any = None  # (pictures as the network saw them, scores, targets) → a scalar added to the loss
-    mix: Any = None  # (pictures, class ids) → (pictures, class probabilities), such as v2.MixUp
-    ema: Any = None  # EMA of the model; it is then what is validated and saved
-    clip_ratio: float = 0.0
-    clip_grad_norm: float = 0.0
-    accumulate: int = 1
-    seed: int = 0
-    settings: dict = field(default_factory=dict)  # train.py's, for sums_of and figures_of
+    """What fit_one_epoch needs beyond the sixteen documented parameters: made of train.py's settings, each of which may be absent.
 
+    weights: float32 (classes,) of class_weights, or None. extra_loss, where it is set: (pictures as the network saw them,
+    scores, targets) → a scalar added to the loss.
+    """
 
-def get_recipe(settings, model, num_classes, weights=None):
-    """The Recipe of train.py's settings, each of which may be absent; weights: float32 (classes,) or None, on the model's device."""
-    mixes = [mix(alpha=float(settings[name]), num_classes=num_classes)
-             for name, mix in (("mixup_alpha", v2.MixUp), ("cutmix_alpha", v2.CutMix)) if settings.get(name)]
-    decay = settings.get("ema_decay")
-    return Recipe(
-        criterion=get_criterion(settings, weights, training=True), val_criterion=get_criterion(settings),
-        mix=v2.RandomChoice(mixes) if mixes else None, ema=EMA(model, decay) if decay else None,
-        clip_ratio=settings.get("clip_ratio", 0.0), clip_grad_norm=settings.get("clip_grad_norm", 0.0),
-        accumulate=settings.get("accumulate", 1), seed=settings.get("seed", 0), settings=settings)
+    def __init__(self, settings={}, model=None, num_classes=None, weights=None):
+        mixes = [mix(alpha=float(settings[name]), num_classes=num_classes)  # (pictures, class ids) → (pictures, probabilities)
+                 for name, mix in (("mixup_alpha", v2.MixUp), ("cutmix_alpha", v2.CutMix)) if settings.get(name)]
+        weights = weights if weights is None else weights.to(next(model.parameters()).device)
+        self.settings, self.extra_loss = settings, None
+        self.criterion, self.val_criterion = get_criterion(settings, weights, training=True), get_criterion(settings)
+        self.mix = v2.RandomChoice(mixes) if mixes else None
+        self.ema = EMA(model, settings["ema_decay"]) if settings.get("ema_decay") else None  # then validated and saved
 
 
 OPTIMIZERS = {  # optimizer_type: (function of parameters and momentum, limits of Init_lr_fit, the same for transformers)

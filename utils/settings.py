@@ -37,12 +37,6 @@ CHOICES = {  # setting: what it may be besides texts or such numbers, or instead
     "augmentation": AUGMENTATIONS, "optimizer_type": OPTIMIZERS, "lr_decay_type": LR_DECAYS, "class_weights": ("none", "balanced"),
     **dict.fromkeys(("mixup_alpha", "cutmix_alpha", "clip_ratio", "clip_grad_norm"), (0,)),
 }
-MEANT = {word: setting for setting, words in {  # what other programs call a setting
-    "Init_lr": "lr learning_rate", "UnFreeze_Epoch": "epochs epoch", "Unfreeze_batch_size": "batch_size batch",
-    "num_workers": "workers", "Cuda": "gpu gpus device", "backbone": "model arch network", "model_path": "weights checkpoint",
-    "optimizer_type": "optimizer opt", "fp16": "amp half bf16", "train_annotation_path": "data dataset data_path",
-    "input_shape": "img_size image_size imgsz", "lr_decay_type": "scheduler", "save_dir": "output output_dir",
-}.items() for word in words.split()}
 
 
 def fits(value, kind, low, high):
@@ -81,10 +75,10 @@ def constants(path):
     lines, found = ["", *source.split("\n")], {}
     titles = {number: line[2:] for number, line in enumerate(lines) if line.startswith("# ") and not lines[number - 1].strip()}
     for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) and node.value else []
         title = next((titles[number] for number in reversed(titles) if number < node.lineno), "Settings")
-        for name in (target.id for target in targets if isinstance(target, ast.Name)):
-            found[name] = ast.Expression(node.value), lines[node.lineno].partition(" #")[2].strip(), title
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if isinstance(target, ast.Name) and node.value:
+                found[target.id] = ast.Expression(node.value), lines[node.lineno].partition(" #")[2].strip(), title
     return found
 
 
@@ -108,9 +102,8 @@ def parse(arguments, script, known):
     except argparse.ArgumentError as error:
         raise UserError(f"{error} (write --name=value); --help lists the settings") from None
     for word in unknown:
-        name = word.lstrip("-").partition("=")[0].lower().replace("-", "_")
-        hint = f" (did you mean {MEANT[name]!r}?)" if MEANT.get(name) in known else nearest(name, known)
-        hint = hint if word.startswith("-") else ': a value with blanks needs quotes, as in --input_shape "[224, 224]"'
+        hint = nearest(word.lstrip("-").partition("=")[0].replace("-", "_"), known) if word.startswith("-") else (
+            ': a value with blanks needs quotes, as in --input_shape "[224, 224]"')
         raise UserError(f"{shown(word)} is no setting of {parser.prog}{hint}; --help lists them")
     return {name: value for name, value in vars(given).items() if name in known}
 
@@ -184,19 +177,11 @@ def too_small(num_train, num_val, name, batch_size):
             f"add pictures, or set it to {num_train} or less")
 
 
-def check_phases(s, num_train, num_val, has_batch_norm):
-    """ValueError or UserError unless each phase that will be trained can be: found out now, not after hours of the first."""
+def check_phases(s, num_train, num_val):
+    """ValueError unless each phase that will be trained has a whole batch: found out now, not after hours of the first."""
     for name in phases(s):
         if num_train < s[name] or not num_val:
             raise ValueError(too_small(num_train, num_val, name, s[name]))
-        if name == "Freeze_batch_size" or not has_batch_norm or s.get("sync_bn"):  # frozen, its statistics stand still
-            continue
-        gpus = torch.cuda.device_count() if s.get("Cuda") and not s.get("distributed") else 1
-        parts = torch.arange(s[name] // world_size()).chunk(gpus)  # as DataParallel cuts a batch
-        if len(parts) < gpus or len(parts[-1]) < 2:
-            sizes = ", ".join(str(n * world_size() * gpus) for n in (2, 3, 4))
-            raise UserError(f"{name} = {s[name]} leaves fewer than two pictures for a process or GPU, and this network's BatchNorm "
-                            f"needs two: set it to {sizes} …")
 
 
 def check_best_by(best_by, names):
@@ -220,7 +205,7 @@ def choose_precision(settings, model, batch, recipe):
             start = time.perf_counter()
             if start - begin > 5 and len(seconds[True]) >= 2:
                 break
-            backward(trial, [batch], "cpu", False, fp16, off, recipe)
+            backward(trial, [batch], False, fp16, off, recipe)
             seconds[fp16].append(time.perf_counter() - start)
             trial.zero_grad()
     single, half = (len(batch[0]) / min(seconds[fp16]) for fp16 in (False, True))

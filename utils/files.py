@@ -68,20 +68,17 @@ def clear_drafts(folder):
             os.close(number)
 
 
-def save_file(path, write, keep=None):
+def save_file(path, write):
     """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file, nor through a link.
 
-    keep: where the file goes that stood there. UserError when it cannot be written; what stood there is then intact.
+    UserError when it cannot be written; what stood there is then intact.
     """
-    path = Path(path)
     try:
         with draft(path) as fresh:
             with open(fresh, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            if keep and path.is_file():
-                os.replace(path, keep)
             os.replace(fresh, path)
     except OSError as error:
         raise not_written(path, error) from error
@@ -111,11 +108,11 @@ def on_cpu(state):
     return type(state)(map(on_cpu, state)) if isinstance(state, (list, tuple)) else state
 
 
-def save_tensors(path, state, keep=None):
+def save_tensors(path, state):
     """torch.save through memory: a full disk then raises OSError instead of aborting inside PyTorch's own writer."""
     memory = io.BytesIO()
     torch.save(on_cpu(state), memory)
-    save_file(path, lambda file: file.write(memory.getbuffer()), keep)
+    save_file(path, lambda file: file.write(memory.getbuffer()))
 
 
 def writable(folder, remedy):
@@ -132,14 +129,12 @@ def check_regular(path, name):
     """UserError when `path` is missing, a folder, or nothing that ends when it is read (a pipe, a device)."""
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise UserError(f"{name}: {str(path)!r} does not exist") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {str(path)!r} cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if stat.S_ISDIR(mode):
-        raise UserError(f"{name}: {str(path)!r} is a folder, not a file")
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{name}: {str(path)!r} is no regular file")
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+    else:
+        problem = "is a folder, not a file" if stat.S_ISDIR(mode) else None if stat.S_ISREG(mode) else "is no regular file"
+    if problem:
+        raise UserError(f"{name}: {str(path)!r} {problem}")
 
 
 def load_tensors(path, name="model_path", check_sums=False):
@@ -157,9 +152,8 @@ def load_tensors(path, name="model_path", check_sums=False):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        code = f" ({found[1]})" if found else ""
-        raise UserError(f"{name}: {str(path)!r} is refused: it is no file of weights, or holds code, which is never "
-                        f"run{code}. Save a plain model.state_dict() with torch.save") from None
+        raise UserError(f"{name}: {str(path)!r} is refused: it is no file of weights, or holds code, which is never run"
+                        + (f" ({found[1]})" if found else "") + ". Save a plain model.state_dict() with torch.save") from None
     except Exception as error:  # a broken archive can raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: {str(path)!r} cannot be read, it may be damaged or cut short ({reason})") from None

@@ -51,16 +51,13 @@ def to_rgb(image):
 
 
 def orientation(image):
-    """How a Pillow image's rows and columns lie, 1 … 8, by EXIF's tag 0x0112. All but a JPEG is decoded by this."""
-    image.info.pop("xmp", None)  # XMP does not count, but a TIFF would turn itself by it
+    """How a Pillow image's rows and columns lie, 1 … 8, by EXIF's tag 0x0112; all but a JPEG is decoded for this."""
     if image.format not in REDUCIBLE:
-        image.load()
-    for key in ("xmp", "XML:com.adobe.xmp"):  # a PNG's may come last
-        image.info.pop(key, None)
-    value = None
+        image.load()  # a TIFF turns itself, and a PNG's tags may come last
     with suppress(Exception):  # Pillow raises nearly anything for broken tags
         value = image.getexif().get(0x0112)
-    return int(value) if value in range(1, 9) else 1
+        return int(value) if value in range(1, 9) else 1
+    return 1
 
 
 def upright(image, turn):

@@ -41,8 +41,7 @@ def read_crop(source, input_shape, choose_box):
     UserError: any other source; one of BROKEN: a file that is no whole picture.
     """
     try:
-        with opened(source) as image:
-            return crop(image, tuple(input_shape), choose_box)
+        return crop(opened(source), tuple(input_shape), choose_box)
     except (UserError, *BROKEN):
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything for a broken file

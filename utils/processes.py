@@ -49,9 +49,9 @@ def describe_device(Cuda):
     """What trains, for people."""
     if not Cuda:
         return f"CPU, {torch.get_num_threads()} threads"
-    number = world_size() if connected() else torch.cuda.device_count()
-    hint = "" if connected() or number < 2 else f" by DataParallel (torchrun --nproc_per_node={number} is faster)"
-    return f"{number} × {torch.cuda.get_device_name()}{hint}"
+    alone = not connected() and torch.cuda.device_count() > 1
+    hint = " by DataParallel (torchrun --nproc_per_node=… is faster)" * alone
+    return f"{torch.cuda.device_count() if alone else world_size()} × {torch.cuda.get_device_name()}{hint}"
 
 
 def group_store():
@@ -169,14 +169,11 @@ atexit.register(stop_workers)  # for a program of one's own that returns from it
 
 
 def one_sentence_errors():
-    """Show every error of this program that a user can mend as one sentence (its first call)."""
+    """Show every error of this program that a user can mend as one sentence (its first call); Ctrl-C ends it without words."""
     sys.excepthook = show_error
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup stays in force
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     multiprocessing.util.get_temp_dir()  # one folder for this process and its workers, which cannot remove theirs when killed
-    for number in (0, 1, 2):  # one that `>&-` closed: the next file to be opened would get its number, and other programs' lines
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # odd file names must not break a print on an ASCII terminal
             stream.reconfigure(errors="backslashreplace")
@@ -187,8 +184,6 @@ def show_error(kind, error, trace):
 
     Each machine's first process speaks at once; the others, and who only knows that another one has ended, wait for the launcher.
     """
-    if issubclass(kind, KeyboardInterrupt):  # before training, where there is nothing to save yet
-        end(130)
     for number in {signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGTERM)}:  # torch's handler of the latter raises
         signal.signal(number, signal.SIG_DFL)
     told, other = sentence(error), int(os.environ.get("LOCAL_RANK", 0)) > 0
@@ -205,7 +200,6 @@ def end(code):
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    sys.stdout = sys.stderr = None  # what clean-up would say is of no use
     with contextlib.suppress(Exception):
         multiprocessing.util._run_finalizers()  # semaphores, the folder for temporary files
     os._exit(code)

@@ -34,7 +34,6 @@ Cuda = torch.cuda.is_available()  # train on the GPU
 distributed = "LOCAL_RANK" in os.environ  # several processes; torchrun says so by itself
 sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
 fp16 = "auto"  # mixed precision: float16 on CUDA, bfloat16 on CPU; 'auto': on CUDA on, on a CPU if it is faster (tried)
-channels_last = True  # memory format of pictures and weights; faster for nearly every convolutional network
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = 2  # data-loader processes for each training process
 cache_mb = 500  # on a CPU: keep the pictures of a list that needs less memory, with augmentation 'none' or 'flip'; 0 = off
@@ -141,7 +140,7 @@ if __name__ == "__main__":
     check_phases(settings, num_train, num_val)
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = lay_out(model, "cuda" if Cuda else "cpu", channels_last)
+    model = lay_out(model, "cuda" if Cuda else "cpu")
     optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
     weights = balanced_weights(train_data.class_ids(), num_classes) if class_weights == "balanced" else None
     recipe = Recipe(settings, model, num_classes, weights)
@@ -193,20 +192,17 @@ if __name__ == "__main__":
                 raise ValueError(too_small(num_train, num_val, "the batch size", batch_size))
 
             model_train = torch.compile(model) if compile else model
-            find_unused_parameters = getattr(model, "has_unused_parameters", False)
+            options = dict(find_unused_parameters=getattr(model, "has_unused_parameters", False), gradient_as_bucket_view=True)
             if Cuda:
                 cudnn.benchmark = True
                 if distributed:
                     model_train = model_train.cuda(local_rank)
-                    model_train = torch.nn.parallel.DistributedDataParallel(
-                        model_train, device_ids=[local_rank], find_unused_parameters=find_unused_parameters,
-                        gradient_as_bucket_view=True)
+                    model_train = torch.nn.parallel.DistributedDataParallel(model_train, device_ids=[local_rank], **options)
                 else:
                     model_train = torch.nn.DataParallel(model_train)
                     model_train = model_train.cuda()
             elif distributed:
-                model_train = torch.nn.parallel.DistributedDataParallel(
-                    model_train, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)
+                model_train = torch.nn.parallel.DistributedDataParallel(model_train, **options)
 
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)

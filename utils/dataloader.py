@@ -38,8 +38,7 @@ class DataGenerator(Dataset):
 
     Item (epoch, place, index), or a plain index where nothing is random → (uint8 (H, W, 3), target, [(index, reason)] of what
     was unreadable). random: augment, and replace an unreadable picture by another one; else it and its target are None.
-    cache_mb (10⁶ bytes): where the crops are the same in every epoch and all fit, each process keeps those that it has read
-    (in_memory), and loader processes cost more than they save.
+    cache_mb (10⁶ bytes): where all crops fit and are the same in every epoch, each process keeps what it has read (in_memory).
     """
 
     def __init__(self, annotation_lines, input_shape, random=True, augmentation="flip", random_erasing=0.0,
@@ -71,8 +70,7 @@ class DataGenerator(Dataset):
             raise UserError(f"{self.name(index)}: {error}") from None
 
     def class_ids(self):
-        """Every target, int64 (N,) of class ids: from `targets`, as torchvision's data sets have, unless a transform may change
-        them, else picture by picture."""
+        """Every target, int64 (N,) of class ids: from `targets`, as torchvision's data sets have, unless a transform changes them."""
         labels = getattr(self.source, "targets", None)
         if labels is None or any(getattr(self.source, name, None) for name in ("transforms", "target_transform")):
             labels = (self.source[index][1] for index in range(len(self)))

@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 import zipfile
 from pathlib import Path
@@ -16,41 +17,16 @@ import torch
 
 from utils.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 
 @contextlib.contextmanager
 def draft(path, folder=False):
-    """The path of a new file (or folder) beside `path`, with a name of its own; it is removed unless it was moved away.
-
-    It is locked, so that clear_drafts can tell the draft of a living program from what a killed one has left.
-    """
+    """The path of a new file (or folder) beside `path`, with a name of its own; it is removed unless it was moved away."""
     fresh = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}.draft")
     fresh.mkdir() if folder else fresh.touch(exist_ok=False)  # neither goes through a link
-    held = os.open(fresh, os.O_RDONLY) if fcntl else None  # Windows opens no folder
     try:
-        lock(held)
         yield fresh
     finally:
-        if fcntl:
-            os.close(held)
         remove(fresh)
-
-
-def lock(number, kind="flock"):
-    """Whether an open file is now this program's alone; True as well where there are no locks. It ends with the program.
-
-    kind 'lockf' is for a file open for writing, and not for the workers that inherit it; 'flock' for folders too.
-    """
-    try:
-        if fcntl:
-            getattr(fcntl, kind)(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, (BlockingIOError, PermissionError))  # as systems differ
-    return True
 
 
 def remove(path):
@@ -59,13 +35,11 @@ def remove(path):
 
 
 def clear_drafts(folder):
-    """Remove the drafts in a folder that killed programs have left."""
-    for path in Path(folder).glob(".*.draft") if fcntl else ():
+    """Remove what killed programs have left in a folder: drafts that nobody has written to for ten minutes."""
+    for path in Path(folder).glob(".*.draft"):
         with contextlib.suppress(OSError):
-            number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            if lock(number):
+            if path.lstat().st_mtime < time.time() - 600:
                 remove(path)
-            os.close(number)
 
 
 def save_file(path, write):

@@ -13,11 +13,10 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 def get_criterion(settings, weights=None, training=False):
     """The loss: criterion(scores, targets) → scalar, the mean over the batch's pictures.
 
-    scores: float32 (N, classes). targets: int64 (N,), or float32 (N, classes) where pictures are mixed.
-    weights: float32 (classes,) or None. Training has label smoothing and weights; validation and utils.evaluate have
-    neither. A picture counts as much as its label weighs: to weigh the smoothed share of every class by that class's weight
-    would teach the network to name the rare ones. The sum is divided by the number of pictures, not by their weights' sum,
-    which would make it depend on how a batch is spread over processes.
+    scores: float32 (N, classes). targets: int64 (N,), or float32 (N, classes) where pictures are mixed. weights: float32
+    (classes,) or None. Only training has weights and label smoothing. A picture counts as much as its label weighs: smoothed
+    shares weighed by their own classes would teach the network to name the rare ones. The sum is divided by the number of
+    pictures, as the sum of their weights would depend on how a batch is spread over processes.
     """
     smoothing = settings.get("label_smoothing", 0.0) if training else 0.0
 
@@ -71,11 +70,10 @@ def said(target, names):
 
 
 def sums_of(loss, scores, targets, settings):
-    """What a batch adds to the figures: {name: float64 tensor of any shape} on the batch's device.
+    """What a batch adds to the figures: {name: float64 tensor of any shape} on the batch's device, so that no step waits.
 
-    Added up over batches and processes, and turned into figures by figures_of; training, validation and utils.evaluate
-    share both. loss: scalar mean; scores: float32 (N, classes); targets: as get_criterion's; settings: train.py's. Nothing
-    is read off the device here, so no step waits.
+    They are added up over batches and processes; training, validation and utils.evaluate share them. loss: scalar mean; scores:
+    float32 (N, classes); targets: as get_criterion's; settings: train.py's.
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
     right = (ranked(scores, 5)[1] == labels[:, None]).sum(0)
@@ -146,11 +144,10 @@ OPTIMIZERS = {  # optimizer_type: (function of parameters and momentum, limits o
 
 
 def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_lr_scale=1.0):
-    """An optimizer of OPTIMIZERS over parameter groups. Decay is for the weights of layers alone: not for biases, norm layers,
-    and what a network learns besides, such as tables of positions and scales.
+    """An optimizer of OPTIMIZERS over parameter groups, each with an lr_scale: backbone_lr_scale, or 1 for the head (the last group).
 
-    head: names of the head's layers (nets.head_layers). Each group has an lr_scale: backbone_lr_scale for the backbone,
-    1 for the head, whose group is the last.
+    Decay is for the weights of layers alone: not for biases, norm layers, and what a network learns besides, such as tables of
+    positions and scales. head: names of the head's layers (nets.head_layers).
     """
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     groups = {(part, decayed): [] for part in ("backbone", "head") for decayed in (False, True)}
@@ -183,9 +180,7 @@ def restore_optimizer(optimizer, state):
 
 
 def balanced_weights(class_ids, num_classes):
-    """float32 (classes,) weights, number / (present classes · count), as scikit-learn's 'balanced'; 0 for absent ones.
-
-    class_ids: int64 (N,). The mean of the pictures' weights is 1.
-    """
+    """float32 (classes,) weights of int64 (N,) class_ids, number / (present classes · count), as scikit-learn's 'balanced'; 0 for
+    absent ones. The mean of the pictures' weights is 1."""
     counts = np.bincount(class_ids, minlength=num_classes)
     return torch.tensor(np.where(counts > 0, len(class_ids) / ((counts > 0).sum() * np.maximum(counts, 1)), 0)).float()

@@ -12,7 +12,12 @@ import PIL
 import torch
 import torchvision
 
-from utils import files, processes
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from utils import processes
 from utils.checkpoint import LAST
 from utils.errors import UserError, plain, shown
 from utils.files import check_regular, clear_drafts, load_tensors, save_text, writable
@@ -73,14 +78,19 @@ def runs_in(save_dir):
 def lock(run, seconds=0):
     """Take the run for this process's life; UserError when another one still trains it after so many seconds.
 
-    The file stays open, as closing it would give the lock back.
+    The file stays open, as closing it would give the lock back. Where there are no locks, nobody is kept off.
     """
     try:
         number = os.open(Path(run, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:  # it may be another user's run
         raise UserError(f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})") from None
     end = time.monotonic() + seconds
-    while not files.lock(number, "lockf"):
+    while fcntl:
+        try:
+            return fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not isinstance(error, (BlockingIOError, PermissionError)):  # as systems differ
+                return None
         if time.monotonic() >= end:
             raise UserError(f"{run} is being trained by another process, and cannot be continued before that has ended "
                             f"(resume = False begins a new run)")

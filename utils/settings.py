@@ -31,7 +31,7 @@ BOUNDS = {  # setting: the lowest and highest number, which are whole where the 
     "save_minutes": (0.0, MOST),
 }
 ITEMS = {"input_shape": ("height", "width"), **dict.fromkeys(("mean", "std"), ("red", "green", "blue"))}  # lists of such numbers
-FLAGS = ("Cuda", "distributed", "sync_bn", "channels_last", "compile", "pretrained", "Freeze_Train")
+FLAGS = ("Cuda", "distributed", "sync_bn", "compile", "pretrained", "Freeze_Train")
 CHOICES = {  # setting: what it may be besides texts or such numbers, or instead of them
     **dict.fromkeys(FLAGS, (True, False)), "resume": (False, True), "model_path": ("",), "fp16": (True, False, "auto"),
     "augmentation": AUGMENTATIONS, "optimizer_type": OPTIMIZERS, "lr_decay_type": LR_DECAYS, "class_weights": ("none", "balanced"),

@@ -41,7 +41,7 @@ def bench_speed(folder):
         originals.mkdir()
         paths = photos(str(originals), 6, 3264, 2448, grain)
         for path in paths:
-            os.utime(path, [time.time() + 1e6] * 2)  # newer than a copy, so that each is made every time
+            os.utime(path, (time.time() + 1e6,) * 2)  # newer than a copy, so that each is made every time
         name = f"3264×2448, {np.mean([os.path.getsize(path) for path in paths]) / 1e6:.1f} MB"
         make = partial(reduced_copy, datasets=originals, folder=copies, size=SIZE, drafts=folder)
         ratio, ours, theirs = pairs(lambda: seconds(lambda: everything(make, paths * 16)),

@@ -74,7 +74,7 @@ def check_lists(datasets, lists):
     taught = sorted({plain(name) for name, _ in lists[0]})
     if len(taught) < 2 or not lists[1]:
         raise UserError(f"{datasets!r} gives {len(lists[0])} training and {len(lists[1])} test pictures, of these classes: "
-                        f"{', '.join(taught[:10]) or 'none'}. Both need some, of two classes or more: name the folder that "
+                        f"{', '.join(taught[:10]) or 'none'}; both need some, of two classes or more: name the folder that "
                         f"holds a folder of pictures for each class")
 
 

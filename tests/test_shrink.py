@@ -172,7 +172,7 @@ def test_stopped_and_continued():
         assert process.poll() is None, Path("out.txt").read_text()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) == 130 and Path("out.txt").read_text() == ""
+    assert process.wait(10) == -signal.SIGINT and Path("out.txt").read_text() == ""
     early = {path: file for path, file in snapshot("photos-shrunk-32").items() if not path.parts[1].startswith(".")}
     assert len(early) < 60 and not os.path.exists("model_data/cls_train.txt")
     for path in early:

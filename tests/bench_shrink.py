@@ -17,7 +17,7 @@ from tests.bench_tools import Reference, pairs, photos, report, seconds
 from tests.helpers import history, make_project, runs, train
 from utils.annotation import main as annotate
 from utils.dataloader import DataGenerator, detection_collate
-from utils.shrink import copy_path, on_all_cores, reduced_copy
+from utils.shrink import on_all_cores, reduced_copy
 
 SIZE = 512  # shorter side of the copies
 CLASSES = ("upright", "level", "checks", "dots", "rings", "slanted")
@@ -40,6 +40,8 @@ def bench_speed(folder):
         originals, copies = Path(folder, f"photos{grain}"), Path(folder, f"photos{grain}-{SIZE}")
         originals.mkdir()
         paths = photos(str(originals), 6, 3264, 2448, grain)
+        for path in paths:
+            os.utime(path, (time.time() + 1e6,) * 2)  # newer than a copy, so that each is made every time
         name = f"3264×2448, {np.mean([os.path.getsize(path) for path in paths]) / 1e6:.1f} MB"
         make = partial(reduced_copy, datasets=originals, folder=copies, size=SIZE, drafts=folder)
         ratio, ours, theirs = pairs(lambda: seconds(lambda: everything(make, paths * 16)),
@@ -47,7 +49,7 @@ def bench_speed(folder):
         report(f"making copies of {SIZE}, {name}: share of the decoding limit, all cores", f"{ratio:.2f}", "≥ 0.9",
                f"{96 / ours:.0f} of {96 / theirs:.0f} pictures/s; a copy has "
                f"{np.mean([path.stat().st_size for path in copies.iterdir()]) / 1e3:.0f} KB")
-        data = DataGenerator([f"0;{copy_path(path, originals, copies)}" for path in paths], (224, 224), True, "crop")
+        data = DataGenerator([f"0;{path}" for path in sorted(copies.iterdir())], (224, 224), True, "crop")
 
         def reading():
             return seconds(lambda: [detection_collate([data[epoch, i, i] for i in range(6)]) for epoch in range(8)])
@@ -85,15 +87,14 @@ def bench_accuracy(folder, each=40, test=20, seeds=(11, 12, 13)):
                 scene(name, rng, rng.choice(backgrounds)).save(target / f"{i}.jpg", quality=90)
     here = os.getcwd()
     os.chdir(project)
-    lists = [word for name in ("classes", "train", "test") for word in (f"--{name}", f"model_data/{name}{SIZE}.txt")]
     annotate(["photos"])
-    making = seconds(lambda: annotate(["photos", "--shrink", str(SIZE), *lists]))
+    making = seconds(lambda: annotate(["photos", "--shrink", str(SIZE), "--out", f"model_data/{SIZE}"]))
     os.chdir(here)
     found = {"originals": [], "copies": []}
     for seed in seeds:
         for name, words in (("originals", []), ("copies", [
-                "--classes_path", f"model_data/classes{SIZE}.txt", "--train_annotation_path", f"model_data/train{SIZE}.txt",
-                "--test_annotation_path", f"model_data/test{SIZE}.txt"])):
+                "--classes_path", f"model_data/{SIZE}_classes.txt", "--train_annotation_path", f"model_data/{SIZE}_train.txt",
+                "--test_annotation_path", f"model_data/{SIZE}_test.txt"])):
             begin = time.perf_counter()
             train(project, "--seed", seed, *words, timeout=3000)
             rows = history(runs(project)[-1])

@@ -68,8 +68,7 @@ def write_lists(project, pictures, name="cls"):
     """Our lists of these pictures, by our own command; the three settings that name them."""
     paths = {f"{kind}_path" if kind == "classes" else f"{kind}_annotation_path": f"model_data/{name}_{kind}.txt"
              for kind in ("classes", "train", "test")}
-    words = [word for option, path in zip(("--classes", "--train", "--test"), paths.values()) for word in (option, path)]
-    timed([sys.executable, "-m", "utils.annotation", pictures.resolve(), *words], project)
+    timed([sys.executable, "-m", "utils.annotation", pictures.resolve(), "--out", f"model_data/{name}"], project)
     return paths
 
 

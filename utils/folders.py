@@ -1,74 +1,47 @@
 """Folders of pictures: what is found in them, where links lead, and what is passed over."""
 import os
+import re
 from collections import Counter
 from heapq import heappop, heappush
 from pathlib import Path
 
 from utils.formats import endings
 
-LEFT_BEHIND = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "lost+found",
-               "system volume information"}  # by operating systems and storage boxes, in lower case
+LEFT_BEHIND = {"@eadir", "#recycle", "$recycle.bin"}  # thumbnails and deleted pictures; in lower case
 
 
-class Walk:
-    """A walk through a folder that enters each real folder once, those behind links last, and by no link one around others.
+def walk(root):
+    """What is below a folder: ([a picture's (whether it is a link, the folders' names from the root to it, path, where it
+    lies)], {what was left out: how many}).
 
-    folders: the names that lead from the root to each of them, such as ("train", "cat"), the root's own is (); pictures:
-    [(whether it is a link, such names, path, where it lies)]; left_out: {what: how many} of all that was not taken.
+    Each real folder is entered once, those behind links last, and by no link one around others. Hidden ones are passed over.
     """
-
-    def __init__(self, root):
-        self.folders, self.pictures, self.left_out = [], [], Counter()
-        self.waiting, seen = [(False, (), root)], set()
-        while self.waiting:  # a heap, so that links come last
-            link, names, folder = heappop(self.waiting)
-            real = os.path.realpath(folder)
-            if real in seen or link and any(other.startswith(os.path.join(real, "")) for other in seen):
-                self.left_out["links to folders that are read anyway"] += 1
-                continue
-            seen.add(real)
-            self.folders.append(names)
-            try:
-                for entry in os.scandir(folder):
-                    self.take(entry, names, real)
-            except OSError:
-                self.left_out["folders that cannot be read"] += 1
-
-    def take(self, entry, names, real):
-        """Note a folder or a picture; other things are counted, hidden ones are not."""
-        path, link, ending = entry.path, entry.is_symlink(), os.path.splitext(entry.name)[1].lower()
-        if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
-            return
-        if os.path.isdir(path) if link else entry.is_dir():
-            heappush(self.waiting, (link, (*names, entry.name), path))
-        elif ending not in endings():
-            self.left_out[f"files ({ending or 'no ending'}) that are no pictures"] += 1
-        elif not (os.path.isfile(path) if link else entry.is_file()):
-            self.left_out["pictures' names that are no regular files"] += 1
-        elif not is_line(path):
-            self.left_out["names that no text file can hold"] += 1
-        else:
-            lies = os.path.realpath(path) if link else os.path.join(real, entry.name)
-            self.pictures.append((link, names, Path(path).as_posix(), lies))
-
-    def each_once(self, wanted):
-        """[(names, path)] of the pictures in folders that are wanted(names), without links to those that are among them anyway."""
-        found = {}
-        for _, names, path, lies in sorted(self.pictures):
-            if not wanted(names):
-                self.left_out["pictures in none of the class folders"] += 1
-            elif lies in found:
-                self.left_out["links to pictures that are listed anyway"] += 1
-            else:
-                found[lies] = names, path
-        return [*found.values()]
-
-
-def is_line(name):
-    """Whether a line of UTF-8 text can hold it."""
-    return name.isprintable() or not {"\n", "\r"} & {*name} and name.encode("utf-8", "replace") == os.fsencode(name)
+    pictures, left_out, seen, waiting = [], Counter(), set(), [(False, (), root)]
+    while waiting:
+        link, names, folder = heappop(waiting)
+        real = os.path.realpath(folder)
+        if real in seen or link and any(other.startswith(os.path.join(real, "")) for other in seen):
+            left_out["links to folders that are read anyway"] += 1
+            continue
+        seen.add(real)
+        try:
+            for entry in os.scandir(folder):
+                link, path = entry.is_symlink(), Path(entry.path).as_posix()
+                ending, is_file = os.path.splitext(path)[1].lower(), os.path.isfile(path) if link else entry.is_file()
+                if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
+                    continue
+                if os.path.isdir(path) if link else entry.is_dir():  # which asks the disk about links alone
+                    heappush(waiting, (link, (*names, entry.name), path))
+                elif is_file and ending in endings() and not re.search("[\n\r\ud800-\udfff]", path):  # which no list can hold
+                    lies = os.path.realpath(path) if link else os.path.join(real, entry.name)
+                    pictures.append((link, names, path, lies))
+                else:
+                    left_out[f"files ({ending or 'no ending'}) that are not read"] += 1
+        except OSError:
+            left_out["folders that cannot be read"] += 1
+    return pictures, left_out
 
 
 def pictures_below(folder):
     """Sorted paths of the pictures in `folder` and its folders, links among them."""
-    return sorted(path for _, _, path, _ in Walk(folder).pictures)
+    return sorted(path for _, _, path, _ in walk(folder)[0])

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from utils.errors import UserError
-from utils.files import clear_drafts, draft
+from utils.files import clear_drafts, draft, not_written, writable
 from utils.lists import check_text_file
 from utils.processes import say
 
@@ -16,26 +15,25 @@ FOLDER = Path("model_data/shapes")
 SIZE, TRAIN, TEST = 64, 5000, 600
 
 
-def curve(x, y, points=48):
+def curve(points=48, x=math.cos, y=math.sin):
     """An outline: (x(t), y(t)) at evenly spaced angles t; of the unit circle, a regular polygon's few corners."""
     angles = [2 * math.pi * i / points for i in range(points)]
     return [(x(t), y(t)) for t in angles]
 
 
-CIRCLE = curve(math.cos, math.sin)
 SHAPES = {  # outlines in a square from -1 to 1; the ring's hole is drawn as well
     "arrow": [(-1, -.28), (.1, -.28), (.1, -.8), (1, 0), (.1, .8), (.1, .28), (-1, .28)],
-    "circle": CIRCLE,
-    "crescent": CIRCLE[6:43] + curve(lambda t: .25 + .8 * math.cos(t), lambda t: .8 * math.sin(t))[42:6:-1],
+    "circle": curve(),
+    "crescent": curve()[6:43] + curve(48, lambda t: .25 + .8 * math.cos(t), lambda t: .8 * math.sin(t))[42:6:-1],
     "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3),
               (-1, -.3), (-.3, -.3)],
-    "heart": curve(lambda t: math.sin(t) ** 3,
+    "heart": curve(48, lambda t: math.sin(t) ** 3,
                    lambda t: -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16),
     "rectangle": [(-1, -.35), (1, -.35), (1, .35), (-1, .35)],
-    "ring": CIRCLE,
-    "square": curve(math.cos, math.sin, 4),
-    "star": [(x * far, y * far) for (x, y), far in zip(curve(math.cos, math.sin, 10), (1, .4) * 5)],
-    "triangle": curve(math.cos, math.sin, 3),
+    "ring": curve(),
+    "square": curve(4),
+    "star": [(x * far, y * far) for (x, y), far in zip(curve(10), (1, .4) * 5)],
+    "triangle": curve(3),
 }
 
 
@@ -63,13 +61,12 @@ def draw_shape(name, rng):
     for _ in range(rng.randrange(3, 8)):  # clutter: lines and specks that are smaller than any shape
         speck = rng.random() * side, rng.random() * side, rng.uniform(5, 14) * scale, rng.random() * 7
         draw.line(placed([(0, 0), (1, 0)], *speck), fill=colour(rng), width=rng.randrange(1, 3) * scale)
-    fill = colour(rng, 150, 255)
-    radius, angle = rng.uniform(17, 28) * scale, rng.random() * 2 * math.pi
+    fill, radius, angle = colour(rng, 150), rng.uniform(17, 28) * scale, rng.random() * 2 * math.pi
     x, y = (rng.uniform(radius * .9, side - radius * .9) for _ in range(2))
     draw.polygon(placed(SHAPES[name], x, y, radius, angle), fill=fill)
     if name == "ring":
         draw.polygon(placed(SHAPES[name], x, y, radius * .5, angle), fill=background)
-    for _ in range(rng.randrange(0, 2)):  # partial occlusion: a bar across the shape
+    if rng.randrange(2):  # partial occlusion: a bar across the shape
         turn, across = rng.random() * 7, rng.uniform(-.6, .6)
         bar = placed([(-1, across), (1, across)], x, y, radius, turn)
         draw.line(bar, fill=colour(rng), width=int(rng.uniform(.1, .22) * radius))
@@ -84,31 +81,29 @@ def draw_set(folder, seed=0):
         lines = []
         for i in range(number):
             label = i % len(names)
-            target = Path(folder, split, names[label], f"{i:04d}.png")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draw_shape(names[label], random.Random(f"{seed} {split} {i}")).save(target, compress_level=1)
-            lines.append(f"{label};{Path(FOLDER, split, names[label], target.name).as_posix()}\n")
+            path = Path(split, names[label], f"{i:04d}.png")
+            Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+            draw_shape(names[label], random.Random(f"{seed} {split} {i}")).save(Path(folder, path), compress_level=1)
+            lines.append(f"{label};{(FOLDER / path).as_posix()}\n")
         Path(folder, f"{split}.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def data_paths(classes_path, train_annotation_path, test_annotation_path):
-    """The three paths as given, checked; or the sample's, drawn first if need be, when they are the untouched, absent defaults."""
-    given = (classes_path, train_annotation_path, test_annotation_path)
-    if given != DEFAULT_PATHS or any(os.path.exists(path) for path in given):
+def data_paths(*given):
+    """The paths of the class file and both lists as given, checked; or, when they are the untouched, absent defaults, the
+    sample's, which is drawn if need be."""
+    if given != DEFAULT_PATHS or any(map(os.path.exists, given)):
         for name, path in zip(("classes_path", "train_annotation_path", "test_annotation_path"), given):
             check_text_file(name, path)
         return given
-    say(f"{train_annotation_path} is absent in {os.getcwd()}: " + (f"training on the sample pictures in {FOLDER}" if FOLDER.exists() else
-                                                  f"drawing {TRAIN} + {TEST} sample pictures into {FOLDER}"))
-    if not FOLDER.exists():
-        try:
-            FOLDER.parent.mkdir(exist_ok=True)
-            clear_drafts(FOLDER.parent)
+    doing = "training on the" if FOLDER.exists() else f"drawing {TRAIN} + {TEST}"
+    say(f"{given[1]} is absent in {os.getcwd()}: {doing} sample pictures in {FOLDER}")
+    try:
+        if not FOLDER.exists():
+            clear_drafts(writable(FOLDER.parent, "it is the place of the sample pictures"))
             with draft(FOLDER, folder=True) as fresh:
                 draw_set(fresh)
                 os.rename(fresh, FOLDER)  # at once, so that an interrupted drawing leaves no half set
-        except OSError as error:
-            if not FOLDER.exists():  # else another process was first
-                raise UserError(f"the sample pictures could not be drawn into {FOLDER} ({error.strerror or error}): make "
-                                f"{FOLDER.parent} writable and some room in it, or name lists of your own pictures") from error
+    except OSError as error:
+        if not FOLDER.exists():  # else another process was first
+            raise not_written(FOLDER, error) from error
     return tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))

@@ -88,6 +88,9 @@ def test_out_of_memory_names_the_setting():
                   RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), raised(lambda: torch.empty(1 << 60, dtype=torch.uint8))):
         assert "lower Unfreeze_batch_size" in sentence(error)
     assert sentence(RuntimeError("other")) is None
+    with pytest.raises(ValueError) as caught:
+        torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
+    assert "BatchNorm needs two pictures" in sentence(caught.value)
 
 
 def raised(work):

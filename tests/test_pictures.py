@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from utils.charts import contact_sheet, matrix, shorten
 from utils.errors import UserError
-from utils.formats import FORMATS, endings, opened, to_rgb, upright
+from utils.folders import endings
+from utils.formats import FORMATS, opened, to_rgb, upright
 from utils.pictures import read_crop
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'

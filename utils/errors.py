@@ -24,7 +24,8 @@ ADVICE = (
      "the data loader's workers have no shared memory left: give the container more (docker run --shm-size=2g), lower "
      "num_workers, or set num_workers = 0"),
     (r"DataLoader worker .*(exited|killed)|EOFError|ConnectionResetError",
-     "a data-loader worker died, most likely for lack of memory: lower num_workers or the batch size ({line})"),
+     "a data-loader worker died, most likely for lack of memory: close other programs, or lower num_workers or the batch "
+     "size ({line})"),
     (r"gloo|Dist\w*Error|Connection (closed|reset|refused)|Broken pipe",
      LOST + ", or did not answer within the time-out of torch.distributed: the reason stands in its own output ({line})"),
 )

@@ -2,12 +2,22 @@
 import os
 import re
 from collections import Counter
+from functools import cache
 from heapq import heappop, heappush
 from pathlib import Path
 
-from utils.formats import endings
+from PIL import Image
+
+from utils.formats import FORMATS, REDUCIBLE
 
 LEFT_BEHIND = {"@eadir", "#recycle", "$recycle.bin"}  # thumbnails and deleted pictures; in lower case
+
+
+@cache
+def endings():
+    """The usual file endings of FORMATS, in lower case with their dot."""
+    Image.init()
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, *REDUCIBLE)}
 
 
 def walk(root):

@@ -3,7 +3,6 @@ import errno
 import io
 import os
 from contextlib import suppress
-from functools import cache
 
 import numpy as np
 import torch
@@ -18,13 +17,6 @@ BROKEN = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)  # what 
 REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quarter, an eighth
 # What Pillow calls the EXIF orientations from 2 on
 TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
-
-
-@cache
-def endings():
-    """The usual file endings of FORMATS, in lower case with their dot."""
-    Image.init()
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, *REDUCIBLE)}
 
 
 def to_rgb(image):

@@ -102,8 +102,7 @@ if __name__ == "__main__":
     if own:
         class_names, train_lines, val_lines = lists.check_names(own[0], "own_data"), *own[1:]
     else:
-        classes_path, train_annotation_path, test_annotation_path = data_paths(
-            classes_path, train_annotation_path, test_annotation_path)
+        classes_path, train_annotation_path, test_annotation_path = data_paths(settings)
         class_names, num_classes = lists.get_classes(classes_path)
         with open(train_annotation_path, encoding='utf-8') as f:
             train_lines = f.readlines()
@@ -122,7 +121,6 @@ if __name__ == "__main__":
     val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb)
     del train_lines, val_lines
     lists.check_same_everywhere(train_data, val_data)
-    settings = {name: globals()[name] for name in settings}  # with the sample's paths
     if train_data.in_memory:
         num_workers = 0  # loader processes would take more from a CPU that trains than they save
     run, state = processes.on_rank_0(lambda: continued_run(resume, save_dir, settings, class_names))

@@ -18,6 +18,8 @@ from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_cr
 from utils.sample_data import DEFAULT_PATHS, SHAPES, data_paths, draw_set
 from utils.processes import ignore_signals
 
+NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
+
 
 def photo(width, height, seed=0):
     """Smooth structure at many scales, as photos have."""
@@ -403,7 +405,7 @@ def test_the_sample_cannot_be_drawn(tmp_path, monkeypatch, place):
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr("utils.sample_data.draw_set" if place == "a full disk" else "utils.sample_data.draft", fail)
     with pytest.raises(UserError, match="model_data.*(No space left|Read-only)"):
-        data_paths(*DEFAULT_PATHS)
+        data_paths(dict(zip(NAMES, DEFAULT_PATHS)))
     assert not list(Path("model_data").iterdir())
 
 
@@ -414,7 +416,7 @@ def test_the_sample_may_be_drawn_by_two_at_once(tmp_path, monkeypatch):
         Path("model_data/shapes").mkdir()
         Path("model_data/shapes/train.txt").write_text("the other one's")
     monkeypatch.setattr("utils.sample_data.draw_set", draw)
-    assert Path(data_paths(*DEFAULT_PATHS)[1]).read_text() == "the other one's"
+    assert Path(data_paths(dict(zip(NAMES, DEFAULT_PATHS)))[1]).read_text() == "the other one's"
     assert [path.name for path in Path("model_data").iterdir()] == ["shapes"]
 
 

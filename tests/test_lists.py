@@ -9,6 +9,8 @@ from utils import lists, sample_data
 from utils.dataloader import DataGenerator
 from utils.errors import UserError
 
+NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
+
 
 def lines_of(text, classes=3):
     return lists.check_lines(text.splitlines(keepends=True), "list.txt", classes, "classes.txt")
@@ -136,7 +138,7 @@ def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("utils.sample_data.draw_set", lambda folder: Path(folder, "train.txt").touch())
     Path("model_data/.shapes.abcd.draft").mkdir(parents=True)
-    assert sample_data.data_paths(*sample_data.DEFAULT_PATHS)[1] == "model_data/shapes/train.txt"
+    assert sample_data.data_paths(dict(zip(NAMES, sample_data.DEFAULT_PATHS)))[1] == "model_data/shapes/train.txt"
     assert os.listdir("model_data") == ["shapes"] and os.listdir("model_data/shapes") == ["train.txt"]
 
 

@@ -88,11 +88,13 @@ def draw_set(folder, seed=0):
         Path(folder, f"{split}.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def data_paths(*given):
-    """The paths of the class file and both lists as given, checked; or, when they are the untouched, absent defaults, the
-    sample's, which is drawn if need be."""
+def data_paths(settings):
+    """The paths of the class file and both lists as in train.py's settings, checked; or, when they are the untouched, absent
+    defaults, the sample's, which is drawn if need be, and stands in the settings from then on."""
+    names = "classes_path", "train_annotation_path", "test_annotation_path"
+    given = tuple(settings[name] for name in names)
     if given != DEFAULT_PATHS or any(map(os.path.exists, given)):
-        for name, path in zip(("classes_path", "train_annotation_path", "test_annotation_path"), given):
+        for name, path in zip(names, given):
             check_text_file(name, path)
         return given
     doing = "training on the" if FOLDER.exists() else f"drawing {TRAIN} + {TEST}"
@@ -106,4 +108,5 @@ def data_paths(*given):
     except OSError as error:
         if not FOLDER.exists():  # else another process was first
             raise not_written(FOLDER, error) from error
-    return tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))
+    settings.update(zip(names, (str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))))
+    return tuple(settings[name] for name in names)

@@ -1,7 +1,6 @@
 """Networks by name: every torchvision classifier, and each network of one's own in a file of this folder.
 
-A file nets/my_net.py has a function my_net(num_classes, input_shape) that returns a torch.nn.Module from (N, 3, H, W)
-pictures to (N, num_classes) scores, last layer the head; backbone = 'my_net'. nets/resnet9.py is the default.
+backbone = 'my_net' is the function my_net(num_classes, input_shape) in nets/my_net.py; resnet9.py there is the default.
 """
 import copy
 import importlib
@@ -62,7 +61,7 @@ def is_transformer(backbone):
 
 @contextmanager
 def size_errors(backbone, input_shape):
-    """What torchvision's networks raise for pictures that they cannot take is a UserError; one's own keep their words."""
+    """What torchvision's networks raise for pictures that they cannot take is a UserError; one's own keep theirs."""
     try:
         yield
     except Exception as error:
@@ -82,8 +81,7 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
     if name in OWN:
         options["input_shape"] = tuple(input_shape)
     elif name in ("googlenet", "inception_v3"):
-        # without auxiliary heads; transform_input is what their published weights expect after ImageNet normalisation
-        options.update(aux_logits=False, transform_input=True, init_weights=True)
+        options.update(aux_logits=False, transform_input=True, init_weights=True)  # their weights are for -1 to 1
     elif name.startswith("vit_"):
         options["image_size"] = input_shape[0]  # of square pictures, others are refused when they come
     elif name == "maxvit_t":
@@ -105,7 +103,7 @@ def load_file(model, path, class_names=None):
 
 
 def lay_out(model, device, channels_last):
-    """The model on `device`: the one place that decides its memory format and, on CUDA, TF32. Pictures come in channels_last."""
+    """The model on `device`: decides its memory format and, on CUDA, TF32. Pictures come in channels_last."""
     torch.set_float32_matmul_precision("high")
     if not channels_last:
         model.register_forward_pre_hook(lambda module, pictures: (pictures[0].contiguous(), *pictures[1:]))
@@ -115,14 +113,11 @@ def lay_out(model, device, channels_last):
 def profile(model, backbone, input_shape, num_classes):
     """(parameters, FLOPs of one picture, whether it has BatchNorm), found on the meta device, without computing.
 
-    A multiply-add is two FLOPs. UserError: pictures too small to train on, or scores that are not (N, num_classes).
+    A multiply-add is two FLOPs. UserError: a size that the network cannot take, scores that are not (N, num_classes).
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and loader processes need none of it
-    trial, pictures = copy.deepcopy(model).to("meta"), torch.empty(2, 3, *input_shape, device="meta")
-    with size_errors(backbone, input_shape), torch.no_grad():
-        trial.train()(pictures)
-        with FlopCounterMode(display=False) as counter:
-            scores = trial.eval()(pictures)
+    with size_errors(backbone, input_shape), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        scores = copy.deepcopy(model).to("meta").eval()(torch.empty(2, 3, *input_shape, device="meta"))
     found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
     if found != [2, num_classes]:
         raise UserError(f"{backbone} gives {found} scores for 2 pictures, not [2, {num_classes}]: "

@@ -1,15 +1,14 @@
-"""Other people's names for torchvision's layers: timm's, Microsoft's (Swin), Meta's (ConvNeXt) and the documented family's.
+"""Other people's names for torchvision's layers: timm's, Microsoft's, Meta's and the documented family's.
 
-A table holds pairs (regular expression, what stands there instead), used one after another. What none of them finds
-keeps its name, so torchvision's own files pass through unchanged.
+A table holds pairs (regular expression, what replaces it), used one after another. What none finds keeps its name.
 """
 import re
 from contextlib import suppress
 
-from torchvision import models
+from torchvision.models import ConvNeXt, DenseNet, SwinTransformer, VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-WRAPPERS = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")  # put before the names by those who hold the network
+WRAPPERS = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")  # what others put before a network's names
 
 
 def stage(offset):
@@ -17,21 +16,21 @@ def stage(offset):
     return lambda found: f"features.{2 * int(found[1]) + offset}."
 
 
-VIT = [(r"^cls_token$", "class_token"), (r"^pos_embed$", "encoder.pos_embedding"), (r"^patch_embed\.proj\.", "conv_proj."),
+VIT = [(r"^cls_token$", "class_token"), (r"^pos_embed$", "encoder.pos_embedding"), (r"^patch_embed\.proj", "conv_proj"),
        (r"^norm\.", "encoder.ln."), (r"^head\.", "heads.head."), (r"^blocks\.", "encoder.layers.encoder_layer_"),
        (r"\.norm([12])\.", r".ln_\1."), (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
-       (r"\.attn\.proj\.", ".self_attention.out_proj."),
-       (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."), (r"\.mlp\.(fc|linear_)2\.", ".mlp.3.")]  # linear_: torchvision's older files
-SWIN = [(r"^patch_embed\.proj\.", "features.0.0."), (r"^patch_embed\.norm\.", "features.0.2."), (r"^head\.fc\.", "head."),
+       (r"\.attn\.proj\.", ".self_attention.out_proj."),  # linear_: torchvision's older files
+       (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."), (r"\.mlp\.(fc|linear_)2\.", ".mlp.3.")]
+SWIN = [(r"^patch_embed\.proj", "features.0.0"), (r"^patch_embed\.norm", "features.0.2"), (r"^head\.fc\.", "head."),
         (r"^layers\.(\d)\.blocks\.", stage(1)), (r"^layers\.(\d)\.downsample\.", stage(2)),
         (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.3.")]
-SWIN_TIMM = [(r"^layers\.(\d)\.downsample\.", stage(0)), *SWIN]  # a stage begins with it; elsewhere, and before 0.8, it ends so
+SWIN_TIMM = [(r"^layers\.(\d)\.downsample\.", stage(0)), *SWIN]  # from 0.8 on stages begin with it, elsewhere they end so
 CONVNEXT = [(r"^stem\.", "features.0."), (r"^(head\.)?norm\.", "classifier.0."), (r"^head\.(fc\.)?", "classifier.2."),
             (r"^downsample_layers\.(\d)\.", stage(0)), (r"^stages\.(\d)\.downsample\.", stage(0)),
-            (r"^stages\.(\d)\.(blocks\.)?", stage(1)), (r"\.(conv_dw|dwconv)\.", ".block.0."), (r"\.norm\.", ".block.2."),
-            (r"\.(mlp\.fc|pwconv)1\.", ".block.3."), (r"\.(mlp\.fc|pwconv)2\.", ".block.5."), (r"\.gamma$", ".layer_scale")]
+            (r"^stages\.(\d)\.(blocks\.)?", stage(1)), (r"\.(conv_dw|dwconv)", ".block.0"), (r"\.norm", ".block.2"),
+            (r"\.(mlp\.fc|pwconv)1", ".block.3"), (r"\.(mlp\.fc|pwconv)2", ".block.5"), (r"\.gamma$", ".layer_scale")]
 DENSENET = [(r"(denselayer\d+\.(norm|conv))\.(\d)", r"\1\3")]  # torchvision's older files
-TABLES = {models.VisionTransformer: VIT, models.SwinTransformer: SWIN, models.ConvNeXt: CONVNEXT, models.DenseNet: DENSENET}
+TABLES = {VisionTransformer: VIT, SwinTransformer: SWIN, ConvNeXt: CONVNEXT, DenseNet: DENSENET}
 
 
 def translate(model, state):
@@ -53,7 +52,7 @@ def translate(model, state):
 
 
 def fit(model, state, prefix=""):
-    """(how many parameters fit, `state` by the model's names, the prefix of wrappers that was taken off for the best fit)."""
+    """(how many parameters fit, `state` by the model's names, the wrappers' prefix that was taken off for the most)."""
     named, shapes = translate(model, state), {k: v.shape for k, v in model.named_parameters()}
     found = [(sum(v.shape == shapes.get(k) for k, v in named.items()), named, prefix)]
     for word in WRAPPERS:

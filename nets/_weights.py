@@ -38,14 +38,14 @@ def entries(checkpoint, depth=2, name=""):
 
 
 def load_weights(path, name="model_path"):
-    """The state_dict in a file: the first entry that holds tensors. UserError, which calls the path `name`, if none does."""
+    """The state_dict in a file: the first entry that holds tensors. UserError, calling the path `name`, if none does."""
     load = load_safetensors if Path(path).suffix == ".safetensors" else load_tensors
     with torch.serialization.safe_globals([argparse.Namespace]):  # a bag of options, it has no code to run
         checkpoint = load(path, name)
     entry, state = next((found for found in entries(checkpoint) if found[1]), ("", {}))
     if not state or any(v.is_meta or v.is_quantized or v.is_nested or v.layout != torch.strided for v in state.values()):
-        raise UserError(f"{name}: {str(path)!r} holds no state_dict of names and plain tensors (not quantized, sparse, nested, "
-                        f"or without values): save model.state_dict() with torch.save")
+        raise UserError(f"{name}: {str(path)!r} holds no state_dict of names and plain tensors (not quantized, sparse, "
+                        f"nested, or without values): save model.state_dict() with torch.save")
     if entry:
         say(f"{path}: taking the weights in its entry {entry}", file=sys.stderr)
     return state
@@ -76,14 +76,13 @@ def load_file(model, path, class_names=None):
 def load_matching(model, state, source):
     """Load what matches by name and shape, and say how much did. Returns the names of the floats that did not.
 
-    state: {name: tensor}; other people's names are translated (nets/_foreign.py). source: what messages call it.
-    UserError: nothing matches, or other kinds of numbers.
+    state: {name: tensor}, other people's names are translated. UserError: nothing of `source` fits, or no plain floats.
     """
     fitting, state, prefix = fit(model, state)
     if not fitting:
         raise UserError(f"{source}: none of the {len(state)} tensors fits this network by name and shape; "
                         f"set backbone to the network that the weights are of")
-    ours, head = model.state_dict(), head_layers(model)  # with torchvision's version marks, which a plain dictionary lacks
+    ours, head = model.state_dict(), head_layers(model)  # torchvision's dictionary has version marks, a plain one none
     matching = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
     check_numbers(ours, matching, source)
     missed = [k for k, v in ours.items() if k not in matching and v.is_floating_point()]  # not counters, nor indices

@@ -1,11 +1,9 @@
 """Networks by name: every torchvision classifier, and each network of one's own in a file of this folder.
 
-A file nets/my_net.py has a function my_net(num_classes, input_shape) that returns a torch.nn.Module from (N, 3, H, W)
-pictures to (N, num_classes) scores, last layer the head; backbone = 'my_net'. nets/resnet9.py is the default.
+backbone = 'my_net' is the function my_net(num_classes, input_shape) in nets/my_net.py; resnet9.py there is the default.
 """
 import copy
 import importlib
-import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torchvision import models
 
 from utils.errors import UserError, nearest
 
+OWN = [file.stem for file in Path(__file__).parent.glob("[!_]*.py")]
 DOCUMENTED_NAMES = {"mobilenetv2": "mobilenet_v2", "swin_transformer_tiny": "swin_t",
                     "swin_transformer_small": "swin_s", "swin_transformer_base": "swin_b"}
 
@@ -25,9 +24,9 @@ class Freezable:
 
     def freeze_backbone(self, frozen=True):
         """Leave only the head trainable, and hold the backbone's BatchNorm statistics (and dropout) still."""
-        head = head_layers(self)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not frozen or name.rpartition(".")[0] in head)
+        self.requires_grad_(not frozen)
+        for name in head_layers(self):
+            self.get_submodule(name).requires_grad_()
         self.frozen = frozen
         self.train(self.training)
 
@@ -36,30 +35,20 @@ class Freezable:
         self.freeze_backbone(False)
 
     def train(self, mode=True):
-        super().train(mode)
-        for module in self.modules() if mode and self.frozen else ():
-            module.training = module is self  # its own flag decides which outputs a network with auxiliary heads returns
+        super().train(mode and not self.frozen)
+        self.training = mode
         return self
 
 
 def head_layers(model):
-    """Names of the layers that give class scores: the network's last Linear or Conv2d and its auxiliary heads'."""
+    """A set with the name of the layer that gives class scores, which is the network's last Linear or Conv2d."""
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    if not layers:
-        raise UserError("the network has no Linear or Conv2d layer, so there is no head to tell from a backbone")
-    auxiliary = [[n for n in layers if n.startswith(part + ".")] for part in ("aux1", "aux2", "AuxLogits")]
-    return {layers[-1], *(names[-1] for names in auxiliary if names)}
-
-
-def own_networks():
-    """Names of the networks in this folder's own files."""
-    return [file.stem for folder in __path__ for file in Path(folder).glob("[!_]*.py")]
+    return set(layers[-1:])
 
 
 def check_name(backbone):
     """The torchvision (or own) name of `backbone`; UserError with the nearest names when there is none."""
-    name = DOCUMENTED_NAMES.get(backbone, backbone)
-    known = models.list_models(module=models) + own_networks()
+    name, known = DOCUMENTED_NAMES.get(backbone, backbone), models.list_models(module=models) + OWN
     if name not in known:
         raise UserError(f"backbone = {backbone!r} is not a network{nearest(backbone, known + list(DOCUMENTED_NAMES))}; "
                         f"the names are torchvision's classification models and the files of nets/")
@@ -72,47 +61,34 @@ def is_transformer(backbone):
 
 @contextmanager
 def size_errors(backbone, input_shape):
-    """What torchvision's networks raise for pictures that they cannot take becomes a UserError; one's own keep their words."""
+    """What torchvision's networks raise for pictures that they cannot take is a UserError; one's own keep theirs."""
     try:
         yield
-    except (RuntimeError, ValueError, ZeroDivisionError, AssertionError, IndexError) as error:
-        if isinstance(error, UserError) or check_name(backbone) in own_networks():
+    except Exception as error:
+        if check_name(backbone) in OWN:
             raise
-        line, *_ = str(error).split("\n")
         raise UserError(f"input_shape = {list(input_shape)} is too small (or of a shape that does not fit) for "
-                        f"{backbone}: {line}") from error
-
-
-def build(name, num_classes, input_shape):
-    """An untrained network with torchvision's own builder."""
-    height, width = input_shape
-    if name in own_networks():
-        return getattr(importlib.import_module(f"nets.{name}"), name)(num_classes=num_classes, input_shape=input_shape)
-    options = {"num_classes": num_classes}
-    if name in ("googlenet", "inception_v3"):
-        # transform_input is what their published weights expect after ImageNet normalisation; harmless without them
-        options.update(transform_input=True, init_weights=True)
-        options["aux_logits"] = name == "googlenet" or min(height, width) >= 299  # Inception's has no room below
-    if name.startswith("vit_"):
-        options["image_size"] = height  # of square pictures, others are refused when they come
-    if name == "maxvit_t":
-        # the paper's windows are 1/32 of the picture; torchvision's function, of which the rest is, fixes them at 7
-        window = 7 if height % 224 == width % 224 == 0 else math.gcd(height // 32, width // 32)
-        return models.MaxVit(input_size=(height, width), stem_channels=64, block_channels=[64, 128, 256, 512],
-                             partition_size=window, block_layers=[2, 2, 5, 2],
-                             head_dim=32, stochastic_depth_prob=0.2, num_classes=num_classes)
-    return models.get_model(name, weights=None, **options)
+                        f"{backbone}: {' '.join(str(error).split())[:200]}") from error
 
 
 def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
     """The network `backbone` with a new head of `num_classes` outputs for pictures of `input_shape` (height, width).
 
-    Takes float (N, 3, H, W) pictures, ImageNet-normalised. With `pretrained`, torchvision's default weights are
-    loaded into everything but the head. UserError: an unknown name, a size that the network cannot take.
+    Takes float (N, 3, H, W) pictures, ImageNet-normalised. pretrained: with torchvision's default weights but for the
+    head. UserError: an unknown name, a size that the network cannot take.
     """
-    name = check_name(backbone)
+    name, options = check_name(backbone), {"num_classes": num_classes}
+    if name in OWN:
+        options["input_shape"] = tuple(input_shape)
+    elif name in ("googlenet", "inception_v3"):
+        options.update(aux_logits=False, transform_input=True, init_weights=True)  # their weights are for -1 to 1
+    elif name.startswith("vit_"):
+        options["image_size"] = input_shape[0]  # of square pictures, others are refused when they come
+    elif name == "maxvit_t":
+        options["input_size"] = tuple(input_shape)
     with size_errors(backbone, input_shape):
-        model = build(name, num_classes, tuple(input_shape))
+        build = getattr(importlib.import_module(f"nets.{name}"), name) if name in OWN else models.get_model_builder(name)
+        model = build(**options)
     model.__class__ = type(type(model).__name__, (Freezable, type(model)), {})
     if pretrained:
         from nets._weights import load_pretrained
@@ -122,12 +98,12 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
 
 def load_file(model, path, class_names=None):
     """Give the model what fits of the weights file `path`, also of other trainers' and libraries' (nets/_weights.py)."""
-    from nets._weights import load_matching, load_weights
-    load_matching(model, load_weights(path), path, class_names)
+    from nets import _weights
+    _weights.load_file(model, path, class_names)
 
 
 def lay_out(model, device, channels_last):
-    """The model on `device`: the one place that decides its memory format and, on CUDA, TF32. Pictures come in channels_last."""
+    """The model on `device`: decides its memory format and, on CUDA, TF32. Pictures come in channels_last."""
     torch.set_float32_matmul_precision("high")
     if not channels_last:
         model.register_forward_pre_hook(lambda module, pictures: (pictures[0].contiguous(), *pictures[1:]))
@@ -137,18 +113,14 @@ def lay_out(model, device, channels_last):
 def profile(model, backbone, input_shape, num_classes):
     """(parameters, FLOPs of one picture, whether it has BatchNorm), found on the meta device, without computing.
 
-    A training step of two pictures is tried as well: UserError when they are too small for the network, or its scores are not
-    (N, num_classes). FLOPs count a multiply-add as two, as torch.utils.flop_counter does.
+    A multiply-add is two FLOPs. UserError: a size that the network cannot take, scores that are not (N, num_classes).
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and loader processes need none of it
-    trial, pictures = copy.deepcopy(model).to("meta"), torch.empty(2, 3, *input_shape, device="meta")
-    with size_errors(backbone, input_shape), torch.no_grad():
-        trial.train()(pictures)
-        with FlopCounterMode(display=False) as counter:
-            scores = trial.eval()(pictures)
+    with size_errors(backbone, input_shape), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        scores = copy.deepcopy(model).to("meta").eval()(torch.empty(2, 3, *input_shape, device="meta"))
     found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
     if found != [2, num_classes]:
-        raise UserError(f"{backbone} gives {found} scores for 2 pictures, not [2, {num_classes}]: its last layer needs num_classes "
-                        f"outputs")
-    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        raise UserError(f"{backbone} gives {found} scores for 2 pictures, not [2, {num_classes}]: "
+                        f"its last layer needs num_classes outputs")
+    has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, has_norm

@@ -36,11 +36,11 @@ class ResNet9(nn.Module):
 
     def forward(self, pictures):
         """float (N, 3, H, W) pictures → (N, num_classes) scores."""
-        return self.head(self.body(pictures).amax((2, 3))) / 8  # Page's scale: gradients of larger scores undo the network at first
+        return self.head(self.body(pictures).amax((2, 3))) / 8  # Page's scale: larger scores learn badly at first
 
 
 def resnet9(num_classes, input_shape, width=24):
     """The network for pictures of input_shape (height, width), both 8 pixels or more."""
     if min(input_shape) < 8:
         raise UserError(f"input_shape = {list(input_shape)}: resnet9 halves pictures three times, it needs 8 pixels")
-    return ResNet9(num_classes, width, stride=2 if min(input_shape) >= 48 else 1)  # large ones: most time goes into the first layers
+    return ResNet9(num_classes, width, stride=2 if min(input_shape) >= 48 else 1)  # large ones are slow at full size

@@ -134,7 +134,7 @@ if __name__ == "__main__":
     if model_path and state is None:
         load_file(model, model_path, class_names)
     settings["Init_Epoch"] = Init_Epoch = state["epoch"] if state else Init_Epoch
-    parameters, flops, _ = profile(model, backbone, input_shape, num_classes)
+    parameters, flops = profile(model, backbone, input_shape, num_classes)
     check_phases(settings, num_train, num_val)
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -236,7 +236,7 @@ def test_settings_that_a_config_lacks_are_those_of_train(folder, tmp_path):
     """A fork adds settings, and has runs that were made before."""
     run = make_run(tmp_path / "run", ["class0", "class1", "class2"])
     config = json.loads((run / "config.json").read_text())
-    for name in ("val_crop", "channels_last", "label_smoothing", "test_annotation_path", "mean", "std", "Unfreeze_batch_size"):
+    for name in ("val_crop", "label_smoothing", "test_annotation_path", "mean", "std", "Unfreeze_batch_size"):
         config["settings"].pop(name, None)
     (run / "config.json").write_text(json.dumps(config))
     assert evaluate(run, num_workers=0)["scored"] == 18

@@ -19,7 +19,7 @@ from utils.settings import check_value
 
 # What commands read of train.py's settings: what a run has that is older than the setting, None where every run has one
 USED = {"backbone": None, "input_shape": None, "val_crop": 1.0, "mean": MEAN, "std": STD, "Cuda": False, "fp16": False,
-        "channels_last": True, "Unfreeze_batch_size": 32,
+        "Unfreeze_batch_size": 32,
         "classes_path": "model_data/cls_classes.txt", "test_annotation_path": "model_data/cls_test.txt"}
 
 
@@ -42,7 +42,7 @@ class TrainedRun:
         self.fp16 = (self.Cuda if fp16 == "auto" else fp16) and self.Cuda == Cuda
         self.model = get_model(self.settings["backbone"], len(self.class_names), self.settings["input_shape"])
         self.load(weights or Path(self.folder, "best_epoch_weights.pth"), "--weights" if weights else "the run's best weights")
-        self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu", self.settings["channels_last"])
+        self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu")
 
     def load(self, path, name):
         """Give the model the weights of a file, which messages call `name`."""

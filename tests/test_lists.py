@@ -138,6 +138,7 @@ def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("utils.sample_data.draw_set", lambda folder: Path(folder, "train.txt").touch())
     Path("model_data/.shapes.abcd.draft").mkdir(parents=True)
+    os.utime("model_data/.shapes.abcd.draft", (0, 0))
     assert sample_data.data_paths(dict(zip(NAMES, sample_data.DEFAULT_PATHS)))[1] == "model_data/shapes/train.txt"
     assert os.listdir("model_data") == ["shapes"] and os.listdir("model_data/shapes") == ["train.txt"]
 

@@ -177,7 +177,7 @@ def test_other_kinds_of_numbers(name, change, words):
 
 def test_one_precision_everywhere():
     torch.set_float32_matmul_precision("highest")
-    nets.lay_out(nn.Linear(2, 2), "cpu", True)
+    nets.lay_out(nn.Linear(2, 2), "cpu")
     assert torch.get_float32_matmul_precision() == "high"
 
 

@@ -124,6 +124,8 @@ def test_drafts_of_killed_programs_are_cleared(tmp_path):
     (tmp_path / ".a.csv.x1.draft").write_text("left")
     (tmp_path / ".shapes.x2.draft").mkdir()
     (tmp_path / ".shapes.x2.draft/picture.png").write_text("left")
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))  # a living program writes to its own
     with draft(tmp_path / "b.csv") as file, draft(tmp_path / "c", folder=True) as made:
         clear_drafts(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {file.name, made.name}

@@ -46,7 +46,7 @@ def predictions(run, pictures, size=32):
 def listed(words):
     """The paths of the pictures that files, folders and '-' (a list of both on standard input) name."""
     for word in words:
-        for path in os.fsdecode(sys.stdin.buffer.read()).splitlines() if word == "-" else [word]:
+        for path in filter(None, os.fsdecode(sys.stdin.buffer.read()).splitlines()) if word == "-" else [word]:
             yield from os.path.isdir(path) and pictures_below(path) or [path]
 
 

@@ -30,10 +30,11 @@ def pictures_of(run, annotation=None):
     s, own = run.settings, None if annotation else own_data(run.settings)
     path, source = annotation or s["test_annotation_path"], "own_data" if own else s["classes_path"]
     names = own[0] if own else lists.get_classes(source)[0] if os.path.exists(source) else run.class_names
-    if moved := lists.difference(run.class_names, names, run.folder, source):
+    if any(was != now for was, now in zip(run.class_names, names)):
+        why = f"the classes of {run.folder} are not those of {source}, so class ids mean others"
         if not annotation:
-            raise UserError(f"{moved}, so class ids mean other classes: --annotation names a list with the run's ids")
-        print(f"WARNING: {plain(moved)}; the ids of {plain(path)} are taken for the run's")
+            raise UserError(f"{why}: --annotation names a list with the run's ids")
+        print(f"WARNING: {plain(why)}; those of {plain(path)} are taken for the run's")
     if own:
         return own[2]
     return lists.check_lines(lists.check_text_file("annotation", path).split("\n"), path, len(run.class_names), run.folder)

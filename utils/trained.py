@@ -1,6 +1,5 @@
 """A finished run, loaded once: the part that evaluate, predict and export share."""
 import os
-import signal
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from nets._weights import check_numbers, load_weights
 from utils.dataloader import detection_collate
 from utils.errors import UserError
 from utils.fit import score_batch
-from utils.processes import cores, end, ignore_signals, one_sentence_errors
+from utils.processes import cores, ignore_signals, one_sentence_errors
 from utils.run import read_config
 from utils.settings import check_value
 
@@ -62,7 +61,6 @@ class TrainedRun:
 def command(name, document):
     """The parser of utils.<name>, a command on a run; every error from here on is one sentence, and Ctrl-C ends it at once."""
     one_sentence_errors()
-    signal.signal(signal.SIGINT, lambda *_: end(130))  # raised while workers are being started, it would be lost
     parser = ArgumentParser(f"python -m utils.{name}", description=document, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, logs/…, or its name there")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")

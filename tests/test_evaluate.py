@@ -4,8 +4,8 @@ import json
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tests.helpers import ROOT, environment, make_data, make_run, picture, weigh
 from utils import evaluate as module, export, predict
 from utils.errors import UserError
 from utils.evaluate import evaluate
+from utils.pictures import centre_box, read_crop
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +65,14 @@ def test_the_mean_leaves_out_classes_without_pictures(folder, tmp_path, capsys):
     rows = predicted(tmp_path / "run")[1:]
     truth, called = [row[1] for row in rows], [row[2] for row in rows]
     present = sorted(set(truth))
-    assert len(present) == 3 and "mean: without 7 of 10 classes" in out
-    for label, average in (("mean", "macro"), ("weighted mean", "weighted")):
+    assert len(present) == 3
+    for label, average in (("mean of 3 classes", "macro"), ("weighted mean", "weighted")):
         expected = metrics.precision_recall_fscore_support(truth, called, labels=present, average=average, zero_division=0)[:3]
         shown = re.search(rf"^{label} +([\d.]+) +([\d.]+) +([\d.]+) +18$", out, re.M).groups()
         assert [float(figure) for figure in shown] == pytest.approx(expected, abs=6e-5)
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (dict(batch_size=0), "--batch-size 0 must"), (dict(batch_size=-1), "--batch-size -1 must"), (dict(batch_size=1e20), "--batch-size 1e"),
-    (dict(batch_size=10 ** 20), "--batch-size 1"), (dict(num_workers=-1), "--num-workers -1 must"), (dict(batch_size=True), "--batch-size"),
     (dict(out="train.txt/x"), "train.txt/x cannot be written.*--out"), (dict(out="train.txt"), "train.txt cannot be written"),
     (dict(weights="gone.pth"), "--weights: .*gone.pth"), (dict(annotation="gone.txt"), "annotation.*gone.txt"),
     (dict(weights="other.pth"), "--weights: other.pth holds the weights of another network than squeezenet1_1 with 3 classes"),
@@ -106,14 +105,13 @@ def test_scores_that_are_not_finite(folder, tmp_path):
 
 
 def test_ids_that_mean_other_classes(folder, tmp_path, capsys):
-    for now, sentence in ((["class0", "class2", "class1"], "class 1 is 'class1' in .*run, but not in classes.txt"), (["x"], "class 0")):
+    for now in (["class0", "class2", "class1"], ["x"]):
         Path("classes.txt").write_text("\n".join(now) + "\n")
         make_run(tmp_path / "run", ["class0", "class1", "class2"], classes_path="classes.txt")
-        with pytest.raises(UserError, match=sentence) as caught:
+        with pytest.raises(UserError, match="the classes of .*run are not those of classes.txt, so class ids mean others: --annotation"):
             evaluate(tmp_path / "run", num_workers=0)
-        assert "class2" not in str(caught.value)
     evaluate(tmp_path / "run", annotation="model_data/cls_test.txt", num_workers=0)  # that list may be an older one
-    assert "WARNING: class 0 is 'class0'" in capsys.readouterr().out
+    assert "WARNING: the classes of " in capsys.readouterr().out
     Path("classes.txt").write_text("class0\nclass1\nclass2\na later one\n")
     write_list("longer.txt", [0, 1, 2, 3])
     with pytest.raises(UserError, match="longer.txt:4: class id 3 is outside 0 … 2 .*run has 3 classes"):
@@ -127,7 +125,7 @@ def test_few_and_many_classes(folder, tmp_path, capsys, number):
     write_list("list.txt", [i % number for i in range(max(number, 18))])
     figures = evaluate(run, annotation="list.txt", batch_size=64, num_workers=0)
     rows = predicted(run)
-    assert figures["scored"] == max(number, 18) and figures["confusion"].shape == (number, number)
+    assert figures["scored"] == max(number, 18) and len((run / "confusion_matrix.csv").read_text().splitlines()) == number + 1
     assert len(rows[0]) == 2 + 2 * min(number, 5) and (number > 5 or figures["top5"] == 1)
     best = predict.Classifier(run)("model_data/test0.png")
     assert [name for name, _ in best] == rows[1][2::2] and [p for _, p in best] == pytest.approx([float(p) for p in rows[1][3::2]], abs=1e-5)
@@ -186,16 +184,10 @@ def test_data_of_ones_own(folder, tmp_path, monkeypatch):
     assert [row[:2] for row in predicted(tmp_path)[1:3]] == [["picture 0 of the data set", "class0"], ["picture 1 of the data set", "class1"]]
     assert Image.open(tmp_path / "mistakes.png").width > 100
     assert evaluate("run", annotation="model_data/cls_test.txt", out=tmp_path, num_workers=0)["scored"] == 18
-    for given, sentence in ((names[::-1], "class 0 is 'class0' in run, but not in own_data"), ([*names, "x"], "class id 3")):
+    for given, sentence in ((names[::-1], "the classes of run are not those of own_data"), ([*names, "x"], "class id 3")):
         monkeypatch.setattr(module, "own_data", lambda settings: (given, None, Drawn([0, 3])))
         with pytest.raises(UserError, match=sentence):
             evaluate("run", out=tmp_path, num_workers=0)
-
-
-def test_a_clock_that_stands_still(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
-    evaluate("run", out=tmp_path, num_workers=0)
-    assert "18000 images/s" in capsys.readouterr().out
 
 
 def test_mixed_precision_is_the_runs(folder, tmp_path):
@@ -208,7 +200,7 @@ def test_mixed_precision_is_the_runs(folder, tmp_path):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-DAMAGED = [("", "config.json"), ("{", "config.json"), ("[]", "settings"), ("{}", "settings"), ('{"settings": 3}', "settings"),
+DAMAGED = [("", "not a run's folder"), ("{", "not a run's folder"), ("[]", "not a run's folder"), ("{}", "settings"), ('{"settings": 3}', "settings"),
            (dict(class_names=None), "class_names"), (dict(class_names=[]), "class_names"), (dict(class_names=[1]), "class_names"),
            (dict(class_names=["a"] * 4), "4 classes"), (dict(finished="no"), "finished"), (dict(backbone=7), "backbone"),
            (dict(backbone="resnet81"), "resnet81"), (dict(input_shape=[32]), "input_shape"), (dict(input_shape=None), "input_shape"),
@@ -232,17 +224,12 @@ def test_a_damaged_config_is_one_sentence_in_every_command(folder, tmp_path, cha
         assert "\n" not in str(caught.value)
 
 
-def test_settings_that_a_config_lacks_are_those_of_train(folder, tmp_path):
-    """A fork adds settings, and has runs that were made before."""
+def test_a_setting_that_a_config_lacks_is_one_sentence(folder, tmp_path):
     run = make_run(tmp_path / "run", ["class0", "class1", "class2"])
     config = json.loads((run / "config.json").read_text())
-    for name in ("val_crop", "label_smoothing", "test_annotation_path", "mean", "std", "Unfreeze_batch_size"):
-        config["settings"].pop(name, None)
+    del config["settings"]["val_crop"], config["settings"]["label_smoothing"]  # the commands do not need the latter
     (run / "config.json").write_text(json.dumps(config))
-    assert evaluate(run, num_workers=0)["scored"] == 18
-    del config["settings"]["backbone"]
-    (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json.*backbone"):
+    with pytest.raises(UserError, match="val_crop = None must"):
         evaluate(run, num_workers=0)
 
 
@@ -257,7 +244,7 @@ def test_what_scores_mean_is_said_once(folder, tmp_path, monkeypatch):
     """Another meaning of scores in recipe.py is in each command's probabilities."""
     run = predict.Classifier(make_run(tmp_path / "run", ["a", "b"], classes_path="none.txt"))
     monkeypatch.setattr(module.recipe, "probabilities", torch.sigmoid)
-    images = torch.stack([predict.Pictures(run, [f"model_data/test{i}.png"])[0][0].permute(2, 0, 1) for i in range(3)])
+    images = torch.stack([read_crop(f"model_data/test{i}.png", (32, 32), partial(centre_box, (32, 32), 1.0)).permute(2, 0, 1) for i in range(3)])
     expected = torch.sigmoid(run.scores(images))
     write_list("list.txt", [0, 1, 0])
     evaluate(run.folder, annotation="list.txt", num_workers=0)
@@ -269,7 +256,7 @@ def test_what_scores_mean_is_said_once(folder, tmp_path, monkeypatch):
 
 
 def test_many_classes_take_little_memory(folder, tmp_path):
-    """What is kept grows with what occurs; pictures and tables that nobody can read are left out with a word."""
+    """What is kept grows with what occurs; a matrix that nobody can read is left out."""
     run = make_run(tmp_path / "run", [f"name {i}" for i in range(21_841)], classes_path="none.txt")
     write_list("list.txt", [0, 7, 21_840] * 20)
     code = ("import resource, sys\nfrom utils.evaluate import main\nmain(sys.argv[1:])\n"
@@ -277,8 +264,7 @@ def test_many_classes_take_little_memory(folder, tmp_path):
     ended = subprocess.run([sys.executable, "-c", code, run, "--annotation", "list.txt", "--num-workers", "0"], capture_output=True,
                            text=True, env={**environment(), "PYTHONPATH": str(ROOT)})
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout.split("peak ")[1]) < 1.5e6 and "21841 classes are more than anybody reads" in ended.stdout
-    assert len(ended.stdout.splitlines()) < 10 and "mean: without 21838 of 21841 classes" in ended.stdout
+    assert int(ended.stdout.split("peak ")[1]) < 1.5e6 and "mean of 3 classes" in ended.stdout
     assert not [path for path in run.iterdir() if "matrix" in path.name] and len(predicted(run)) == 61
     assert len((run / "per_class.csv").read_text().splitlines()) == 21_842
 
@@ -310,31 +296,10 @@ def test_links_in_a_runs_folder_lead_no_write_out_of_it(folder, tmp_path):
     for name in names:
         (run / name).symlink_to(outside / "file")
         (run / f".{name}.draft").symlink_to(outside / "file")
-    (run / "predictions").symlink_to(outside)
     evaluate(run, num_workers=0)
     export.export(run)
-    with pytest.raises(UserError, match="predictions is a link"):
-        predict.copies_folder(predict.Classifier(run))
     assert [path.name for path in outside.iterdir()] == ["file"] and (outside / "file").read_text() == "mine"
     assert not any((run / name).is_symlink() for name in names)
-
-
-def test_a_foreign_config_shows_no_file(folder, tmp_path, capsys):
-    """What stands in a file that config.json names is in no message."""
-    for text in ("password1234\n", "password1234\nunder oath\nunder oath\n"):
-        Path("secret").write_text(text)
-        for setting in ("classes_path", "test_annotation_path"):
-            run, said = make_run(tmp_path / "run", ["class0", "class1", "class2"], **{setting: "secret"}), ""
-            try:
-                evaluate(run, num_workers=0)
-            except UserError as error:
-                said = str(error)
-            assert "secret" in said or setting == "classes_path" and "oath" in text  # which is no list of classes
-            evaluate(run, annotation="model_data/cls_test.txt", num_workers=0)
-            said += capsys.readouterr().out
-            assert "password" not in said and "oath" not in said
-    with pytest.raises(UserError, match="secret:1 .*password1234"):  # the user names it
-        evaluate(run, annotation="secret", num_workers=0)
 
 
 def test_several_at_once_all_succeed(folder, tmp_path):

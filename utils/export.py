@@ -6,12 +6,13 @@ probabilities; with onnx and onnxscript installed, RUN/model.onnx is the same.
 import io
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from utils import recipe
 from utils.errors import plain
-from utils.files import save_file, writable
+from utils.files import save_file
 from utils.pictures import normalize
 from utils.trained import TrainedRun, command
 
@@ -30,26 +31,25 @@ class Program(torch.nn.Module):
 def export(run, weights=None):
     """Write RUN/model.pt2, and RUN/model.onnx where its packages are installed; returns the paths."""
     run = TrainedRun(run, weights)
-    written = [writable(run.folder, "the program would stand there") / "model.pt2"]
     module = Program(run.model.cpu().to(memory_format=torch.contiguous_format), run.settings).eval()
     example, sizes = torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8), ({0: torch.export.Dim("batch")},)
-    program, memory = torch.export.export(module, (example,), dynamic_shapes=sizes), io.BytesIO()
-    torch.export.save(program, memory, extra_files={"class_names.json": json.dumps(run.class_names)})
-    save_file(written[0], lambda file: file.write(memory.getbuffer()))
+    memory = io.BytesIO()  # on a full disk PyTorch's own writer aborts
+    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=sizes), memory,
+                      extra_files={"class_names.json": json.dumps(run.class_names)})
+    programs = {Path(run.folder, "model.pt2"): memory.getvalue()}
     if find_spec("onnx") and find_spec("onnxscript"):
         onnx = torch.onnx.export(module, (example,), dynamo=True, verbose=False, input_names=["images"],
                                  output_names=["probabilities"], dynamic_shapes=sizes)
-        written.append(written[0].with_suffix(".onnx"))
-        save_file(written[1], lambda file: file.write(onnx.model_proto.SerializeToString()))
-    else:
-        print("no ONNX file: pip install onnx onnxscript for one")
-    return written
+        programs[Path(run.folder, "model.onnx")] = onnx.model_proto.SerializeToString()
+    for path, program in programs.items():
+        save_file(path, lambda file: file.write(program))
+        print(f"wrote {plain(path)} ({len(program) / 1e6:.1f} MB)")
+    return list(programs)
 
 
 def main(arguments=None):
     options = command("export", __doc__).parse_args(arguments)
-    for path in export(options.run, options.weights):
-        print(f"wrote {plain(path)} ({path.stat().st_size / 1e6:.1f} MB)")
+    export(options.run, options.weights)
 
 
 if __name__ == "__main__":

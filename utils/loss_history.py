@@ -1,5 +1,6 @@
 """The run's figures: kept for the checkpoint, and written as history.csv, epoch_loss.png and TensorBoard scalars."""
 import math
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +30,7 @@ class LossHistory:
         """Add an epoch's figures; True when it is the best so far."""
         self.rows.append(figures)
         for name, value in figures.items():
-            if name not in ("epoch", "scored", "unreadable", "images_per_second"):
-                self.writer.add_scalar(name, value, figures["epoch"])
+            self.writer.add_scalar(name, value, figures["epoch"])
         return self.best() is figures
 
     def best(self):
@@ -53,24 +53,19 @@ class LossHistory:
 
     def write(self):
         """history.csv, whose columns are all figures that any epoch has ('nan' where one lacks it), and epoch_loss.png."""
-        if not self.rows:
-            return
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        values = [[row.get(name, math.nan) for name in names] for row in self.rows]
-        text = [",".join(names)] + [",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in row) for row in values]
-        save_text(Path(self.log_dir, "history.csv"), "\n".join(text) + "\n")
+        names = list(dict.fromkeys(chain(*self.rows)))
+        lines = [",".join(f"{row.get(name, math.nan):.8g}" for name in names) for row in self.rows]
+        save_text(Path(self.log_dir, "history.csv"), "\n".join([",".join(names), *lines, ""]))
         self.loss_plot()
 
     def loss_plot(self):
         """The curves of the loss, and of the figure that decides which epoch is best."""
-        def curve(name):
-            return [(row["epoch"], row[name]) for row in self.rows if name in row]
+        def curves(name, validation):
+            return {label: [(row["epoch"], row[key]) for row in self.rows if math.isfinite(row.get(key, math.nan))]
+                    for label, key in (("training", f"train_{name}"), ("validation", validation))}
         name = "top1" if self.best_by == "val_loss" else self.best_by
-        share = all(0 <= row.get(name, 0) <= 1 for row in self.rows)
-        panels = [("loss", {"training": curve("train_loss"), "validation": curve("val_loss")}, None),
-                  (figure_text(name, 0).rpartition(" ")[0], {"training": curve(f"train_{name}"), "validation": curve(name)},
-                   (0, 1) if share else None)]
-        save_image(Path(self.log_dir, "epoch_loss.png"), line_chart([p for p in panels if any(p[1].values())]))
+        panels = [("loss", curves("loss", "val_loss")), (name, curves(name, name))]
+        save_image(Path(self.log_dir, "epoch_loss.png"), line_chart([panel for panel in panels if any(panel[1].values())]))
 
     def state_dict(self):
         return {"rows": self.rows, "best_since": self.best_since}

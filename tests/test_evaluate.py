@@ -224,12 +224,17 @@ def test_a_damaged_config_is_one_sentence_in_every_command(folder, tmp_path, cha
         assert "\n" not in str(caught.value)
 
 
-def test_a_setting_that_a_config_lacks_is_one_sentence(folder, tmp_path):
+def test_settings_that_a_config_lacks_are_those_of_train(folder, tmp_path):
+    """A fork adds settings, and has runs that were made before."""
     run = make_run(tmp_path / "run", ["class0", "class1", "class2"])
     config = json.loads((run / "config.json").read_text())
-    del config["settings"]["val_crop"], config["settings"]["label_smoothing"]  # the commands do not need the latter
+    for name in ("val_crop", "label_smoothing", "test_annotation_path", "mean", "std", "Unfreeze_batch_size"):
+        config["settings"].pop(name, None)
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="val_crop = None must"):
+    assert evaluate(run, num_workers=0)["scored"] == 18
+    del config["settings"]["backbone"]
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="backbone = None must"):
         evaluate(run, num_workers=0)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.helpers import ROOT, environment, make_run, picture, weights
 from utils import dataloader, predict

@@ -37,7 +37,12 @@ def pictures_of(run, annotation=None):
         print(f"WARNING: {plain(why)}; those of {plain(path)} are taken for the run's")
     if own:
         return own[2]
-    return lists.check_lines(lists.check_text_file("annotation", path).split("\n"), path, len(run.class_names), run.folder)
+    try:
+        return lists.check_lines(lists.check_text_file("annotation", path).split("\n"), path, len(run.class_names), run.folder)
+    except UserError:
+        if annotation:
+            raise  # a run of somebody else may name any file: its words are shown only where the user names it
+        raise UserError(f"{path}, the run's test list, is none for its classes: --annotation {path} says why") from None
 
 
 def score(run, data, batch_size, num_workers=None):

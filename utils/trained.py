@@ -11,9 +11,16 @@ from nets._weights import check_numbers, load_weights
 from utils.dataloader import detection_collate
 from utils.errors import UserError
 from utils.fit import score_batch
+from utils.pictures import MEAN, STD
 from utils.processes import cores, ignore_signals, one_sentence_errors
 from utils.run import read_config
+from utils.sample_data import DEFAULT_PATHS
 from utils.settings import check_value
+
+
+# What commands read of train.py's settings, with a value where a run may lack it
+USED = {"backbone": None, "input_shape": None, "val_crop": 1.0, "mean": MEAN, "std": STD, "Cuda": False, "fp16": False,
+        "Unfreeze_batch_size": 32, **dict(zip(("classes_path", "train_annotation_path", "test_annotation_path"), DEFAULT_PATHS))}
 
 
 class TrainedRun:
@@ -23,10 +30,9 @@ class TrainedRun:
         """run: its folder, or its name in logs/; weights: a file other than its best. UserError: no run, weights that do not fit."""
         self.folder = run if os.path.exists(run) or not Path("logs", run).exists() else Path("logs", run)
         config = read_config(self.folder)
-        self.settings, self.class_names = config["settings"], config["class_names"]
-        for name in ("backbone", "input_shape", "val_crop", "mean", "std", "Cuda", "fp16", "Unfreeze_batch_size",
-                     "classes_path", "test_annotation_path"):  # what commands read of train.py's settings
-            check_value(name, self.settings.get(name))
+        self.settings, self.class_names = {**USED, **config["settings"]}, config["class_names"]
+        for name in USED:
+            check_value(name, self.settings[name])
         backbone, input_shape, Cuda, fp16 = (self.settings[name] for name in ("backbone", "input_shape", "Cuda", "fp16"))
         self.Cuda = Cuda and torch.cuda.is_available()
         # 'auto' where training has not decided yet; float16's stand-in on a CPU would give other figures

@@ -109,11 +109,9 @@ def lay_out(model, device):
 
 
 def profile(model, backbone, input_shape, num_classes):
-    """(parameters, FLOPs of one picture), found on the meta device, without computing.
-
-    A multiply-add is two FLOPs. UserError: a size that the network cannot take, scores that are not (N, num_classes).
-    """
+    """(parameters, FLOPs of one picture, two for a multiply-add). UserError: a size or a number of classes that does not fit."""
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and loader processes need none of it
+    # on the meta device nothing is computed
     with size_errors(backbone, input_shape), torch.no_grad(), FlopCounterMode(display=False) as counter:
         scores = copy.deepcopy(model).to("meta").eval()(torch.empty(2, 3, *input_shape, device="meta"))
     found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__

@@ -65,10 +65,7 @@ class Checkpoint:
         self.resumed, self.position = state, Position(state["epoch"], state["step"])
 
     def begin(self, epoch, order):
-        """The Position at the beginning of an epoch, or where it was interrupted if its order is still the same.
-
-        order: a text of all that the order of its pictures depends on.
-        """
+        """The Position at an epoch's beginning, or where it was interrupted if its `order`, a text, is still the same."""
         kept, self.position, self.order = self.resumed, Position(epoch), order
         interrupted = kept.get("epoch") == epoch and kept["step"]
         if interrupted and kept["order"] != order:
@@ -82,10 +79,7 @@ class Checkpoint:
         return self.position
 
     def save(self, epoch, step=0, totals=None):
-        """Write last_checkpoint.pth on rank 0; the other processes wait. Collective.
-
-        UserError when the weights are not finite, or the disk is full; the files saved before are then intact.
-        """
+        """Write last_checkpoint.pth on rank 0. Collective. UserError: weights that are not finite, a full disk."""
         if rank() == 0:
             state = {name: part and part.state_dict() for name, part in self.parts.items()}
             state.update(best=self.best, epoch=epoch, step=step, totals=totals, order=self.order, scored_on=self.scored_on)
@@ -98,10 +92,7 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
     def commit(self, figures, judged, save_period, last_epoch):
-        """End an epoch: its figures into the history, everything into one checkpoint, then the files that people read.
-
-        judged: the model that was validated. Returns on rank 0 whether it is the best so far. Collective.
-        """
+        """End an epoch in one checkpoint; returns on rank 0 whether `judged`, the model that was validated, is the best. Collective."""
         best = rank() == 0 and self.parts["history"].append_loss(figures)
         if best:
             self.best_is_new = True
@@ -139,10 +130,7 @@ class Checkpoint:
                 signal.signal(number, note)
 
     def steps(self, gen, steps, number=1):
-        """Yield the next `number` batches of `gen` at a time, `steps` in all, once the processes have agreed to go on.
-
-        A process that has no share in a batch gets a shorter list.
-        """
+        """Yield `number` batches of `gen` at a time (fewer where a process has no share), `steps` in all, each once all agree."""
         batches = iter(gen)
         for done in range(0, steps, number):
             current = list(islice(batches, min(number, steps - done)))
@@ -150,10 +138,7 @@ class Checkpoint:
             yield current
 
     def agree(self):
-        """Do what the processes agreed on, the largest wish: go on, save, or save and end; and ask anew. Collective.
-
-        The wish of each process travels while a step computes, and is obeyed before the next one.
-        """
+        """Obey the largest wish of the step before: go on, save, or save and end; the next one travels while a step computes."""
         wish, journey = self.asked
         if journey:
             journey.wait()

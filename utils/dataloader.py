@@ -78,13 +78,10 @@ class DataGenerator(Dataset):
 
     @cached_property
     def fingerprint(self):
-        """{name: text} of all that a score depends on: every attribute but the memory.
-
-        The source's is a checksum of the lines, or of another data set's `targets` and of eight pictures or a few more, small.
-        """
+        """{name: text} of all that a score depends on: every attribute but the memory."""
         if isinstance(self.source, AnnotationLines):
             content = self.source.text.numpy()
-        else:
+        else:  # `targets`, and eight pictures or a few more, small
             data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
             some = detection_collate([data[index] for index in range(0, len(data), max(1, len(data) // 8))])
             targets = np.asarray(getattr(self.source, "targets", ()), object)
@@ -104,8 +101,8 @@ class DataGenerator(Dataset):
 
     def __getitem__(self, item):
         if self.random and not (isinstance(item, tuple) and len(item) == 3):
-            raise UserError(f"a training picture is asked for by (epoch, place, index), not {item!r}, which would be augmented "
-                            f"alike in every epoch: derive your sampler from EpochSampler, with another order()")
+            raise UserError(f"a training picture is asked for by (epoch, place, index), not {item!r}: derive your sampler from "
+                            f"EpochSampler, with another order()")
         epoch, place, index = item if isinstance(item, tuple) else (0, 0, item)
         rng, unreadable = random.Random(f"{self.seed} {epoch} {place} {index}"), []  # a text seeds well mixed
         if self.random:
@@ -130,8 +127,7 @@ class DataGenerator(Dataset):
 
 def detection_collate(batch):
     """Items → (uint8 (N, 3, H, W) in channels_last memory, (N, …) targets: int64 of class ids, [(index, reason)] unreadable)."""
-    # Tensors are stacked in shared memory, so that a lack of it is an error in the worker, and not a batch that never arrives; of
-    # plain numbers default_collate would make float64, and of lists columns
+    # default_collate stacks tensors in shared memory; of plain numbers it would make float64, and of lists columns
     readable = [(image, torch.as_tensor(target)) for image, target, _ in batch if image is not None]
     images, targets = default_collate(readable) if readable else (torch.empty(0, 1, 1, 3).byte(), torch.empty(0).long())
     return images.permute(0, 3, 1, 2), targets, [bad for *_, unreadable in batch for bad in unreadable]

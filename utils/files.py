@@ -43,10 +43,7 @@ def clear_drafts(folder):
 
 
 def save_file(path, write):
-    """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file, nor through a link.
-
-    UserError when it cannot be written; what stood there is then intact.
-    """
+    """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file, nor through a link."""
     try:
         with draft(path) as fresh:
             with open(fresh, "wb") as file:
@@ -112,11 +109,8 @@ def check_regular(path, name):
 
 
 def load_tensors(path, name="model_path", check_sums=False):
-    """The dictionary in a file of torch.save. UserError, which calls the path `name`,
-    when it is missing, no regular file, cut short, or holds anything that could run.
-
-    check_sums: also when it has changed since: torch writes a CRC-32 of each tensor, and never looks.
-    """
+    """The dictionary in a file of torch.save. UserError, which calls the path `name`, when it cannot be read, holds anything that
+    could run or, with check_sums, has changed since: torch writes a CRC-32 of each tensor, and never looks."""
     check_regular(path, name)
     try:
         if check_sums:

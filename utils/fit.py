@@ -113,19 +113,15 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
     check_unreadable(totals["unreadable"], gen_val.dataset)
     if "pictures" not in totals:
         raise UserError("no picture of the test list can be read, so there is no score")
-    return {**validation_figures(totals, recipe), "scored": int(totals["pictures"]), "unreadable": totals["unreadable"]}
-
-
-def validation_figures(sums, recipe):
-    """figures_of validation's sums as the history calls them: 'val_loss', and the others by their own names."""
-    return {"val_loss" if name == "loss" else name: value for name, value in figures_of(sums, recipe.settings).items()}
+    figures = {"val_" * (name == "loss") + name: value for name, value in figures_of(totals, recipe.settings).items()}
+    return {**figures, "scored": int(totals["pictures"]), "unreadable": totals["unreadable"]}
 
 
 def figure_names(model, batch, Cuda, recipe):
     """The names of validation's figures, found with two pictures."""
     scores, targets = score_batch(model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings)
     sums = sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings)
-    return list(validation_figures(sums, recipe))
+    return ["val_" * (name == "loss") + name for name in figures_of(sums, recipe.settings)]
 
 
 def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,

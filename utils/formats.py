@@ -66,22 +66,19 @@ def why(error):
     return plain(f"{type(error).__name__}: {error}")
 
 
-def file_bytes(path):
-    """A regular file's bytes, no more than it says to have: devices have no end, and kernel files without one say 0."""
-    size = os.path.getsize(path)
-    if size > 2 ** 31 or not os.path.isfile(path):
-        raise OSError(f"{os.fspath(path)!r} is no regular file, or larger than 2 GiB")
-    with open(path, "rb") as file:
-        return file.read(size)
-
-
 def opened(source):
     """What read_crop takes → a Pillow image, of a file not decoded yet, that may be changed. Raises what read_crop does."""
     if isinstance(source, Image.Image):
         image = source.copy()
         image.format, image.tag_v2 = source.format, getattr(source, "tag_v2", {})
         return image
-    data = file_bytes(source) if isinstance(source, (str, os.PathLike)) else source
+    data = source
+    if isinstance(source, (str, os.PathLike)):
+        size = os.path.getsize(source)
+        if size > 2 ** 31 or not os.path.isfile(source):
+            raise OSError(f"{os.fspath(source)!r} is no regular file, or larger than 2 GiB")
+        with open(source, "rb") as file:
+            data = file.read(size)  # devices have no end, and kernel files without one say 0
     if not isinstance(data, (bytes, bytearray, memoryview)):
         return Image.fromarray(pixels(data))
     try:

@@ -72,10 +72,8 @@ def check_unchanged(classes_path, class_names):
 def check_names(names, source):
     """Class names as a list of texts. UserError, which calls the list `source`, unless there are some and all are different."""
     names = list(names)
-    if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{source}: class names must be a list of texts, not {names[:5]}")
-    if "" in names:
-        raise UserError(f"{source}: class {names.index('')} has no name: ids count the lines, so none may be blank")
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{source}: class names must be texts, none of them blank, as ids count them; not {names[:5]}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{source} names a class more than once: {', '.join(map(plain, twice[:5]))}")
     return list(map(str, names))
@@ -104,9 +102,9 @@ def check_lines(lines, path, num_classes, classes_path):
             missing.append((number, picture))
         kept.append(line)
     if missing:
-        shown = "; ".join([f"{path}:{number} {picture!r}" for number, picture in missing[:3]] + ["…"] * (len(missing) > 3))
-        raise UserError(f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at "
-                        f"{os.getcwd()}): {shown}{hint(missing[0][1])}")
+        number, picture = missing[0]
+        raise UserError(f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at {os.getcwd()}), the first is "
+                        f"{path}:{number} {picture!r}{hint(picture)}")
     return kept
 
 
@@ -125,17 +123,14 @@ def check_both(train_lines, val_lines, train_path, val_path):
     train, val = found
     if len(set(train.values())) == 1:
         raise UserError(f"{train_path}: all pictures have the label {min(train.values())!r}, so there is nothing to tell apart: name "
-                        "the folder whose folders are the classes to utils.annotation, not one around it")
+                        f"the folder whose folders are the classes to utils.annotation, not one around it")
     if shared := len(train.keys() & val.keys()):
         say(f"WARNING: {shared} pictures are in both the training and the test list: the scores will flatter")
 
 
 class AnnotationLines:
-    """Checked 'class_id;path' lines as a data set: item i is (path, class id as text).
-
-    They stand in one shared-memory tensor, each between two line ends: a list of Python strings would be copied into every
-    worker little by little, as its reference counts are touched.
-    """
+    """Checked 'class_id;path' lines as a data set: item i is (path, class id as text). They stand in one shared-memory tensor: a
+    list of strings would be copied into every worker little by little, as its reference counts are touched."""
 
     def __init__(self, lines):
         text = "\n".join(["", *(line.rstrip("\r\n") for line in lines), ""])
@@ -155,8 +150,6 @@ class AnnotationLines:
 
 def check_same_everywhere(*data):
     """UserError unless every process has read the same lists into its training and test data. Collective."""
-    first, *others = gather_objects([part.fingerprint["source"] for part in data])
-    for number, other in enumerate(others, 1):
-        if other != first:
-            raise UserError(f"the training or test lists of the processes differ ({first} on rank 0, {other} on rank {number}): "
-                            f"every machine needs the same files")
+    found = {*map(str, gather_objects([part.fingerprint["source"] for part in data]))}
+    if len(found) > 1:
+        raise UserError(f"the lists of the processes differ ({' and '.join(sorted(found)[:2])}): every machine needs the same files")

@@ -84,10 +84,9 @@ def connected():
 
 def gather_objects(item):
     """Every process's `item`, in the order of ranks. Collective."""
-    if not connected():
-        return [item]
-    everyone = [None] * world_size()
-    dist.all_gather_object(everyone, item)
+    everyone = [item] * world_size()
+    if connected():
+        dist.all_gather_object(everyone, item)
     return everyone
 
 
@@ -143,14 +142,11 @@ class ProgressLine:
 
 
 def ignore_signals(worker_id):
-    """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving.
-
-    On Linux a worker dies with its process: a group that torchrun restarts would connect to an orphan's sockets, and wait.
-    """
+    """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = lambda *error: None  # its errors travel to the loader; a thread of its own has nothing else to say
-    if sys.platform == "linux":
+    if sys.platform == "linux":  # die with the process: a group that torchrun restarts would connect to an orphan's sockets
         pr_set_pdeathsig = 1  # of linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         parent, server = multiprocessing.parent_process(), multiprocessing.get_start_method() == "forkserver"
@@ -180,13 +176,11 @@ def one_sentence_errors():
 
 
 def show_error(kind, error, trace):
-    """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback.
-
-    Each machine's first process speaks at once; the others, and who only knows that another one has ended, wait for the launcher.
-    """
+    """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback."""
     for number in {signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGTERM)}:  # torch's handler of the latter raises
         signal.signal(number, signal.SIG_DFL)
     told, other = sentence(error), int(os.environ.get("LOCAL_RANK", 0)) > 0
+    # a machine's first process speaks at once; others, and who only knows that another one has ended, wait for the launcher
     time.sleep(2 * other + 5 * bool(told and told.startswith(LOST)))
     whose = f"[rank {rank()}] " if other else ""
     print(f"{whose}error: {plain(told)}" if told else whose + "".join(traceback.format_exception(kind, error, trace)), file=sys.stderr)

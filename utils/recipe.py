@@ -37,15 +37,14 @@ def probabilities(scores):
 
 
 def ranked(scores, number):
-    """(values, class ids), each (N, number), of the highest scores. The one order among equals: the lower class id first."""
-    values, indices = scores.sort(dim=1, descending=True, stable=True)
-    return values[:, :number], indices[:, :number]
+    """int64 (N, number) class ids of the highest scores. The one order among equals: the lower class id first."""
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :number]
 
 
 def answers(scores, names):
     """What is said of pictures: for each row of float32 (N, classes) scores [(class name, probability)], the best five
     first; or a text that says why there is none."""
-    _, indices = ranked(scores, 5)  # of scores, as small probabilities are rounded to the same number
+    indices = ranked(scores, 5)  # of scores, as small probabilities are rounded to the same number
     values = probabilities(scores).gather(1, indices)
     return [[(names[index], value) for value, index in zip(*row)] if finite else "the network's scores for it are not finite"
             for finite, *row in zip(scores.isfinite().all(1).tolist(), values.tolist(), indices.tolist())]
@@ -76,7 +75,7 @@ def sums_of(loss, scores, targets, settings):
     float32 (N, classes); targets: as get_criterion's; settings: train.py's.
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
-    right = (ranked(scores, 5)[1] == labels[:, None]).sum(0)
+    right = (ranked(scores, 5) == labels[:, None]).sum(0)
     return {"pictures": torch.full((), len(scores), dtype=torch.float64, device=scores.device),
             "loss": loss.detach().double() * len(scores), "top1": right[0].double(), "top5": right.sum().double()}
 
@@ -95,10 +94,8 @@ def figure_text(name, value, exact=False):
 
 
 class EMA(nn.Module):
-    """Exponential moving average of a model's parameters and BatchNorm statistics, from the first step's on.
-
-    torch's AveragedModel copies its counter to the GPU at every step, and waits for it.
-    """
+    """Exponential moving average of a model's parameters and BatchNorm statistics, from the first step's on. (torch's own
+    AveragedModel copies its counter to the GPU at every step, and waits for it.)"""
 
     def __init__(self, model, decay):
         super().__init__()
@@ -107,12 +104,9 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update_parameters(self, model):
-        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
-        counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # such as BatchNorm's of batches
-        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        pairs = zip(self.module.state_dict().values(), model.state_dict().values())
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))  # not BatchNorm's counters of batches
         torch._foreach_lerp_(averages, values, 1 - self.decay if self.n_averaged else 1.0)
-        if counters:
-            torch._foreach_copy_(*zip(*counters))
         self.n_averaged += 1
 
 

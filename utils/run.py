@@ -60,10 +60,7 @@ def load_checkpoint(run):
 
 
 def runs_in(save_dir):
-    """[(its config, its folder)] of the runs in a folder, the one that was begun or continued last first.
-
-    Each start counts one up from the highest number that a run there has recorded: clocks and names do not tell.
-    """
+    """[(its config, its folder)] of the runs in a folder, the one that was begun or continued last first."""
     found = []
     for path in Path(save_dir).glob("*/config.json"):
         try:
@@ -76,10 +73,7 @@ def runs_in(save_dir):
 
 
 def lock(run, seconds=0):
-    """Take the run for this process's life; UserError when another one still trains it after so many seconds.
-
-    The file stays open, as closing it would give the lock back. Where there are no locks, nobody is kept off.
-    """
+    """Take the run for this process's life; UserError when another one still trains it after so many seconds."""
     try:
         number = os.open(Path(run, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:  # it may be another user's run
@@ -87,9 +81,9 @@ def lock(run, seconds=0):
     end = time.monotonic() + seconds
     while fcntl:
         try:
-            return fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the file stays open, as closing it would end the lock
         except OSError as error:
-            if not isinstance(error, (BlockingIOError, PermissionError)):  # as systems differ
+            if not isinstance(error, (BlockingIOError, PermissionError)):  # a file system without locks
                 return None
         if time.monotonic() >= end:
             raise UserError(f"{run} is being trained by another process, and cannot be continued before that has ended "
@@ -130,10 +124,7 @@ def new_run(save_dir):
 
 
 def continued_run(resume, save_dir, settings, class_names):
-    """(folder, checkpoint or None) of the run that is to go on, or (None, None); says what has changed in it.
-
-    Its precision is kept where fp16 is 'auto'. UserError for another network, optimizer or class list, or a finished run.
-    """
+    """(folder, checkpoint or None) of the run that is to go on, or (None, None); says what has changed in it. UserError: it cannot."""
     run = find_run(resume, save_dir)
     if run is None:
         return None, None
@@ -179,10 +170,7 @@ def describe_rates(s, transformer):
 
 
 def begin_run(run, s, class_names, facts):
-    """Print what is about to be trained, and write config.json, which makes the folder a run; returns what it holds.
-
-    s: train.py's settings; facts: {row of the header: text}, which come before the settings' own rows.
-    """
+    """Print what is about to be trained, `facts` before rows of the settings s; write and return what config.json holds."""
     rows = {"run": run, **facts, "input_shape": s["input_shape"],
             "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}"
                       + (f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""),
@@ -190,6 +178,7 @@ def begin_run(run, s, class_names, facts):
                           f"{s.get('accumulate', 1)} to a step"}
     say("\n".join(f"  {name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()))
     versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL)}}
+    # clocks and names do not tell which run is the newest: each start counts on
     number = 1 + max((config["start"] for config, _ in runs_in(Path(run).parent)), default=0)
     config = {"settings": s, "class_names": class_names, "launch": processes.launch_id, "start": number, "finished": False,
               "versions": versions}

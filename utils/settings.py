@@ -191,11 +191,8 @@ def check_best_by(best_by, names):
 
 
 def choose_precision(settings, model, batch, recipe):
-    """(fp16, why) of the setting; for 'auto' True on CUDA, and on a CPU what trains this network faster, found by trying.
-
-    Two to four steps of each, in turn, for 5 s, on a copy of the model with a batch of the training pictures. Instruction sets
-    do not tell: bfloat16 makes some networks three times as fast and others half as fast on one machine.
-    """
+    """(fp16, why) of the setting; for 'auto' True on CUDA, and on a CPU what trains this network faster, found by trying two to
+    four steps: bfloat16 makes some networks three times as fast and others half as fast on one machine."""
     if settings["fp16"] != "auto" or settings["Cuda"]:
         return bool(settings["fp16"]), ""
     trial, off = copy.deepcopy(model).train(), torch.amp.GradScaler("cpu", enabled=False)

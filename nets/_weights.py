@@ -81,7 +81,7 @@ def load_matching(model, state, source):
     fitting, state, prefix = fit(model, state)
     if not fitting:
         raise UserError(f"{source}: none of the {len(state)} tensors fits this network by name and shape; "
-                        f"set backbone to the network that the weights are of")
+                        f"set backbone to the network that the weights are of (nets/README.md: whose names are known)")
     ours, head = model.state_dict(), head_layers(model)  # torchvision's dictionary has version marks, a plain one none
     matching = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
     check_numbers(ours, matching, source)

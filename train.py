@@ -20,14 +20,14 @@ from utils.charts import contact_sheet, drawable
 from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate, note, own_data
 from utils.files import save_image
-from utils.fit import figure_names, fit_one_epoch
+from utils.fit import check_best_by, fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.processes import ignore_signals, rank, say, world_size
 from utils.recipe import Recipe, balanced_weights, get_optimizer, said
 from utils.run import begin_run, continued_run, describe_rates, new_run, write_config
 from utils.sample_data import data_paths
 from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
-from utils.settings import check_best_by, check_phases, check_settings, choose_precision, command_line, too_small
+from utils.settings import check_phases, check_settings, choose_precision, command_line, too_small
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU
@@ -146,7 +146,7 @@ if __name__ == "__main__":
     first = EpochSampler(num_train, size, rank(), world_size(), seed=seed)
     batch = detection_collate([train_data[item] for item in islice(first, min(64, size // world_size()))])
     say(note(batch[0]), end="")
-    check_best_by(best_by, figure_names(model, batch, Cuda, recipe))
+    check_best_by(best_by, model, batch, Cuda, recipe)
     settings["fp16"], tried = processes.on_rank_0(lambda: choose_precision(settings, model, batch, recipe))
     fp16 = settings["fp16"]
     scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None

@@ -109,7 +109,7 @@ def lay_out(model, device):
 
 
 def profile(model, backbone, input_shape, num_classes):
-    """(parameters, FLOPs of one picture, two for a multiply-add). UserError: a size or a number of classes that does not fit."""
+    """(parameters, FLOPs of one picture, two a multiply-add). UserError: a size or number of classes that does not fit."""
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and loader processes need none of it
     # on the meta device nothing is computed
     with size_errors(backbone, input_shape), torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -45,7 +45,7 @@ class Checkpoint:
 
     def __init__(self, run, parts, save_minutes=0, scored_on=""):
         self.run, self.parts, self.save_minutes, self.scored_on = run, parts, save_minutes, scored_on
-        self.best, self.best_is_new = None, False  # the best epoch's weights, on the CPU: with the history they make one story
+        self.best, self.best_is_new = None, False  # the best epoch's weights, on the CPU: one story with the history
         self.position, self.order, self.resumed = Position(0), "", {}
         self.signal, self.signalled_at, self.saved_at = 0, 0, time.monotonic()
         self.asked = torch.tensor([GO_ON]), None  # the last wish, and its journey to the other processes
@@ -61,7 +61,7 @@ class Checkpoint:
             self.best = None
             if rank() == 0:
                 self.parts["history"].seek_best_anew()
-            say("  the best epoch is sought anew: the test pictures, how they are read or best_by changed, so scores do not compare")
+            say("  the best epoch is sought anew: the test pictures, how they are read or best_by changed")
         self.resumed, self.position = state, Position(state["epoch"], state["step"])
 
     def begin(self, epoch, order):
@@ -92,7 +92,7 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
     def commit(self, figures, judged, save_period, last_epoch):
-        """End an epoch in one checkpoint; returns on rank 0 whether `judged`, the model that was validated, is the best. Collective."""
+        """End an epoch in one checkpoint; whether `judged`, the model that was validated, is the best (rank 0). Collective."""
         best = rank() == 0 and self.parts["history"].append_loss(figures)
         if best:
             self.best_is_new = True
@@ -130,7 +130,7 @@ class Checkpoint:
                 signal.signal(number, note)
 
     def steps(self, gen, steps, number=1):
-        """Yield `number` batches of `gen` at a time (fewer where a process has no share), `steps` in all, each once all agree."""
+        """Yield `number` batches of `gen` at a time (fewer where a process has no share), `steps` in all, once all agree."""
         batches = iter(gen)
         for done in range(0, steps, number):
             current = list(islice(batches, min(number, steps - done)))
@@ -138,7 +138,7 @@ class Checkpoint:
             yield current
 
     def agree(self):
-        """Obey the largest wish of the step before: go on, save, or save and end; the next one travels while a step computes."""
+        """Obey the largest wish of the step before (go on, save, save and end); the next travels while a step computes."""
         wish, journey = self.asked
         if journey:
             journey.wait()

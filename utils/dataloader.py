@@ -70,7 +70,7 @@ class DataGenerator(Dataset):
             raise UserError(f"{self.name(index)}: {error}") from None
 
     def class_ids(self):
-        """Every target, int64 (N,) of class ids: from `targets`, as torchvision's data sets have, unless a transform changes them."""
+        """Every target, int64 (N,) of class ids: from torchvision's `targets`, unless a transform may change them."""
         labels = getattr(self.source, "targets", None)
         if labels is None or any(getattr(self.source, name, None) for name in ("transforms", "target_transform")):
             labels = (self.source[index][1] for index in range(len(self)))
@@ -87,7 +87,7 @@ class DataGenerator(Dataset):
             targets = np.asarray(getattr(self.source, "targets", ()), object)
             content = repr([part.tolist() for part in (targets, *some[:2])]).encode()
         parts = {**vars(self), "source": f"{len(self)} pictures, {zlib.crc32(content):08x}"}
-        return {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in parts.items() if name not in ("kept", "in_memory")}
+        return {name: re.sub(" at 0x[0-9a-f]+", "", str(part)) for name, part in parts.items() if name not in ("kept", "in_memory")}
 
     def read(self, index):
         """(uint8 (H, W, 3) that nobody may change, target); raises one of BROKEN for a picture that cannot be read."""
@@ -126,7 +126,7 @@ class DataGenerator(Dataset):
 
 
 def detection_collate(batch):
-    """Items → (uint8 (N, 3, H, W) in channels_last memory, (N, …) targets: int64 of class ids, [(index, reason)] unreadable)."""
+    """Items → (uint8 (N, 3, H, W) in channels_last memory, (N, …) targets, int64 of class ids, [(index, reason)])."""
     # default_collate stacks tensors in shared memory; of plain numbers it would make float64, and of lists columns
     readable = [(image, torch.as_tensor(target)) for image, target, _ in batch if image is not None]
     images, targets = default_collate(readable) if readable else (torch.empty(0, 1, 1, 3).byte(), torch.empty(0).long())

@@ -1,10 +1,9 @@
-"""What a user can mend: the error that is one sentence, what PyTorch's and the system's messages mean, and how names are shown."""
+"""What a user can mend: errors of one sentence, what PyTorch's and the system's messages mean, how names are shown."""
 import difflib
 import errno
 import re
 
 TOO_SMALL = "数据集过小,无法继续进行训练,请扩充数据集。"  # the documented words of the documented ValueError
-
 LOST = "another process of the launch has ended"
 NOT_FINITE = "lower Init_lr or clip_ratio; the files saved before it are intact"
 

@@ -113,7 +113,7 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
     """Score, print and write everything; returns {**figures, 'scored'}."""
     run = TrainedRun(run, weights)
     names, s = run.class_names, run.settings
-    data = DataGenerator(pictures_of(run, annotation), s["input_shape"], random=False, val_crop=s["val_crop"], num_classes=len(names))
+    data = DataGenerator(pictures_of(run, annotation), s["input_shape"], False, val_crop=s["val_crop"], num_classes=len(names))
     out = writable(out or run.folder, "name another folder with --out")
     figures, indices, targets, answers = score(run, data, batch_size or s["Unfreeze_batch_size"], num_workers)
     files = by_class(data, names, indices, targets, answers)

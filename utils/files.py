@@ -43,7 +43,7 @@ def clear_drafts(folder):
 
 
 def save_file(path, write):
-    """Call write(binary file) on a draft beside `path`, then move it into place: never a half-written file, nor through a link."""
+    """write(binary file) on a draft beside `path`, which then takes its place: never half a file, nor through a link."""
     try:
         with draft(path) as fresh:
             with open(fresh, "wb") as file:

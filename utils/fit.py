@@ -8,7 +8,7 @@ import torch
 
 from utils import processes
 from utils.checkpoint import Checkpoint, Position
-from utils.errors import NOT_FINITE, UserError, plain
+from utils.errors import NOT_FINITE, UserError, nearest, plain, shown
 from utils.pictures import normalize
 from utils.processes import ProgressLine, rank, say, world_size
 from utils.recipe import Recipe, clip_layers, figure_text, figures_of, sums_of
@@ -84,7 +84,7 @@ def count_unreadable(batches, data, position):
 
 def check_unreadable(number, data):
     if number > max(1, 0.01 * len(data)):
-        raise UserError(f"{number} {'training' if data.random else 'test'} pictures of an epoch cannot be read, more than 1 %: "
+        raise UserError(f"{number} {'training' if data.random else 'test'} pictures cannot be read, more than 1 %: "
                         f"python -m utils.annotation DATASETS --check lists them")
 
 
@@ -94,8 +94,8 @@ def check_training(position, scaler, lr, late):
         raise UserError(f"the loss is not finite in epoch {position.epoch + 1}, {'by ' * late}step {position.step}, "
                         f"at lr {lr:.3g}: {NOT_FINITE}")
     if scaler.get_scale() < 1:
-        raise UserError(f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}, however "
-                        f"small their scale: set fp16 = False, or lower Init_lr or clip_ratio")
+        raise UserError(f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}: "
+                        f"set fp16 = False, or lower Init_lr or clip_ratio")
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
@@ -117,11 +117,13 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
     return {**figures, "scored": int(totals["pictures"]), "unreadable": totals["unreadable"]}
 
 
-def figure_names(model, batch, Cuda, recipe):
-    """The names of validation's figures, found with two pictures."""
+def check_best_by(best_by, model, batch, Cuda, recipe):
+    """UserError unless best_by is a figure of validation, found with two pictures, or '-' and one (the lowest is best)."""
     scores, targets = score_batch(model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings)
     sums = sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings)
-    return ["val_" * (name == "loss") + name for name in figures_of(sums, recipe.settings)]
+    names = ["val_" * (name == "loss") + name for name in figures_of(sums, recipe.settings)]
+    if best_by.removeprefix("-") not in names:
+        raise UserError(f"best_by = {shown(best_by)} is no figure of validation: {', '.join(names)}{nearest(best_by, names)}")
 
 
 def fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,

@@ -53,8 +53,7 @@ def orientation(image):
 
 
 def upright(image, turn):
-    """A Pillow image of any mode, whose `orientation` is turn → RGB as seen; it outlives its file."""
-    image.load()
+    """A Pillow image of any mode, whose `orientation` is turn → RGB as seen."""
     image = to_rgb(image)
     return image.transpose(Image.Transpose[TURNS[turn - 2]]) if turn > 1 else image
 

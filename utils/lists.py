@@ -45,7 +45,7 @@ def check_text_file(name, path, remedy="python -m utils.annotation DATASETS writ
     try:
         check_regular(path, name)
         with open(path, "rb") as file:
-            text = file.read(os.stat(path).st_size).decode("utf-8-sig")  # a file of the kernel without an end says that it is empty
+            text = file.read(os.stat(path).st_size).decode("utf-8-sig")  # files of the kernel have no end
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line} is not UTF-8 text: save {name}'s file as UTF-8") from None
@@ -70,7 +70,7 @@ def check_unchanged(classes_path, class_names):
 
 
 def check_names(names, source):
-    """Class names as a list of texts. UserError, which calls the list `source`, unless there are some and all are different."""
+    """Class names as a list of texts. UserError, which calls the list `source`, unless there are some, all different."""
     names = list(names)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{source}: class names must be texts, none of them blank, as ids count them; not {names[:5]}")
@@ -103,8 +103,8 @@ def check_lines(lines, path, num_classes, classes_path):
         kept.append(line)
     if missing:
         number, picture = missing[0]
-        raise UserError(f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at {os.getcwd()}), the first is "
-                        f"{path}:{number} {picture!r}{hint(picture)}")
+        raise UserError(f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at {os.getcwd()}), the first "
+                        f"is {path}:{number} {picture!r}{hint(picture)}")
     return kept
 
 
@@ -118,12 +118,12 @@ def check_both(train_lines, val_lines, train_path, val_path):
             if labels.setdefault((folders(folder + slash), file), label.strip()) != label.strip():
                 others.append(picture)
         if others:
-            say(f"WARNING: {path}: {len(others)} lines give a picture another label than a line before, the first is {others[0]!r}")
+            say(f"WARNING: {path}: {len(others)} lines give a picture another label than a line before, as {others[0]!r}")
         found.append(labels)
     train, val = found
     if len(set(train.values())) == 1:
-        raise UserError(f"{train_path}: all pictures have the label {min(train.values())!r}, so there is nothing to tell apart: name "
-                        f"the folder whose folders are the classes to utils.annotation, not one around it")
+        raise UserError(f"{train_path}: all pictures have the label {min(train.values())!r}, nothing to tell apart: name the folder "
+                        f"whose folders are the classes to utils.annotation, not one around it")
     if shared := len(train.keys() & val.keys()):
         say(f"WARNING: {shared} pictures are in both the training and the test list: the scores will flatter")
 
@@ -152,4 +152,4 @@ def check_same_everywhere(*data):
     """UserError unless every process has read the same lists into its training and test data. Collective."""
     found = {*map(str, gather_objects([part.fingerprint["source"] for part in data]))}
     if len(found) > 1:
-        raise UserError(f"the lists of the processes differ ({' and '.join(sorted(found)[:2])}): every machine needs the same files")
+        raise UserError(f"the lists of the processes differ ({' and '.join(sorted(found)[:2])}): they must be the same files")

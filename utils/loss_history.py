@@ -10,11 +10,8 @@ from utils.recipe import figure_text
 
 
 class LossHistory:
-    """One dictionary of figures an epoch, as fit_one_epoch returns them.
-
-    best_by: the figure that decides which epoch is best, the first among equals. Highest is best, but lowest of a loss and
-    of a figure whose name has a minus before it ('-mae').
-    """
+    """One dictionary of figures an epoch, as fit_one_epoch returns them. The first epoch of the highest best_by is the best; of the
+    lowest, if it is a loss or has a minus before its name ('-mae')."""
 
     def __init__(self, log_dir, model=None, input_shape=None, best_by="top1"):
         self.log_dir, self.rows, self.best_by = log_dir, [], best_by.removeprefix("-")

@@ -1,4 +1,4 @@
-"""Pictures as the network gets them: decoded no larger than needed, cropped, normalised; training and every command share it."""
+"""Pictures as the network gets them: decoded no larger than needed, cropped, normalised; shared by all."""
 import math
 from contextlib import suppress
 from functools import cache

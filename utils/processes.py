@@ -49,17 +49,13 @@ def describe_device(Cuda):
     """What trains, for people."""
     if not Cuda:
         return f"CPU, {torch.get_num_threads()} threads"
-    alone = not connected() and torch.cuda.device_count() > 1
-    hint = " by DataParallel (torchrun --nproc_per_node=… is faster)" * alone
-    return f"{torch.cuda.device_count() if alone else world_size()} × {torch.cuda.get_device_name()}{hint}"
+    return f"{world_size() if connected() else torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
 
 
 def group_store():
-    """The launcher's store, under a name that only the living processes know.
-
-    torchrun keeps its store over a restart, with the addresses of dead processes in it, and each node counts restarts for
-    itself. So each process asks under a name that it draws, and rank 0 answers with the group's until everyone is here.
-    """
+    """The launcher's store, under a name that only the living processes know: torchrun keeps it over a restart, with the addresses
+    of dead processes in it, and each node counts restarts for itself. So each process asks under a name that it draws, and rank 0
+    answers with the group's until everyone is here."""
     global launch_id
     launchers, _, _ = next(dist.rendezvous("env://"))
     named = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's --rdzv_id
@@ -111,7 +107,7 @@ def barrier():
 
 
 def say(text, everyone=False, as_it_is=False, **options):
-    """Print on rank 0 or everyone's, at once, plain but for line ends. A closed pipe or a full disk must not decide what is saved."""
+    """Print on rank 0 or everyone's, at once, plain but for line ends. A closed pipe or full disk decides nothing."""
     if rank() == 0 or everyone:
         with contextlib.suppress(OSError, ValueError):
             print(text if as_it_is else "\n".join(map(plain, text.split("\n"))), **options, flush=True)
@@ -165,7 +161,7 @@ atexit.register(stop_workers)  # for a program of one's own that returns from it
 
 
 def one_sentence_errors():
-    """Show every error of this program that a user can mend as one sentence (its first call); Ctrl-C ends it without words."""
+    """Show every error of this program that a user can mend as one sentence; Ctrl-C ends it without words."""
     sys.excepthook = show_error
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup stays in force
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -194,6 +190,7 @@ def end(code):
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
+    sys.stdout = sys.stderr = None  # what clean-up would say is of no use
     with contextlib.suppress(Exception):
         multiprocessing.util._run_finalizers()  # semaphores, the folder for temporary files
     os._exit(code)

@@ -69,11 +69,8 @@ def said(target, names):
 
 
 def sums_of(loss, scores, targets, settings):
-    """What a batch adds to the figures: {name: float64 tensor of any shape} on the batch's device, so that no step waits.
-
-    They are added up over batches and processes; training, validation and utils.evaluate share them. loss: scalar mean; scores:
-    float32 (N, classes); targets: as get_criterion's; settings: train.py's.
-    """
+    """What a batch adds to the figures of training and evaluation: {name: float64 tensor of any shape} on the batch's device, so
+    that no step waits. loss: scalar mean; scores: float32 (N, classes); targets: as get_criterion's."""
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
     right = (ranked(scores, 5) == labels[:, None]).sum(0)
     return {"pictures": torch.full((), len(scores), dtype=torch.float64, device=scores.device),
@@ -105,16 +102,15 @@ class EMA(nn.Module):
     @torch.no_grad()
     def update_parameters(self, model):
         pairs = zip(self.module.state_dict().values(), model.state_dict().values())
-        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))  # not BatchNorm's counters of batches
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))  # not counters
         torch._foreach_lerp_(averages, values, 1 - self.decay if self.n_averaged else 1.0)
         self.n_averaged += 1
 
 
 class Recipe:
-    """What fit_one_epoch needs beyond the sixteen documented parameters: made of train.py's settings, each of which may be absent.
+    """What fit_one_epoch needs beyond the documented parameters, made of train.py's settings, each of which may be absent.
 
-    weights: float32 (classes,) of class_weights, or None. extra_loss, where it is set: (pictures as the network saw them,
-    scores, targets) → a scalar added to the loss.
+    weights: float32 (classes,) or None. extra_loss: (pictures as the network saw them, scores, targets) → scalar, or None.
     """
 
     def __init__(self, settings={}, model=None, num_classes=None, weights=None):
@@ -138,7 +134,7 @@ OPTIMIZERS = {  # optimizer_type: (function of parameters and momentum, limits o
 
 
 def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_lr_scale=1.0):
-    """An optimizer of OPTIMIZERS over parameter groups, each with an lr_scale: backbone_lr_scale, or 1 for the head (the last group).
+    """An optimizer of OPTIMIZERS over parameter groups. Each has an lr_scale, which is 1 for the head, whose group is the last.
 
     Decay is for the weights of layers alone: not for biases, norm layers, and what a network learns besides, such as tables of
     positions and scales. head: names of the head's layers (nets.head_layers).
@@ -160,13 +156,13 @@ def clip_layers(parameters, ratio):
     layer: no weight tensor's gradient stays longer than `ratio` times the tensor. Biases and norm layers are left alone."""
     weights = [p for p in parameters if p.ndim > 1]
     gradients = [p.grad for p in weights]
-    limits = torch._foreach_mul(torch._foreach_clamp_min(torch._foreach_norm(weights), 1e-3), ratio)  # of weights that are zero as well
+    limits = torch._foreach_mul(torch._foreach_clamp_min(torch._foreach_norm(weights), 1e-3), ratio)  # of zeros too
     shares = torch._foreach_div(limits, torch._foreach_norm(gradients))  # infinite where there is no gradient
     torch._foreach_mul_(gradients, torch._foreach_clamp_max(shares, 1.0))
 
 
 def restore_optimizer(optimizer, state):
-    """load_state_dict that brings back what was learned (momentum buffers), while the options stay those of the settings."""
+    """load_state_dict that brings back what was learned (momentum buffers); the options stay those of the settings."""
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options):
@@ -174,7 +170,7 @@ def restore_optimizer(optimizer, state):
 
 
 def balanced_weights(class_ids, num_classes):
-    """float32 (classes,) weights of int64 (N,) class_ids, number / (present classes · count), as scikit-learn's 'balanced'; 0 for
-    absent ones. The mean of the pictures' weights is 1."""
+    """float32 (classes,) weights from int64 (N,) class_ids: number / (present classes · count), as scikit-learn's 'balanced'; 0
+    for absent ones. The mean of the pictures' weights is 1."""
     counts = np.bincount(class_ids, minlength=num_classes)
     return torch.tensor(np.where(counts > 0, len(class_ids) / ((counts > 0).sum() * np.maximum(counts, 1)), 0)).float()

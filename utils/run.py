@@ -124,7 +124,7 @@ def new_run(save_dir):
 
 
 def continued_run(resume, save_dir, settings, class_names):
-    """(folder, checkpoint or None) of the run that is to go on, or (None, None); says what has changed in it. UserError: it cannot."""
+    """(folder, checkpoint or None) of the run that is to go on, or (None, None); what has changed in it is said."""
     run = find_run(resume, save_dir)
     if run is None:
         return None, None
@@ -148,17 +148,16 @@ def continued_run(resume, save_dir, settings, class_names):
 
 
 def check_same(run, old, new, was, now):
-    """UserError where a checkpoint cannot go on: other settings (old and new) of what it holds, other class names (was and now)."""
-    others = [f"{name} was {shown(old[name])} and is now {shown(new[name])}" for name in ("backbone", "optimizer_type", "ema_decay")
-              if old.get(name, new[name]) != new[name]]
-    others += [f"class {number} was {old_name!r} and is now {name!r}" for number, (old_name, name) in enumerate(zip_longest(was, now))
-               if old_name != name]
+    """UserError where a checkpoint cannot go on, as settings (old, new) or class names (was, now) are others."""
+    pairs = [(name, old.get(name, new[name]), new[name]) for name in ("backbone", "optimizer_type", "ema_decay")]
+    pairs += [(f"class {number}", *names) for number, names in enumerate(zip_longest(was, now))]
+    others = [f"{name} was {shown(before)} and is now {shown(after)}" for name, before, after in pairs if before != after]
     if others:
         raise UserError(f"{run} cannot be continued: {others[0]} (give what it was started with)")
 
 
 def describe_rates(s, transformer):
-    """For the header: the optimizer, each phase's highest and lowest rate as they train, and whether limits have changed them."""
+    """For the header: the optimizer, each phase's highest and lowest rate as they train, and what limits have changed."""
     told = []
     for name in phases(s):
         batch_size = s[name] * s.get("accumulate", 1)

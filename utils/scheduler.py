@@ -30,7 +30,7 @@ LR_DECAYS = {  # lr_decay_type: function of the highest rate, the lowest, the nu
 
 
 def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
-    """A function from the epoch (0 …, parts of an epoch too) to the learning rate; lr_decay_type is a name of LR_DECAYS."""
+    """A function from the epoch (0 …, parts too) to the learning rate; lr_decay_type is a name of LR_DECAYS."""
     return partial(LR_DECAYS[lr_decay_type], lr, min_lr, total_iters)
 
 
@@ -38,7 +38,7 @@ NBS = {False: 64, True: 256}  # pictures a step that Init_lr and Min_lr are for;
 
 
 def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
-    """(Init_lr_fit, Min_lr_fit): the settings' rates scaled by batch size and held within the optimizer's documented limits."""
+    """(Init_lr_fit, Min_lr_fit): the rates scaled by batch size and held within the optimizer's documented limits."""
     low, high = OPTIMIZERS[optimizer_type][2 if transformer else 1]
     scale = batch_size / NBS[transformer]
     return min(max(scale * Init_lr, low), high), min(max(scale * Min_lr, low * 1e-2), high * 1e-2)

@@ -121,10 +121,7 @@ def from_word(name, word, default):
 
 def command_line(script, arguments=None):
     """Set constants of the script, its globals(), from `--name value` or `--name=value`; returns all of them, {name: value}.
-
-    Constants that are computed from others (Min_lr from Init_lr) follow. A tuple becomes a list and '~' a path, also where they
-    stand in the script. UserError: an unknown name, a value that the setting cannot have.
-    """
+    What is computed from others (Min_lr from Init_lr) follows. A tuple becomes a list and '~' a path, also in the script."""
     known = constants(script["__file__"])
     changed = parse(arguments, script, known)
     for name, (expression, _, _) in known.items():
@@ -182,12 +179,6 @@ def check_phases(s, num_train, num_val):
     for name in phases(s):
         if num_train < s[name] or not num_val:
             raise ValueError(too_small(num_train, num_val, name, s[name]))
-
-
-def check_best_by(best_by, names):
-    """UserError unless best_by is one of `names`, validation's figures, or '-' and one, of which the lowest is then best."""
-    if best_by.removeprefix("-") not in names:
-        raise UserError(f"best_by = {shown(best_by)} is no figure of validation: {', '.join(map(repr, names))}{nearest(best_by, names)}")
 
 
 def choose_precision(settings, model, batch, recipe):

@@ -27,7 +27,7 @@ class TrainedRun:
     """A trained run: model (in evaluation mode, on the GPU where the run used one), settings, class_names, Cuda, fp16."""
 
     def __init__(self, run, weights=None):
-        """run: its folder, or its name in logs/; weights: a file other than its best. UserError: no run, weights that do not fit."""
+        """run: its folder, or its name in logs/; weights: a file other than its best. UserError: no run, other weights."""
         self.folder = run if os.path.exists(run) or not Path("logs", run).exists() else Path("logs", run)
         config = read_config(self.folder)
         self.settings, self.class_names = {**USED, **config["settings"]}, config["class_names"]
@@ -43,7 +43,7 @@ class TrainedRun:
             state = load_weights(path, "--weights")
             check_numbers(self.model.state_dict(), state, f"--weights: {path}")
             self.model.load_state_dict(state)
-        except (RuntimeError, AttributeError) as error:  # what is no tensor has no shape
+        except RuntimeError as error:
             raise UserError(f"--weights: {path} holds the weights of another network than {backbone} with "
                             f"{len(self.class_names)} classes at {input_shape}") from error
         self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu")
@@ -65,7 +65,7 @@ class TrainedRun:
 
 
 def command(name, document):
-    """The parser of utils.<name>, a command on a run; every error from here on is one sentence, and Ctrl-C ends it at once."""
+    """The parser of utils.<name>, a command on a run; every error from here on is one sentence, Ctrl-C ends at once."""
     one_sentence_errors()
     parser = ArgumentParser(f"python -m utils.{name}", description=document, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, logs/…, or its name there")

@@ -177,9 +177,11 @@ def test_predictions_in_batches_are_those_of_one_picture(trained, monkeypatch):
 def test_export(trained, tmp_path):
     folder, run, _ = trained
     out, _ = command(folder, "utils.export", run)
+    from utils.fit import score_batch
     from utils.trained import TrainedRun
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    expected = TrainedRun(folder / run).scores(images).softmax(1)
+    loaded = TrainedRun(folder / run)
+    expected = score_batch(loaded.model, images, torch.zeros(5), False, False, loaded.settings)[0].softmax(1)
     np.save(tmp_path / "images.npy", images.numpy())
     np.save(tmp_path / "expected.npy", expected.numpy())
     (tmp_path / "clean.py").write_text(

@@ -48,10 +48,6 @@ class TrainedRun:
                             f"{len(self.class_names)} classes at {input_shape}") from error
         self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu")
 
-    def scores(self, images):
-        """uint8 (N, 3, H, W) pictures of the run's size → float32 (N, classes) on the model's device."""
-        return score_batch(self.model, images, images.new_empty(0), self.Cuda, self.fp16, self.settings)[0]
-
     def scored(self, data, batch_size, num_workers=None):
         """Yield each batch's (scores, (N, …) targets, [(index, reason)] unreadable) of a DataGenerator.
 
@@ -60,8 +56,8 @@ class TrainedRun:
         loader = DataLoader(data, batch_size, num_workers=cores() if num_workers is None else num_workers, pin_memory=self.Cuda,
                             collate_fn=detection_collate, worker_init_fn=ignore_signals)
         for images, targets, unreadable in loader:
-            scores = self.scores(images) if len(images) else None
-            yield scores, targets.to("cuda" if self.Cuda else "cpu", non_blocking=True), unreadable
+            read = score_batch(self.model, images, targets, self.Cuda, self.fp16, self.settings) if len(images) else (None, targets)
+            yield *read, unreadable
 
 
 def command(name, document):

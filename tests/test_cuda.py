@@ -345,14 +345,14 @@ def test_no_step_waits_for_the_gpu():
     with machine():
         model = get_model("resnet18", 10, [64, 64]).cuda()
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
-    device, scaler = torch.device("cuda"), torch.amp.GradScaler("cuda", init_scale=128.0)  # whose first step does not overflow
+    scaler = torch.amp.GradScaler("cuda", init_scale=128.0)  # whose first step does not overflow
     parts = [(torch.zeros(8, 3, 64, 64, dtype=torch.uint8).pin_memory(), torch.zeros(8, dtype=torch.int64).pin_memory(), [])] * 2
-    recipe = Recipe(mix=v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)]), ema=EMA(model, 0.9))
+    recipe = Recipe({"mixup_alpha": 1, "cutmix_alpha": 1, "ema_decay": 0.9}, model, 10)
     sums = Counter()
     for mode in ("default", "error", "error", "error"):  # the first step may set things up
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            for loss, scores, targets in backward(model, parts, device, True, True, scaler, recipe):
+            for loss, scores, targets in backward(model, parts, True, True, scaler, recipe):
                 sums.update(sums_of(loss, scores, targets, recipe.settings))
             optimizer_step(optimizer, scaler, 1.0)
             recipe.ema.update_parameters(model)

@@ -128,7 +128,7 @@ def test_a_test_list_that_goes_away(tmp_path):
         "    gen_val.sampler.set_epoch(epoch)\n", "    gen_val.sampler.set_epoch(epoch)\n    import pathlib, shutil\n"
         "    for i in range(2, 24):\n        shutil.move(f'model_data/test{i}.png', f'model_data/away{i}.png')\n"))
     _, err = train(folder, code=1)
-    assert "test pictures of an epoch cannot be read, more than 1 %" in err and "Traceback" not in err
+    assert "test pictures cannot be read, more than 1 %" in err and "Traceback" not in err
     run = run_of(folder)
     assert not (run / "best_epoch_weights.pth").exists() and not (run / "history.csv").exists()
     (folder / "utils/fit.py").write_text(text)

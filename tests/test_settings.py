@@ -10,6 +10,8 @@ import train as trainer
 from tests.helpers import history, make_data, make_project, run_of, train
 from utils import settings as rules
 from utils.errors import UserError
+from utils.fit import check_best_by
+from utils.recipe import Recipe
 
 NAMES = {*rules.TEXTS, *rules.BOUNDS, *rules.CHOICES}
 CONSTANTS = {name: getattr(trainer, name) for name in NAMES}
@@ -45,7 +47,7 @@ WRONG = [
     (dict(early_stop=-1), "early_stop"), (dict(val_crop=0), "val_crop"), (dict(crop_scale=2), "crop_scale"),
     (dict(seed=2 ** 63), "seed = 9223372036854775808 must be"), (dict(mixup_alpha=1e-300), "0, or a number from 0.01 to 1,000"),
     (dict(clip_grad_norm=1e-300), "clip_grad_norm"), (dict(UnFreeze_Epoch=10 ** 400), "UnFreeze_Epoch = 1000"),
-    (dict(UnFreeze_Epoch=10 ** 5000), "thousands of digits"), (dict(optimizer_type=10 ** 5000), "hundreds of digits"),
+    (dict(UnFreeze_Epoch=10 ** 5000), "thousands of digits"), (dict(optimizer_type=10 ** 5000), "thousands of digits"),
     (dict(weight_decay=10 ** 400), "weight_decay"), (dict(save_dir="a\udc80"), "in UTF-8"), (dict(save_dir="a\0b"), "save_dir"),
     (dict(resume=3), "resume = 3 must be False, True, or"), (dict(resume=""), "resume"), (dict(save_dir=""), "save_dir"),
     (dict(sync_bn=True), "set sync_bn = False"), (dict(distributed=True), "torchrun"), (dict(classes_path=None), "classes_path"),
@@ -268,12 +270,12 @@ def test_a_rule_whose_constant_is_gone_is_passed_over():
 
 
 def test_best_by():
-    names = ["val_loss", "top1", "mae"]
-    for good in (*names, "-mae", "-val_loss"):
-        rules.check_best_by(good, names)
-    for bad in ("top_1", "-", "", "--mae", "- mae"):
-        with pytest.raises(UserError, match="best_by = '.*' is no figure.*'top1'"):
-            rules.check_best_by(bad, names)
+    model, batch = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7)), (torch.zeros(3, 3, 2, 2).byte(), torch.arange(3))
+    for good in ("val_loss", "top1", "top5", "-top1", "-val_loss"):
+        check_best_by(good, model, batch, False, Recipe())
+    for bad in ("top_1", "-", "", "--top1", "- top1", "loss"):
+        with pytest.raises(UserError, match="best_by = '.*' is no figure.*: val_loss, top1, top5"):
+            check_best_by(bad, model, batch, False, Recipe())
 
 
 def test_a_launch_says_which_limit_changed_the_rate(tmp_path):

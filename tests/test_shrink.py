@@ -116,6 +116,8 @@ def test_what_a_killed_pass_leaves_is_cleared():
     Path("photos-shrunk-64/.copies.abcd.draft").touch()
     Path("photos-shrunk-64/.copies.efgh.draft").mkdir()
     Path("photos-shrunk-64/.copies.efgh.draft/99.jpg").touch()
+    for path in Path("photos-shrunk-64").iterdir():
+        os.utime(path, (0, 0))
     annotate(["photos", "--shrink", "64"])
     assert sorted(os.listdir("photos-shrunk-64")) == ["cat", "dog"]
 

@@ -26,9 +26,8 @@ AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
 def own_data(settings):
     """Data that are no lists of files: return (class names, training data set, test data set); None for the lists.
 
-    An item of such a data set is (picture, label): a Pillow image, or a uint8 array or tensor (H, W) or (H, W, 3), of any size;
-    and what lists.target_of reads. It has a length, its items do not change, and it can be pickled where workers are spawned.
-    What its code raises of formats.BROKEN is a broken picture; anything else keeps its traceback.
+    Such a data set has a length, and its items do not change: (a Pillow image, or a uint8 array or tensor (H, W) or (H, W, 3) of
+    any size; a label, as lists.target_of reads it). An error of formats.BROKEN is a broken picture, others keep their traceback.
     """
     return None
 

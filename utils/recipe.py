@@ -96,13 +96,14 @@ class EMA(nn.Module):
 
     def __init__(self, model, decay):
         super().__init__()
-        self.module, self.decay = copy.deepcopy(model), decay
+        counters = {id(buffer): buffer for buffer in model.buffers() if not buffer.is_floating_point()}
+        self.module, self.decay = copy.deepcopy(model, counters), decay  # which are BatchNorm's of batches, and shared
         self.register_buffer("n_averaged", torch.tensor(0))  # on the host
 
     @torch.no_grad()
     def update_parameters(self, model):
         pairs = zip(self.module.state_dict().values(), model.state_dict().values())
-        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))  # not counters
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
         torch._foreach_lerp_(averages, values, 1 - self.decay if self.n_averaged else 1.0)
         self.n_averaged += 1
 

@@ -58,7 +58,7 @@ def test_nothing_is_saved_that_is_not_finite(tmp_path):
     checkpoint.save(1)
     with torch.no_grad():
         next(checkpoint.parts["model"].parameters())[0] = float("nan")
-    with pytest.raises(UserError, match="not finite any more in epoch 2.*lower Init_lr"):
+    with pytest.raises(UserError, match="not finite any more after epoch 2.*lower Init_lr"):
         checkpoint.save(2)
     assert load_checkpoint(tmp_path)["epoch"] == 1
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.transforms import v2
 
 from nets import get_model, head_layers
 from tests.helpers import (ROOT, environment, history, make_data, make_project, run_of, torchrun, train, weights,

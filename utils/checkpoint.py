@@ -86,7 +86,7 @@ class Checkpoint:
             for name, what in (("model", "weights are"), ("ema", "averaged weights are"), ("totals", "loss is")):
                 tensors = [value for value in (state[name] or {}).values() if isinstance(value, torch.Tensor)]
                 if not all(tensor.isfinite().all() for tensor in tensors):
-                    raise UserError(f"the {what} not finite any more in epoch {epoch + bool(step)}: {NOT_FINITE}")
+                    raise UserError(f"the {what} not finite any more after epoch {epoch}, step {step}: {NOT_FINITE}")
             save_tensors(Path(self.run, LAST), state)
         processes.barrier()
         self.saved_at = time.monotonic()

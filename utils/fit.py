@@ -94,8 +94,8 @@ def check_training(position, scaler, lr, late):
         raise UserError(f"the loss is not finite in epoch {position.epoch + 1}, {'by ' * late}step {position.step}, "
                         f"at lr {lr:.3g}: {NOT_FINITE}")
     if scaler.get_scale() < 1:
-        raise UserError(f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}: "
-                        f"set fp16 = False, or lower Init_lr or clip_ratio")
+        raise UserError(f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}, "
+                        f"at any scale: set fp16 = False, or lower Init_lr or clip_ratio")
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):

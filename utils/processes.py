@@ -49,7 +49,8 @@ def describe_device(Cuda):
     """What trains, for people."""
     if not Cuda:
         return f"CPU, {torch.get_num_threads()} threads"
-    return f"{world_size() if connected() else torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    number = world_size() if connected() else torch.cuda.device_count()
+    return f"{number} × {torch.cuda.get_device_name()}" + " (torchrun is faster)" * (number > 1 and not connected())
 
 
 def group_store():
@@ -96,9 +97,8 @@ def on_rank_0(work):
 
 def sync_buffers(model):
     """Rank 0's buffers (BatchNorm statistics) to every process, as DistributedDataParallel does before a step."""
-    if connected():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+    for buffer in model.buffers() if connected() else ():
+        dist.broadcast(buffer, src=0)
 
 
 def barrier():

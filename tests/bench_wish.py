@@ -34,6 +34,8 @@ class SlowNetwork(nn.Sequential):
 
 
 class Pictures(Dataset):
+    fingerprint, random = "numbers", True
+
     def __init__(self, number):
         self.number = number
 
@@ -95,7 +97,7 @@ def process(rank, port, folder, rounds):
     model = SlowNetwork(nn.Flatten(), nn.Linear(8 * 8 * 3, 2))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     history = LossHistory(folder, input_shape=[8, 8]) if rank == 0 else None
-    checkpoint = Checkpoint(folder, {"model": model, "optimizer": optimizer, "history": history})
+    checkpoint = Checkpoint(folder, {"model": model, "optimizer": optimizer, "scaler": None, "ema": None, "history": history})
     words = dict(recipe=None, checkpoint=checkpoint)
     model_train = nn.parallel.DistributedDataParallel(model)
     gen, gen_val = loader(2 * STEPS, 2, True), loader(4, 2, False)

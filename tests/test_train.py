@@ -190,7 +190,7 @@ def test_small_data_set(tmp_path):
     assert "数据集过小,无法继续进行训练,请扩充数据集。" in err and "40" in err and "Traceback" not in err
 
 
-def test_auxiliary_network_trains(tmp_path):
+def test_a_network_with_auxiliary_heads_trains_without_them(tmp_path):
     folder = make_project(tmp_path, backbone="'googlenet'", UnFreeze_Epoch=2, Freeze_Train=True, Freeze_Epoch=1)
     make_data(folder, train=16, test=6)
     train(folder)

@@ -17,11 +17,8 @@ from utils.formats import BROKEN, REDUCIBLE, opened, orientation, upright
 decode_jpeg = getattr(getattr(torchvision, "io", None), "decode_jpeg", None)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 
-
-@cache
-def constants(figures, device):
-    """255 times each channel's figure, float32 (3, 1, 1): made once, as copying it would make each step wait for a GPU."""
-    return 255 * torch.tensor(figures, device=device)[:, None, None]
+# 255 times each channel's figure, float32 (3, 1, 1): made once, as copying it would make each step wait for a GPU
+constants = cache(lambda figures, device: 255 * torch.tensor(figures, device=device)[:, None, None])
 
 
 def normalize(images, device, settings={}):

@@ -152,4 +152,5 @@ def check_same_everywhere(*data):
     """UserError unless every process has read the same lists into its training and test data. Collective."""
     found = {*map(str, gather_objects([part.fingerprint["source"] for part in data]))}
     if len(found) > 1:
-        raise UserError(f"the lists of the processes differ ({' and '.join(sorted(found)[:2])}): they must be the same files")
+        raise UserError(f"train_annotation_path or test_annotation_path differ between the processes "
+                        f"({' and '.join(sorted(found)[:2])}): every machine needs the same lists")

@@ -156,7 +156,7 @@ if __name__ == "__main__":
     loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
     checkpoint = Checkpoint(
         save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema, "history": loss_history},
-        save_minutes, scored_on=f"{val_data.fingerprint} {mean} {std} {best_by}")
+        save_minutes, scored_on=f"{val_data.fingerprint} {mean} {std} {best_by} {fp16}")
     if state:
         checkpoint.load(state)
     config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, {

@@ -297,6 +297,14 @@ def test_what_reading_a_picture_raises_is_a_broken_picture(error):
     assert DataGenerator(source, (8, 8))[0, 0, 1][1] == 1
 
 
+def test_too_little_memory_is_no_broken_picture(lines, monkeypatch):
+    def short(*words):
+        raise MemoryError
+    monkeypatch.setattr("utils.pictures.crop", short)
+    with pytest.raises(MemoryError):
+        DataGenerator(lines, (8, 8))[0, 0, 0]
+
+
 def test_class_ids():
     """As items say them, also where a transform changes what `targets` says."""
     class Transformed(Items):

@@ -61,6 +61,8 @@ def test_a_damaged_newest_run_is_said(tmp_path):
     (bad / "last_checkpoint.pth").write_bytes(b"")
     with pytest.raises(UserError, match="bad' is not a run's folder.*name the run"):
         run.find_run(True, str(tmp_path))
+    settings = {**SETTINGS, "input_shape": [8, 8], "Unfreeze_batch_size": 2}
+    assert run.find_run("good", str(tmp_path)) and run.begin_run(tmp_path / "good", settings, ["a", "b"], {})["start"] == 2
 
 
 def test_only_its_own_launch_continues_a_run_without_resume(tmp_path, monkeypatch):

@@ -110,6 +110,20 @@ def test_links_in_the_copies_folder_lead_nothing_out_of_it(target):
     assert snapshot("home") == before and len(list(Path("home").rglob("*"))) == 3
 
 
+def test_class_folders_that_change_places():
+    """Renaming a folder changes no file's times, so a copy carries those of its picture."""
+    large()
+    annotate(["photos", "--shrink", "64"])
+    before = {path: Image.open(path).tobytes() for path in listed()}
+    os.utime("photos/cat/a.jpg", (1, 1))
+    for old, new in (("cat", "away"), ("dog", "cat"), ("away", "dog")):
+        os.rename(f"photos/{old}", f"photos/{new}")
+    annotate(["photos", "--shrink", "64"])
+    for path, pixels in before.items():
+        other = path.replace("/cat/", "/x/").replace("/dog/", "/cat/").replace("/x/", "/dog/")
+        assert Image.open(other).tobytes() == pixels
+
+
 def test_what_a_killed_pass_leaves_is_cleared():
     large()
     Path("photos-shrunk-64").mkdir()

@@ -39,7 +39,7 @@ def read_crop(source, input_shape, choose_box):
     """
     try:
         return crop(opened(source), tuple(input_shape), choose_box)
-    except (UserError, *BROKEN):
+    except (UserError, MemoryError, *BROKEN):
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
         raise OSError(f"{type(error).__name__}: {error}") from error

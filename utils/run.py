@@ -59,14 +59,14 @@ def load_checkpoint(run):
                         f"{str(Path(run, 'last_epoch_weights.pth'))!r}") from None
 
 
-def runs_in(save_dir):
+def runs_in(save_dir, damaged=False):
     """[(its config, its folder)] of the runs in a folder, the one that was begun or continued last first."""
     found = []
     for path in Path(save_dir).glob("*/config.json"):
         try:
             found.append((read_config(path.parent), str(path.parent)))
         except UserError as error:
-            if Path(path.parent, LAST).exists():  # else another program's config.json
+            if not damaged and Path(path.parent, LAST).exists():  # else another program's config.json
                 raise UserError(f"{error}. It may be the newest run: name the run to continue with resume = '…', or move "
                                 f"{str(path.parent)!r} away") from None
     return sorted(found, key=lambda run: run[0]["start"], reverse=True)
@@ -178,7 +178,7 @@ def begin_run(run, s, class_names, facts):
     say("\n".join(f"  {name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()))
     versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL)}}
     # clocks and names do not tell which run is the newest: each start counts on
-    number = 1 + max((config["start"] for config, _ in runs_in(Path(run).parent)), default=0)
+    number = 1 + max((config["start"] for config, _ in runs_in(Path(run).parent, damaged=True)), default=0)
     config = {"settings": s, "class_names": class_names, "launch": processes.launch_id, "start": number, "finished": False,
               "versions": versions}
     write_config(run, config)

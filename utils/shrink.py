@@ -49,14 +49,16 @@ def decode(path):
 def reduced_copy(path, datasets, folder, size, drafts):
     """The path to list for a picture: its own, or its copy's where its shorter side is well above `size`.
 
-    The copy is made unless it is newer than the picture. Its pixels are what training makes of the picture's: upright,
+    The copy is made unless it has the picture's times. Its pixels are what training makes of the picture's: upright,
     transparency on white. A JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than the copy.
     """
     copy, fresh = Path(folder, f"{Path(path).relative_to(datasets)}.jpg"), Path(drafts, f"{os.getpid()}.jpg")
     if not os.path.realpath(copy).startswith(os.path.join(os.path.realpath(folder), "")):
         raise UserError(f"{str(copy)!r} would be written through a link out of {folder}: remove it")
-    if copy.exists() and os.path.getmtime(copy) >= max(os.path.getmtime(path), os.path.getctime(path)):
-        return copy.as_posix()  # the second time changes as well when another file takes the picture's place
+    found = os.stat(path)  # its second time changes as well when another file takes the picture's place
+    made = (found.st_mtime_ns + found.st_ctime_ns) // 2000 * 1000  # file systems keep microseconds
+    if copy.exists() and os.stat(copy).st_mtime_ns == made:
+        return copy.as_posix()
     with opened(path) as image:
         if min(image.size) < 1.25 * size:  # a copy would save less than a third of the pixels
             return decode(path)
@@ -67,6 +69,7 @@ def reduced_copy(path, datasets, folder, size, drafts):
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         small.save(fresh, quality=95, subsampling=0)
+        os.utime(fresh, ns=(made, made))
         os.replace(fresh, copy)
     except OSError as error:
         raise not_written(copy, error) from None

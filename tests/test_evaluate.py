@@ -243,6 +243,12 @@ def test_settings_that_a_config_lacks_are_those_of_train(folder, tmp_path):
         evaluate(run, num_workers=0)
 
 
+@pytest.mark.parametrize("word, value", [("batch_size", 0), ("batch_size", -1), ("num_workers", -1)])
+def test_numbers_that_are_none(folder, tmp_path, word, value):
+    with pytest.raises(UserError, match=f"{word} = {value} must be a whole number"):
+        evaluate(make_run(tmp_path / "run", ["class0", "class1", "class2"]), **{word: value})
+
+
 def test_a_run_without_an_epoch_has_no_weights(folder, tmp_path):
     run = make_run(tmp_path / "run", ["a"])
     (run / "best_epoch_weights.pth").unlink()

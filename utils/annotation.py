@@ -92,16 +92,14 @@ def write_together(paths, names, lists):
         save_text(path, text)
 
 
-def report(names, lists, left_out):
-    """Print how many pictures each class has, and what was left out."""
+def report(names, lists):
+    """Print how many pictures each class has."""
     train, test = (Counter(name for name, _ in pairs) for pairs in lists)
     width = max(len(plain(name)) for name in [*names, "class"])
     say(f"{'class':<{width}}  {'training':>8}  {'test':>8}")
     for name in names:
         note = "  WARNING: few training pictures" if train[name] < FEW else "" if test[name] else "  WARNING: no test pictures"
         say(f"{plain(name):<{width}}  {train[name]:>8}  {test[name]:>8}{note}")
-    for what, count in (+left_out).most_common(10):
-        say(f"left out: {count} {plain(what)}")
 
 
 def main(arguments=None):
@@ -121,6 +119,8 @@ def main(arguments=None):
     paths = tuple(f"{options.out}_{part}.txt" for part in ("classes", "train", "test"))
     writable(Path(options.out).parent, "name another place with --out")
     names, lists, left_out = collect(options.datasets, options.test_share, options.seed)
+    for what, count in (+left_out).most_common(10):
+        say(f"left out: {count} {plain(what)}")
     check_lists(options.datasets, lists)
     if os.path.exists(paths[0]) and not options.force:
         old, _ = get_classes(paths[0])
@@ -131,7 +131,7 @@ def main(arguments=None):
         readable = shrink([path for pairs in lists for _, path in pairs], options.datasets, options.shrink)
         lists = [[(name, readable[path]) for name, path in pairs if path in readable] for pairs in lists]
         check_lists(options.datasets, lists)
-    report(names, lists, left_out)
+    report(names, lists)
     write_together(paths, names, lists)
     given = "" if paths == DEFAULT_PATHS else " --classes_path {} --train_annotation_path {} --test_annotation_path {}"
     say(f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; to train on them:\n"

@@ -99,11 +99,12 @@ def writable(folder, remedy):
 def check_regular(path, name):
     """UserError when `path` is missing, a folder, or nothing that ends when it is read (a pipe, a device)."""
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (OSError, ValueError) as error:
         problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
     else:
-        problem = "is a folder, not a file" if stat.S_ISDIR(mode) else None if stat.S_ISREG(mode) else "is no regular file"
+        whole = stat.S_ISREG(found.st_mode) and found.st_size  # a file of the kernel without an end says that it is empty
+        problem = "is a folder, not a file" if stat.S_ISDIR(found.st_mode) else None if whole else "is empty, or no regular file"
     if problem:
         raise UserError(f"{name}: {str(path)!r} {problem}")
 
@@ -123,7 +124,7 @@ def load_tensors(path, name="model_path", check_sums=False):
         raise UserError(f"{name}: {str(path)!r} is refused: it is no file of weights, or holds code, which is never run"
                         + (f" ({found[1]})" if found else "") + ". Save a plain model.state_dict() with torch.save") from None
     except Exception as error:  # a broken archive can raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{name}: {str(path)!r} cannot be read, it may be damaged or cut short ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"{name}: {str(path)!r} holds a {type(state).__name__}, not a state_dict")

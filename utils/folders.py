@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils.formats import FORMATS, REDUCIBLE
 
-LEFT_BEHIND = {"@eadir", "#recycle", "$recycle.bin"}  # thumbnails and deleted pictures; in lower case
+LEFT_BEHIND = {"@eadir", "@recycle", "#recycle", "$recycle.bin"}  # thumbnails and deleted pictures; in lower case
 
 
 @cache
@@ -46,7 +46,7 @@ def walk(root):
                     lies = os.path.realpath(path) if link else os.path.join(real, entry.name)
                     pictures.append((link, names, path, lies))
                 else:
-                    left_out[f"files ({ending or 'no ending'}) that are not read"] += 1
+                    left_out[f"files ({ending or 'no ending'}) that are not read (JPEG and PNG are)"] += 1
         except OSError:
             left_out["folders that cannot be read"] += 1
     return pictures, left_out

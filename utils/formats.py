@@ -75,7 +75,7 @@ def opened(source):
     if isinstance(source, (str, os.PathLike)):
         size = os.path.getsize(source)
         if size > 2 ** 31 or not os.path.isfile(source):
-            raise OSError(f"{os.fspath(source)!r} is no regular file, or larger than 2 GiB")
+            raise OSError(f"{os.fspath(source)!r} is a folder without pictures, no regular file, or larger than 2 GiB")
         with open(source, "rb") as file:
             data = file.read(size)  # devices have no end, and kernel files without one say 0
     if not isinstance(data, (bytes, bytearray, memoryview)):

@@ -45,7 +45,7 @@ def check_text_file(name, path, remedy="python -m utils.annotation DATASETS writ
     try:
         check_regular(path, name)
         with open(path, "rb") as file:
-            text = file.read(os.stat(path).st_size).decode("utf-8-sig")  # files of the kernel have no end
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line} is not UTF-8 text: save {name}'s file as UTF-8") from None
@@ -103,8 +103,8 @@ def check_lines(lines, path, num_classes, classes_path):
         kept.append(line)
     if missing:
         number, picture = missing[0]
-        raise UserError(f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at {os.getcwd()}), the first "
-                        f"is {path}:{number} {picture!r}{hint(picture)}")
+        raise UserError(f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at {os.getcwd()}; "
+                        f"python -m utils.annotation writes the lists anew), the first is {path}:{number} {picture!r}{hint(picture)}")
     return kept
 
 

@@ -4,11 +4,12 @@ From Python: from utils.predict import Classifier; classify = Classifier("logs/â
 """
 import json
 import os
+import re
 import sys
 
 from utils import recipe
 from utils.dataloader import DataGenerator
-from utils.errors import plain
+from utils.errors import UserError, plain
 from utils.folders import pictures_below
 from utils.processes import cores
 from utils.trained import TrainedRun, command
@@ -46,7 +47,8 @@ def predictions(run, pictures, size=32):
 def listed(words):
     """The paths of the pictures that files, folders and '-' (a list of both on standard input) name."""
     for word in words:
-        for path in filter(None, os.fsdecode(sys.stdin.buffer.read()).splitlines()) if word == "-" else [word]:
+        given = os.fsdecode(sys.stdin.buffer.read()) if word == "-" and sys.stdin else ""  # None where it is closed
+        for path in filter(None, re.split("\r?\n", given)) if word == "-" else [word]:
             yield from os.path.isdir(path) and pictures_below(path) or [path]
 
 
@@ -55,8 +57,10 @@ def main(arguments=None):
     parser.add_argument("pictures", nargs="+", help="files, folders, or - for a list on standard input")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
-    run, failed = Classifier(options.run, options.weights), False
-    for path, found in predictions(run, list(listed(options.pictures))):
+    run, paths, failed = Classifier(options.run, options.weights), list(listed(options.pictures)), False
+    if not paths:
+        raise UserError("standard input names no picture")
+    for path, found in predictions(run, paths):
         unreadable = isinstance(found, str)
         failed |= unreadable
         if options.json:

@@ -190,7 +190,7 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch):
     server.bind("socket.jpg")
     (tmp_path / "link.jpg").symlink_to("fifo.jpg")
     for path in ("fifo.jpg", tmp_path / "link.jpg", "socket.jpg", "/dev/zero", tmp_path):
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="no regular file"):
             read_crop(path, (4, 4), whole)
     server.close()
     with pytest.raises(FileNotFoundError):

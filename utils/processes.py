@@ -173,8 +173,9 @@ def one_sentence_errors():
 
 def show_error(kind, error, trace):
     """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback."""
-    for number in {signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGTERM)}:  # torch's handler of the latter raises
-        signal.signal(number, signal.SIG_DFL)
+    with contextlib.suppress(RuntimeError):  # torch's handler raises what it finds of dead workers, also in here
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     told, other = sentence(error), int(os.environ.get("LOCAL_RANK", 0)) > 0
     # a machine's first process speaks at once; others, and who only knows that another one has ended, wait for the launcher
     time.sleep(2 * other + 5 * bool(told and told.startswith(LOST)))

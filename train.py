@@ -167,8 +167,9 @@ if __name__ == "__main__":
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
     if state is None and rank() == 0:
+        names = drawable(class_names)
         save_image(os.path.join(save_dir, "first_batch.png"), contact_sheet(
-            batch[0][:32].permute(0, 2, 3, 1), [said(target, drawable(class_names)) for target in batch[1]]))
+            batch[0][:32].permute(0, 2, 3, 1), [said(target, names) for target in batch[1]]))
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
@@ -190,17 +191,17 @@ if __name__ == "__main__":
                 raise ValueError(too_small(num_train, num_val, "the batch size", batch_size))
 
             model_train = torch.compile(model) if compile else model
-            options = dict(find_unused_parameters=getattr(model, "has_unused_parameters", False), gradient_as_bucket_view=True)
+            wrapping = dict(find_unused_parameters=getattr(model, "has_unused_parameters", False), gradient_as_bucket_view=True)
             if Cuda:
                 cudnn.benchmark = True
                 if distributed:
                     model_train = model_train.cuda(local_rank)
-                    model_train = torch.nn.parallel.DistributedDataParallel(model_train, device_ids=[local_rank], **options)
+                    model_train = torch.nn.parallel.DistributedDataParallel(model_train, device_ids=[local_rank], **wrapping)
                 else:
                     model_train = torch.nn.DataParallel(model_train)
                     model_train = model_train.cuda()
             elif distributed:
-                model_train = torch.nn.parallel.DistributedDataParallel(model_train, **options)
+                model_train = torch.nn.parallel.DistributedDataParallel(model_train, **wrapping)
 
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)

@@ -17,7 +17,7 @@ from utils.files import save_text, writable
 from utils.folders import walk
 from utils.lists import class_name, get_classes, hint
 from utils.processes import one_sentence_errors, say
-from utils.sample_data import DEFAULT_PATHS
+from utils.sample_data import DEFAULT_PATHS, PATH_SETTINGS
 from utils.shrink import shrink
 
 FEW = 10  # a class with fewer training pictures is warned about
@@ -133,9 +133,9 @@ def main(arguments=None):
         check_lists(options.datasets, lists)
     report(names, lists)
     write_together(paths, names, lists)
-    given = "" if paths == DEFAULT_PATHS else " --classes_path {} --train_annotation_path {} --test_annotation_path {}"
+    given = "" if paths == DEFAULT_PATHS else "".join(f" --{name} {shlex.quote(path)}" for name, path in zip(PATH_SETTINGS, paths))
     say(f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; to train on them:\n"
-        f"python train.py{given.format(*map(shlex.quote, paths))}")
+        f"python train.py{given}")
 
 
 if __name__ == "__main__":

@@ -114,12 +114,12 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
     """Score, print and write everything; returns {**figures, 'scored'}."""
     run = TrainedRun(run, weights)
     names, s = run.class_names, run.settings
-    s["Unfreeze_batch_size"] = s["Unfreeze_batch_size"] if batch_size is None else batch_size
-    for name, value in (("Unfreeze_batch_size", s["Unfreeze_batch_size"]), ("num_workers", num_workers or 0)):
-        check_value(name, value)
+    batch_size = s["Unfreeze_batch_size"] if batch_size is None else batch_size
+    check_value("Unfreeze_batch_size", batch_size)
+    check_value("num_workers", num_workers or 0)
     data = DataGenerator(pictures_of(run, annotation), s["input_shape"], False, val_crop=s["val_crop"], num_classes=len(names))
     out = writable(out or run.folder, "name another folder with --out")
-    figures, indices, targets, answers = score(run, data, s["Unfreeze_batch_size"], num_workers)
+    figures, indices, targets, answers = score(run, data, batch_size, num_workers)
     files = by_class(data, names, indices, targets, answers)
     words = [recipe.figure_text(name, value, exact=True) for name, value in figures.items()]
     print(*words, f"{len(indices)} pictures scored", f"{len(data) - len(indices)} unreadable", sep=", ")

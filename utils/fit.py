@@ -15,6 +15,7 @@ from utils.recipe import Recipe, clip_layers, figure_text, figures_of, sums_of
 from utils.scheduler import set_optimizer_lr
 
 named_unreadable = set()  # pictures that were named already
+VALIDATION = {"loss": "val_loss"}  # what the history calls a figure of validation, where not by its own name
 
 
 def backward(model_train, batches, Cuda, fp16, scaler, recipe):
@@ -113,7 +114,7 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
     check_unreadable(totals["unreadable"], gen_val.dataset)
     if "pictures" not in totals:
         raise UserError("no picture of the test list can be read, so there is no score")
-    figures = {"val_" * (name == "loss") + name: value for name, value in figures_of(totals, recipe.settings).items()}
+    figures = {VALIDATION.get(name, name): value for name, value in figures_of(totals, recipe.settings).items()}
     return {**figures, "scored": int(totals["pictures"]), "unreadable": totals["unreadable"]}
 
 
@@ -121,7 +122,7 @@ def check_best_by(best_by, model, batch, Cuda, recipe):
     """UserError unless best_by is a figure of validation, found with two pictures, or '-' and one (the lowest is best)."""
     scores, targets = score_batch(model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings)
     sums = sums_of(recipe.val_criterion(scores, targets), scores, targets, recipe.settings)
-    names = ["val_" * (name == "loss") + name for name in figures_of(sums, recipe.settings)]
+    names = [VALIDATION.get(name, name) for name in figures_of(sums, recipe.settings)]
     if best_by.removeprefix("-") not in names:
         raise UserError(f"best_by = {shown(best_by)} is no figure of validation: {', '.join(names)}{nearest(best_by, names)}")
 

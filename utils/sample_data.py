@@ -10,6 +10,7 @@ from utils.files import clear_drafts, draft, not_written, writable
 from utils.lists import check_text_file
 from utils.processes import say
 
+PATH_SETTINGS = ("classes_path", "train_annotation_path", "test_annotation_path")
 DEFAULT_PATHS = ("model_data/cls_classes.txt", "model_data/cls_train.txt", "model_data/cls_test.txt")
 FOLDER = Path("model_data/shapes")
 SIZE, TRAIN, TEST = 64, 5000, 600
@@ -91,10 +92,9 @@ def draw_set(folder, seed=0):
 def data_paths(settings):
     """The paths of the class file and both lists as in train.py's settings, checked; or, when they are the untouched, absent
     defaults, the sample's, which is drawn if need be, and stands in the settings from then on."""
-    names = "classes_path", "train_annotation_path", "test_annotation_path"
-    given = tuple(settings[name] for name in names)
+    given = tuple(settings[name] for name in PATH_SETTINGS)
     if given != DEFAULT_PATHS or any(map(os.path.exists, given)):
-        for name, path in zip(names, given):
+        for name, path in zip(PATH_SETTINGS, given):
             check_text_file(name, path)
         return given
     doing = "training on the" if FOLDER.exists() else f"drawing {TRAIN} + {TEST}"
@@ -108,5 +108,5 @@ def data_paths(settings):
     except OSError as error:
         if not FOLDER.exists():  # else another process was first
             raise not_written(FOLDER, error) from error
-    settings.update(zip(names, (str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))))
-    return tuple(settings[name] for name in names)
+    settings.update(zip(PATH_SETTINGS, (str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))))
+    return tuple(settings[name] for name in PATH_SETTINGS)

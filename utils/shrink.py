@@ -61,7 +61,8 @@ def reduced_copy(path, datasets, folder, size, drafts):
         return copy.as_posix()
     with opened(path) as image:
         if min(image.size) < 1.25 * size:  # a copy would save less than a third of the pixels
-            return decode(path)
+            image.load()
+            return path
         turn = orientation(image)
         wide, high = (round(side * size / min(image.size)) for side in image.size)
         image.draft(image.mode, (wide, high))

@@ -14,13 +14,12 @@ from utils.fit import score_batch
 from utils.pictures import MEAN, STD
 from utils.processes import cores, ignore_signals, one_sentence_errors
 from utils.run import read_config
-from utils.sample_data import DEFAULT_PATHS
+from utils.sample_data import DEFAULT_PATHS, PATH_SETTINGS
 from utils.settings import check_value
-
 
 # What commands read of train.py's settings, with a value where a run may lack it
 USED = {"backbone": None, "input_shape": None, "val_crop": 1.0, "mean": MEAN, "std": STD, "Cuda": False, "fp16": False,
-        "Unfreeze_batch_size": 32, **dict(zip(("classes_path", "train_annotation_path", "test_annotation_path"), DEFAULT_PATHS))}
+        "Unfreeze_batch_size": 32, **dict(zip(PATH_SETTINGS, DEFAULT_PATHS))}
 
 
 class TrainedRun:

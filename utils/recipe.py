@@ -152,6 +152,7 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
          for (part, decayed), tensors in groups.items() if tensors], momentum)
 
 
+@torch.no_grad()  # else autograd records it, and behind DDP, which keeps the gradients' memory, one graph chains to the next
 def clip_layers(parameters, ratio):
     """Adaptive gradient clipping (Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021), by
     layer: no weight tensor's gradient stays longer than `ratio` times the tensor. Biases and norm layers are left alone."""

@@ -1,0 +1,65 @@
+"""A step as train.py makes it, with train.py's own settings: nothing of it stays behind."""
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import train as trainer
+from utils.fit import backward, optimizer_step
+from utils.recipe import Recipe, get_optimizer
+
+SETTINGS = {name: value for name, value in vars(trainer).items() if type(value) in (bool, int, float, str, list)}
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def make_step(model_train, model, optimizer, recipe):
+    """One step; returns the gradients as backward left them."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 3, []
+    backward(model_train, [batch], False, False, scaler, recipe)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    optimizer_step(optimizer, scaler, SETTINGS["clip_grad_norm"], SETTINGS["clip_ratio"])
+    return gradients
+
+
+def get_parts():
+    model = network()
+    optimizer = get_optimizer(model, ["4"], SETTINGS["optimizer_type"], SETTINGS["momentum"], SETTINGS["weight_decay"])
+    return model, optimizer, Recipe(SETTINGS, model, 3)
+
+
+def graph_size(tensors):
+    """The number of autograd's nodes behind tensors."""
+    seen, waiting = set(), [tensor.grad_fn for tensor in tensors if tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += [other for other, _ in node.next_functions if other]
+    return len(seen)
+
+
+def test_a_step_is_not_recorded_by_autograd():
+    model, optimizer, recipe = get_parts()
+    assert SETTINGS["clip_ratio"] > 0
+    assert graph_size(make_step(model, model, optimizer, recipe)) == 0
+    assert not any(state.requires_grad for part in optimizer.state.values() for state in part.values()
+                   if isinstance(state, torch.Tensor))
+
+
+def test_the_graph_behind_ddp_s_gradients_does_not_grow(one_process_group):
+    model, optimizer, recipe = get_parts()
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    assert [graph_size(make_step(wrapped, model, optimizer, recipe)) for _ in range(5)] == [0] * 5

@@ -1,42 +1,53 @@
 """Train an image classifier: edit the constants, or give them on the command line, and run this file.
 
-    python train.py                                        one process, on the GPU where there is one
-    python train.py --backbone resnet50 --Init_lr 0.02     any constant below, without an editor
-    torchrun --nproc_per_node=2 train.py                   two processes (GPUs, or CPU processes without one)
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py    the first of two machines
+python train.py                                        one process, on the GPU where there is one
+python train.py --backbone resnet50 --Init_lr 0.02     any constant below, without an editor
+torchrun --nproc_per_node=2 train.py                   two processes (GPUs, or CPU processes without one)
+torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py    the first of two machines
 """
+
 import os
 from itertools import islice
 
-import utils  # noqa: F401 before torch, for its OpenMP setting
 import numpy as np
 import torch
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
 
+import utils  # noqa: F401 before torch, for its OpenMP setting
 from nets import get_model, head_layers, is_transformer, lay_out, load_file, profile
-from utils import lists, processes
-from utils.charts import contact_sheet, drawable
 from utils.checkpoint import Checkpoint
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate, note, own_data
-from utils.files import save_image
-from utils.fit import check_best_by, fit_one_epoch
+from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
+from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
-from utils.processes import ignore_signals, rank, say, world_size
-from utils.recipe import Recipe, balanced_weights, get_optimizer, said
-from utils.run import begin_run, continued_run, describe_rates, new_run, write_config
-from utils.sample_data import data_paths
-from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
-from utils.settings import check_phases, check_settings, choose_precision, command_line, too_small
+from utils.optimizer import (
+    describe_rates,
+    fit_lr,
+    get_lr_scheduler,
+    get_optimizer,
+    set_optimizer_lr,
+)
+from utils.plumbing import console, lists, processes
+from utils.plumbing.charts import draw_contact_sheet, drawable_names
+from utils.plumbing.command_line import command_line
+from utils.plumbing.console import say
+from utils.plumbing.files import save_image
+from utils.plumbing.processes import ignore_signals, rank, world_size
+from utils.plumbing.run import begin_run, continued_run, new_run, write_config
+from utils.plumbing.settings import check_phases, check_settings, too_small
+from utils.plumbing.shapes import find_lists
+from utils.recipe import Recipe, balanced_weights
+from utils.rehearsal import check_best_by, choose_precision, note
+from utils.task import target_text
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU
-distributed = "LOCAL_RANK" in os.environ  # several processes; torchrun says so by itself
+distributed = "LOCAL_RANK" in os.environ  # several processes; torchrun sets LOCAL_RANK
 sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
-fp16 = "auto"  # mixed precision: float16 on CUDA, bfloat16 on CPU; 'auto': on CUDA on, on a CPU if it is faster (tried)
+fp16 = "auto"  # mixed precision: True, False, or 'auto': where it is faster
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = 2  # data-loader processes for each training process
-cache_mb = 500  # on a CPU: keep the pictures of a list that needs less memory, with augmentation 'none' or 'flip'; 0 = off
+cache_mb = 500  # CPU: keep decoded pictures in memory if the whole list fits into it; 0 = off
 seed = 11  # of weights, order and augmentation
 
 # The data: lines of 'class_id;path', written by python -m utils.annotation
@@ -44,11 +55,11 @@ classes_path = "model_data/cls_classes.txt"  # class names, one a line
 train_annotation_path = "model_data/cls_train.txt"  # training pictures
 test_annotation_path = "model_data/cls_test.txt"  # pictures to validate on
 input_shape = [64, 64]  # [height, width] that the network sees
-augmentation = "flip"  # 'none', 'flip', 'crop', or crop and a policy: 'trivial', 'rand', 'auto', 'aug_mix'
+augmentation = "flip"  # 'none', 'flip', 'crop', or crop and: 'trivial', 'rand', 'auto', 'aug_mix'
 crop_scale = 0.08  # smallest share of a picture's area that a random crop keeps
-mean = [0.485, 0.456, 0.406]  # of red, green and blue from 0 to 1, which pictures are normalised with: ImageNet's
+mean = [0.485, 0.456, 0.406]  # mean of red, green, blue (0 to 1), for normalisation: ImageNet's
 std = [0.229, 0.224, 0.225]  # their standard deviations
-val_crop = 1.0  # share of the picture's sides in validation's centre crop (224 of 256: 0.875)
+val_crop = 1.0  # validation crops the centre to this share of each side (0.875: 224 of 256)
 random_erasing = 0.0  # probability of blanking a random rectangle
 
 # The network
@@ -65,13 +76,13 @@ Unfreeze_batch_size = 32  # pictures a step over all processes, unfrozen
 Freeze_Train = False  # begin with the frozen phase (useful from pretrained weights)
 accumulate = 1  # batches whose gradients make one optimizer step
 
-# The optimizer: rates are for 64 pictures a step (256 for transformers) and scaled to the batch size
+# The optimizer: rates are for 64 pictures a step (transformers: 256), and scaled to the batch
 Init_lr = 5e-2  # highest learning rate
 Min_lr = Init_lr * 0.01  # lowest learning rate
-optimizer_type = "sgd"  # 'sgd', 'adam', 'adamw': OPTIMIZERS in utils/recipe.py
+optimizer_type = "sgd"  # 'sgd', 'adam', 'adamw': OPTIMIZERS in utils/optimizer.py
 momentum = 0.9  # of sgd; adam's and adamw's beta1
 weight_decay = 5e-4  # not applied to biases and norm layers
-lr_decay_type = "cos"  # 'cos', 'step': LR_DECAYS in utils/scheduler.py
+lr_decay_type = "cos"  # 'cos', 'step': LR_DECAYS in utils/optimizer.py
 backbone_lr_scale = 1.0  # the backbone's share of the learning rate, for fine-tuning
 
 # Recipes
@@ -80,19 +91,19 @@ mixup_alpha = 0.0  # blend pairs of pictures, Beta(alpha, alpha); 0 = off
 cutmix_alpha = 0.0  # paste a rectangle of another picture, Beta(alpha, alpha); 0 = off
 class_weights = "none"  # 'none', or 'balanced' by frequency
 ema_decay = 0.0  # exponential moving average of the weights, validated and saved; 0 = off
-clip_ratio = 0.5  # longest gradient of a layer, as a share of its weights' length: steadies the first epochs; 0 = off
+clip_ratio = 0.5  # longest gradient of a layer, as a share of its weight norm; 0 = off
 clip_grad_norm = 0.0  # largest norm of all gradients together; 0 = off
-best_by = "top1"  # figure of validation that decides which epoch is best: 'top1', 'top5', 'val_loss'
+best_by = "top1"  # validation metric that picks the best epoch: 'top1', 'top5', 'val_loss'
 early_stop = 0  # stop after this many epochs without a better one; 0 = off
 
 # The run's folder
 save_dir = "logs"  # each run makes a folder here
 save_period = 10  # epochs between kept weight files
-save_minutes = 5  # also save the state inside long epochs: what a failure may cost; 0 = off
+save_minutes = 5  # also save inside long epochs: a crash loses no more than that; 0 = off
 resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 
 if __name__ == "__main__":
-    processes.one_sentence_errors()
+    console.one_sentence_errors()
     settings = command_line(globals())
     check_settings(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
@@ -102,23 +113,38 @@ if __name__ == "__main__":
     if own:
         class_names, train_lines, val_lines = lists.check_names(own[0], "own_data"), *own[1:]
     else:
-        classes_path, train_annotation_path, test_annotation_path = data_paths(settings)
+        classes_path, train_annotation_path, test_annotation_path = find_lists(settings)
         class_names, num_classes = lists.get_classes(classes_path)
-        with open(train_annotation_path, encoding='utf-8') as f:
+        with open(train_annotation_path, encoding="utf-8") as f:
             train_lines = f.readlines()
-        with open(test_annotation_path, encoding='utf-8') as f:
+        with open(test_annotation_path, encoding="utf-8") as f:
             val_lines = f.readlines()
         lists.check_unchanged(classes_path, class_names)
-        train_lines = lists.check_lines(train_lines, train_annotation_path, num_classes, classes_path)
+        train_lines = lists.check_lines(
+            train_lines, train_annotation_path, num_classes, classes_path
+        )
         val_lines = lists.check_lines(val_lines, test_annotation_path, num_classes, classes_path)
         lists.check_both(train_lines, val_lines, train_annotation_path, test_annotation_path)
         np.random.seed(10101)
         np.random.shuffle(train_lines)
         np.random.seed(None)
     num_train, num_val, num_classes = len(train_lines), len(val_lines), len(class_names)
-    train_data = DataGenerator(train_lines, input_shape, True, augmentation, random_erasing, crop_scale, val_crop, seed, num_classes,
-                               cache_mb * (not Cuda), mean)  # beside a GPU each loader process would keep its own
-    val_data = DataGenerator(val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb)
+    train_data = DataGenerator(
+        train_lines,
+        input_shape,
+        True,
+        augmentation,
+        random_erasing,
+        crop_scale,
+        val_crop,
+        seed,
+        num_classes,
+        cache_mb * (not Cuda),
+        mean,
+    )  # beside a GPU each loader process would keep its own
+    val_data = DataGenerator(
+        val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb
+    )
     del train_lines, val_lines
     lists.check_same_everywhere(train_data, val_data)
     if train_data.in_memory:
@@ -139,37 +165,74 @@ if __name__ == "__main__":
     if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = lay_out(model, "cuda" if Cuda else "cpu")
-    optimizer = get_optimizer(model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale)
-    weights = balanced_weights(train_data.class_ids(), num_classes) if class_weights == "balanced" else None
+    optimizer = get_optimizer(
+        model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale
+    )
+    weights = (
+        balanced_weights(train_data.class_ids(), num_classes)
+        if class_weights == "balanced"
+        else None
+    )
     recipe = Recipe(settings, model, num_classes, weights)
-    size = Freeze_batch_size if Freeze_Train and Init_Epoch < Freeze_Epoch else Unfreeze_batch_size  # of the first phase
+    size = (
+        Freeze_batch_size if Freeze_Train and Init_Epoch < Freeze_Epoch else Unfreeze_batch_size
+    )  # of the first phase
     first = EpochSampler(num_train, size, rank(), world_size(), seed=seed)
-    batch = detection_collate([train_data[item] for item in islice(first, min(64, size // world_size()))])
+    batch = detection_collate(
+        [train_data[item] for item in islice(first, min(64, size // world_size()))]
+    )
     say(note(batch[0]), end="")
     check_best_by(best_by, model, batch, Cuda, recipe)
-    settings["fp16"], tried = processes.on_rank_0(lambda: choose_precision(settings, model, batch, recipe))
+    settings["fp16"], tried = processes.on_rank_0(
+        lambda: choose_precision(settings, model, batch, recipe)
+    )
     fp16 = settings["fp16"]
     scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
 
     # The run
     save_dir = processes.on_rank_0(lambda: run or new_run(save_dir))
-    loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
+    loss_history = (
+        LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
+    )
     checkpoint = Checkpoint(
-        save_dir, {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": recipe.ema, "history": loss_history},
-        save_minutes, scored_on=f"{val_data.fingerprint} {mean} {std} {best_by} {fp16}")
+        save_dir,
+        {
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": scaler,
+            "ema": recipe.ema,
+            "history": loss_history,
+        },
+        save_minutes,
+        scored_on=f"{val_data.fingerprint} {mean} {std} {best_by} {fp16}",
+    )
     if state:
         checkpoint.load(state)
-    config = processes.on_rank_0(lambda: begin_run(save_dir, settings, class_names, {
-        "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
-        "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
-        "optimizer": describe_rates(settings, is_transformer(backbone)),
-        "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'}" + f" ({tried})" * bool(tried)}))
+    config = processes.on_rank_0(
+        lambda: begin_run(
+            save_dir,
+            settings,
+            class_names,
+            {
+                "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
+                "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
+                "optimizer": describe_rates(settings, is_transformer(backbone)),
+                "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'}"
+                + f" ({tried})" * bool(tried),
+            },
+        )
+    )
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
     if state is None and rank() == 0:
-        names = drawable(class_names)
-        save_image(os.path.join(save_dir, "first_batch.png"), contact_sheet(
-            batch[0][:32].permute(0, 2, 3, 1), [said(target, names) for target in batch[1]]))
+        names = drawable_names(class_names)
+        save_image(
+            os.path.join(save_dir, "first_batch.png"),
+            draw_contact_sheet(
+                batch[0][:32].permute(0, 2, 3, 1),
+                [target_text(target, names) for target in batch[1]],
+            ),
+        )
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
@@ -178,9 +241,12 @@ if __name__ == "__main__":
         unfreeze = not Freeze_Train or epoch >= Freeze_Epoch
         if unfreeze != UnFreeze_flag:
             batch_size = Unfreeze_batch_size if unfreeze else Freeze_batch_size
-            Init_lr_fit, Min_lr_fit = fit_lr(batch_size * accumulate, Init_lr, Min_lr, optimizer_type,
-                                             is_transformer(backbone))
-            lr_scheduler_func = get_lr_scheduler(lr_decay_type, Init_lr_fit, Min_lr_fit, UnFreeze_Epoch)
+            Init_lr_fit, Min_lr_fit = fit_lr(
+                batch_size * accumulate, Init_lr, Min_lr, optimizer_type, is_transformer(backbone)
+            )
+            lr_scheduler_func = get_lr_scheduler(
+                lr_decay_type, Init_lr_fit, Min_lr_fit, UnFreeze_Epoch
+            )
             if unfreeze:
                 model.Unfreeze_backbone()
             else:
@@ -191,12 +257,17 @@ if __name__ == "__main__":
                 raise ValueError(too_small(num_train, num_val, "the batch size", batch_size))
 
             model_train = torch.compile(model) if compile else model
-            wrapping = dict(find_unused_parameters=getattr(model, "has_unused_parameters", False), gradient_as_bucket_view=True)
+            wrapping = dict(
+                find_unused_parameters=getattr(model, "has_unused_parameters", False),
+                gradient_as_bucket_view=True,
+            )
             if Cuda:
                 cudnn.benchmark = True
                 if distributed:
                     model_train = model_train.cuda(local_rank)
-                    model_train = torch.nn.parallel.DistributedDataParallel(model_train, device_ids=[local_rank], **wrapping)
+                    model_train = torch.nn.parallel.DistributedDataParallel(
+                        model_train, device_ids=[local_rank], **wrapping
+                    )
                 else:
                     model_train = torch.nn.DataParallel(model_train)
                     model_train = model_train.cuda()
@@ -206,23 +277,58 @@ if __name__ == "__main__":
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)
             batch_size = batch_size // world_size()
-            options = dict(pin_memory=Cuda, worker_init_fn=ignore_signals, persistent_workers=num_workers > 0)
-            gen = DataLoader(train_data, batch_size, num_workers=num_workers, drop_last=True,
-                             collate_fn=detection_collate, sampler=train_sampler, **options)
-            gen_val = DataLoader(val_data, batch_size, num_workers=num_workers,
-                                 collate_fn=detection_collate, sampler=val_sampler, **options)
+            options = dict(
+                pin_memory=Cuda, worker_init_fn=ignore_signals, persistent_workers=num_workers > 0
+            )
+            gen = DataLoader(
+                train_data,
+                batch_size,
+                num_workers=num_workers,
+                drop_last=True,
+                collate_fn=detection_collate,
+                sampler=train_sampler,
+                **options,
+            )
+            gen_val = DataLoader(
+                val_data,
+                batch_size,
+                num_workers=num_workers,
+                collate_fn=detection_collate,
+                sampler=val_sampler,
+                **options,
+            )
             UnFreeze_flag = unfreeze
 
         if distributed:
             train_sampler.set_epoch(epoch)
         set_optimizer_lr(optimizer, lr_scheduler_func, epoch)  # and at every step within it
-        fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step, epoch_step_val, gen, gen_val,
-                      UnFreeze_Epoch, Cuda, fp16, scaler, save_period, save_dir, local_rank,
-                      recipe=recipe, checkpoint=checkpoint, lr_scheduler_func=lr_scheduler_func)
+        fit_one_epoch(
+            model_train,
+            model,
+            loss_history,
+            optimizer,
+            epoch,
+            epoch_step,
+            epoch_step_val,
+            gen,
+            gen_val,
+            UnFreeze_Epoch,
+            Cuda,
+            fp16,
+            scaler,
+            save_period,
+            save_dir,
+            local_rank,
+            recipe=recipe,
+            checkpoint=checkpoint,
+            lr_scheduler_func=lr_scheduler_func,
+        )
 
     if rank() == 0:
         loss_history.writer.close()
-        write_config(save_dir, {**config, "finished": loss_history.rows[-1]["epoch"] == UnFreeze_Epoch})  # no early stop
+        write_config(
+            save_dir, {**config, "finished": loss_history.rows[-1]["epoch"] == UnFreeze_Epoch}
+        )  # no early stop
         say(f"best {loss_history.describe_best()} in {save_dir}")
     processes.barrier()
     processes.end(0)

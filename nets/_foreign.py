@@ -2,13 +2,20 @@
 
 A table holds pairs (regular expression, what replaces it), used one after another. What none finds keeps its name.
 """
+
 import re
 from contextlib import suppress
 
 from torchvision.models import ConvNeXt, DenseNet, SwinTransformer, VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-WRAPPERS = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")  # what others put before a network's names
+WRAPPERS = (
+    "module.",
+    "model.",
+    "backbone.",
+    "encoder.",
+    "_orig_mod.",
+)  # what others put before a network's names
 
 
 def stage(offset):
@@ -16,19 +23,45 @@ def stage(offset):
     return lambda found: f"features.{2 * int(found[1]) + offset}."
 
 
-VIT = [(r"^cls_token$", "class_token"), (r"^pos_embed$", "encoder.pos_embedding"), (r"^patch_embed\.proj", "conv_proj"),
-       (r"^norm\.", "encoder.ln."), (r"^head\.", "heads.head."), (r"^blocks\.", "encoder.layers.encoder_layer_"),
-       (r"\.norm([12])\.", r".ln_\1."), (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
-       (r"\.attn\.proj\.", ".self_attention.out_proj."),  # linear_: torchvision's older files
-       (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."), (r"\.mlp\.(fc|linear_)2\.", ".mlp.3.")]
-SWIN = [(r"^patch_embed\.proj", "features.0.0"), (r"^patch_embed\.norm", "features.0.2"), (r"^head\.fc\.", "head."),
-        (r"^layers\.(\d)\.blocks\.", stage(1)), (r"^layers\.(\d)\.downsample\.", stage(2)),
-        (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.3.")]
-SWIN_TIMM = [(r"^layers\.(\d)\.downsample\.", stage(0)), *SWIN]  # from 0.8 on stages begin with it, elsewhere they end so
-CONVNEXT = [(r"^stem\.", "features.0."), (r"^(head\.)?norm\.", "classifier.0."), (r"^head\.(fc\.)?", "classifier.2."),
-            (r"^downsample_layers\.(\d)\.", stage(0)), (r"^stages\.(\d)\.downsample\.", stage(0)),
-            (r"^stages\.(\d)\.(blocks\.)?", stage(1)), (r"\.(conv_dw|dwconv)", ".block.0"), (r"\.norm", ".block.2"),
-            (r"\.(mlp\.fc|pwconv)1", ".block.3"), (r"\.(mlp\.fc|pwconv)2", ".block.5"), (r"\.gamma$", ".layer_scale")]
+VIT = [
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj", "conv_proj"),
+    (r"^norm\.", "encoder.ln."),
+    (r"^head\.", "heads.head."),
+    (r"^blocks\.", "encoder.layers.encoder_layer_"),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),  # linear_: torchvision's older files
+    (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."),
+    (r"\.mlp\.(fc|linear_)2\.", ".mlp.3."),
+]
+SWIN = [
+    (r"^patch_embed\.proj", "features.0.0"),
+    (r"^patch_embed\.norm", "features.0.2"),
+    (r"^head\.fc\.", "head."),
+    (r"^layers\.(\d)\.blocks\.", stage(1)),
+    (r"^layers\.(\d)\.downsample\.", stage(2)),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+]
+SWIN_TIMM = [
+    (r"^layers\.(\d)\.downsample\.", stage(0)),
+    *SWIN,
+]  # from 0.8 on stages begin with it, elsewhere they end so
+CONVNEXT = [
+    (r"^stem\.", "features.0."),
+    (r"^(head\.)?norm\.", "classifier.0."),
+    (r"^head\.(fc\.)?", "classifier.2."),
+    (r"^downsample_layers\.(\d)\.", stage(0)),
+    (r"^stages\.(\d)\.downsample\.", stage(0)),
+    (r"^stages\.(\d)\.(blocks\.)?", stage(1)),
+    (r"\.(conv_dw|dwconv)", ".block.0"),
+    (r"\.norm", ".block.2"),
+    (r"\.(mlp\.fc|pwconv)1", ".block.3"),
+    (r"\.(mlp\.fc|pwconv)2", ".block.5"),
+    (r"\.gamma$", ".layer_scale"),
+]
 DENSENET = [(r"(denselayer\d+\.(norm|conv))\.(\d)", r"\1\3")]  # torchvision's older files
 TABLES = {VisionTransformer: VIT, SwinTransformer: SWIN, ConvNeXt: CONVNEXT, DenseNet: DENSENET}
 
@@ -46,7 +79,9 @@ def translate(model, state):
             value = value.reshape(-1, 1, 1)  # others write it without the two axes
         named[name] = value
     if table is VIT:
-        with suppress(LookupError, ValueError, RuntimeError):  # no square of positions and one class token
+        with suppress(
+            LookupError, ValueError, RuntimeError
+        ):  # no square of positions and one class token
             named = interpolate_embeddings(model.image_size, model.patch_size, named)
     return named
 
@@ -59,4 +94,6 @@ def fit(model, state, prefix=""):
         inside = {k.removeprefix(word): v for k, v in state.items() if k.startswith(word)}
         if inside:
             found.append(fit(model, inside, prefix + word))
-    return max(found, key=lambda fitting: fitting[0])  # the first of equals: what has no prefix stays
+    return max(
+        found, key=lambda fitting: fitting[0]
+    )  # the first of equals: what has no prefix stays

@@ -3,6 +3,7 @@
 Two processes of one thread over gloo; resnet18 at 128, 16 pictures over both. Each option's share of the time that
 train.py's setting takes, the options in turn in every round, so that a machine that slows down slows all of them.
 """
+
 import contextlib
 import inspect
 import statistics
@@ -18,11 +19,16 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 OURS = dict(gradient_as_bucket_view=True)
-OPTIONS = {"ours: gradient_as_bucket_view": OURS, "none": {}, "static_graph": dict(OURS, static_graph=True),
-           "find_unused_parameters": dict(OURS, find_unused_parameters=True),
-           "bucket_cap_mb 5": dict(OURS, bucket_cap_mb=5), "bucket_cap_mb 100": dict(OURS, bucket_cap_mb=100),
-           "batched_grad_copy": dict(OURS, batched_grad_copy=True),
-           "bf16_compress_hook": dict(OURS, hook=bf16_compress_hook)}
+OPTIONS = {
+    "ours: gradient_as_bucket_view": OURS,
+    "none": {},
+    "static_graph": dict(OURS, static_graph=True),
+    "find_unused_parameters": dict(OURS, find_unused_parameters=True),
+    "bucket_cap_mb 5": dict(OURS, bucket_cap_mb=5),
+    "bucket_cap_mb 100": dict(OURS, bucket_cap_mb=100),
+    "batched_grad_copy": dict(OURS, batched_grad_copy=True),
+    "bf16_compress_hook": dict(OURS, hook=bf16_compress_hook),
+}
 KNOWN = inspect.signature(DistributedDataParallel).parameters
 STEPS = 3  # of one option in one round
 
@@ -43,8 +49,12 @@ def wrapped(option, frozen=False):
 
 def batch(step):
     generator = torch.Generator().manual_seed(2 * step + dist.get_rank())
-    return (torch.randn(8, 3, 128, 128, generator=generator).contiguous(memory_format=torch.channels_last),
-            torch.randint(10, (8,), generator=generator))
+    return (
+        torch.randn(8, 3, 128, 128, generator=generator).contiguous(
+            memory_format=torch.channels_last
+        ),
+        torch.randint(10, (8,), generator=generator),
+    )
 
 
 def step(ddp, optimizer, batches):
@@ -80,9 +90,16 @@ def check(options):
             plain = end_of("none", frozen, accumulate)
             for option in options:
                 end = end_of(option, frozen, accumulate)
-                what = (end if isinstance(end, str) else "same bits" if torch.equal(end, plain) else
-                        f"largest difference {float((end - plain).abs().max()):.1e}")
-                found.setdefault(option, []).append(f"{'frozen' if frozen else 'all'}, accumulate {accumulate}: {what}")
+                what = (
+                    end
+                    if isinstance(end, str)
+                    else "same bits"
+                    if torch.equal(end, plain)
+                    else f"largest difference {float((end - plain).abs().max()):.1e}"
+                )
+                found.setdefault(option, []).append(
+                    f"{'frozen' if frozen else 'all'}, accumulate {accumulate}: {what}"
+                )
     return found
 
 
@@ -106,15 +123,21 @@ def measure(options, rounds):
 def process(rank, file, rounds):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    options = [name for name, words in OPTIONS.items() if all(word in KNOWN for word in words if word != "hook")]
+    options = [
+        name
+        for name, words in OPTIONS.items()
+        if all(word in KNOWN for word in words if word != "hook")
+    ]
     found, seconds = check(options), measure(options, rounds)
     dist.barrier()
     if rank == 0:
         ours = seconds[options[0]]
         for option in options:
             shares = sorted(theirs / our for theirs, our in zip(seconds[option], ours))
-            print(f"{option:32} {1e3 * statistics.median(seconds[option]):6.0f} ms a step, "
-                  f"{statistics.median(shares):.3f} of ours ({shares[0]:.3f} to {shares[-1]:.3f})")
+            print(
+                f"{option:32} {1e3 * statistics.median(seconds[option]):6.0f} ms a step, "
+                f"{statistics.median(shares):.3f} of ours ({shares[0]:.3f} to {shares[-1]:.3f})"
+            )
         for option, lines in found.items():
             print(option, *lines, sep="\n    ")
 

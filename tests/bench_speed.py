@@ -1,4 +1,5 @@
 """Rows of speed: pictures, training, evaluation, a GPU. Every reference is a process of its own (tests/references)."""
+
 import os
 import statistics
 import sys
@@ -13,8 +14,9 @@ from tests.bench_tools import Reference, by_turns, pairs, photos, report, second
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
-from utils.recipe import Recipe, get_optimizer
-from utils.processes import ignore_signals
+from utils.recipe import Recipe
+from utils.optimizer import get_optimizer
+from utils.plumbing.processes import ignore_signals
 
 
 def bench_pictures(folder):
@@ -23,28 +25,51 @@ def bench_pictures(folder):
 
     def reading(paths, random):
         data = DataGenerator([f"0;{p}" for p in paths], (224, 224), random, "crop", val_crop=0.875)
-        return lambda: seconds(lambda: detection_collate([data[1, i, i] for i in range(len(paths))]))
-    for paths, size, target in ((small, "500×375", "≥ 2"), (photos(folder, 32, 500, 375, grain=0), "500×375", "≥ 2"),
-                                (photos(folder, 6, 3264, 2448), "3264×2448", "≥ 4"),
-                                (photos(folder, 6, 3264, 2448, grain=0), "3264×2448", "≥ 4")):
+        return lambda: seconds(
+            lambda: detection_collate([data[1, i, i] for i in range(len(paths))])
+        )
+
+    for paths, size, target in (
+        (small, "500×375", "≥ 2"),
+        (photos(folder, 32, 500, 375, grain=0), "500×375", "≥ 2"),
+        (photos(folder, 6, 3264, 2448), "3264×2448", "≥ 4"),
+        (photos(folder, 6, 3264, 2448, grain=0), "3264×2448", "≥ 4"),
+    ):
         name = f"{size}, {np.mean([os.path.getsize(p) for p in paths]) / 1e3:.0f} KB"
         for kind in ("training", "evaluation"):
             with Reference("pictures.py", kind=kind, paths=paths) as usual:
                 ratio, ours, theirs = pairs(reading(paths, kind == "training"), usual, 11)
-            report(f"{kind} pictures, {name}, one core", f"{ratio:.2f} ×", target,
-                   f"{len(paths) / ours:.0f} against {len(paths) / theirs:.0f} pictures/s")
-    with Reference("pictures.py", kind="pillow", paths=small) as pillow, Reference("pictures.py", kind="torchvision", paths=small) as tv:
+            report(
+                f"{kind} pictures, {name}, one core",
+                f"{ratio:.2f} ×",
+                target,
+                f"{len(paths) / ours:.0f} against {len(paths) / theirs:.0f} pictures/s",
+            )
+    with (
+        Reference("pictures.py", kind="pillow", paths=small) as pillow,
+        Reference("pictures.py", kind="torchvision", paths=small) as tv,
+    ):
         faster, name = (pillow, "pillow") if pairs(pillow, tv)[0] > 1 else (tv, "torchvision")
         ratio, ours, theirs = pairs(reading(small, True), faster, 15)
-    report("share of the decoding limit, 500×375", f"{ratio:.2f}", "≥ 0.65", f"{name}: {len(small) / theirs:.0f} pictures/s")
+    report(
+        "share of the decoding limit, 500×375",
+        f"{ratio:.2f}",
+        "≥ 0.65",
+        f"{name}: {len(small) / theirs:.0f} pictures/s",
+    )
 
 
 class Ready:
     """A loader of batches that are in memory already."""
+
     num_workers = 0
 
     def __init__(self, batches, batch_size):
-        self.batches, self.batch_size, self.dataset = batches, batch_size, range(batch_size * len(batches))
+        self.batches, self.batch_size, self.dataset = (
+            batches,
+            batch_size,
+            range(batch_size * len(batches)),
+        )
         self.sampler = EpochSampler(batch_size * len(batches), batch_size)
 
     def __iter__(self):
@@ -55,25 +80,56 @@ class Ready:
 
 
 def ready_batches(batch, steps, pin_memory=False):
-    images, targets = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8), torch.randint(0, 10, (batch,))
+    images, targets = (
+        torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8),
+        torch.randint(0, 10, (batch,)),
+    )
     if pin_memory:
         images, targets = images.pin_memory(), targets.pin_memory()
     return Ready([(images.permute(0, 3, 1, 2), targets, [])] * steps, batch)
 
 
 def loader(data, batch_size, workers=2, pin_memory=False):
-    return DataLoader(data, batch_size, num_workers=workers, collate_fn=detection_collate, worker_init_fn=ignore_signals,
-                      sampler=EpochSampler(len(data), batch_size), persistent_workers=True, drop_last=True, pin_memory=pin_memory)
+    return DataLoader(
+        data,
+        batch_size,
+        num_workers=workers,
+        collate_fn=detection_collate,
+        worker_init_fn=ignore_signals,
+        sampler=EpochSampler(len(data), batch_size),
+        persistent_workers=True,
+        drop_last=True,
+        pin_memory=pin_memory,
+    )
 
 
 def train_seconds(model, optimizer, gen, steps, folder, Cuda, fp16, scaler=None):
     """Seconds that fit_one_epoch spends on training; its validation has two pictures, and is not counted."""
-    val = Ready([(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), [])], 2)
+    val = Ready(
+        [(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), [])], 2
+    )
     with open(os.devnull, "w") as quiet:
         out, sys.stdout = sys.stdout, quiet
         try:
-            figures = fit_one_epoch(model, model, LossHistory(folder), optimizer, 0, steps, 1, gen, val, 1000, Cuda, fp16, scaler,
-                                    1000, folder, 0, recipe=Recipe())
+            figures = fit_one_epoch(
+                model,
+                model,
+                LossHistory(folder),
+                optimizer,
+                0,
+                steps,
+                1,
+                gen,
+                val,
+                1000,
+                Cuda,
+                fp16,
+                scaler,
+                1000,
+                folder,
+                0,
+                recipe=Recipe(),
+            )
         finally:
             sys.stdout = out
     return steps * gen.batch_size / figures["images_per_second"]
@@ -96,28 +152,43 @@ def bench_train(folder):
     model, optimizer = network()
     gen = loader(DataGenerator([f"0;{p}" for p in paths], (224, 224), True, "crop"), 32)
     with Reference("loops.py", paths=paths, batch=32) as usual:
-        ratio, ours, theirs = pairs(lambda: train_seconds(model, optimizer, gen, 3, folder, False, fp16), usual, 5)
-    report(f"end to end, resnet18 at 224, batch 32 ({'bfloat16' if fp16 else 'float32'}, channels_last)", f"{ratio:.2f} ×", target,
-           f"{96 / ours:.1f} against {96 / theirs:.1f} images/s")
+        ratio, ours, theirs = pairs(
+            lambda: train_seconds(model, optimizer, gen, 3, folder, False, fp16), usual, 5
+        )
+    report(
+        f"end to end, resnet18 at 224, batch 32 ({'bfloat16' if fp16 else 'float32'}, channels_last)",
+        f"{ratio:.2f} ×",
+        target,
+        f"{96 / ours:.1f} against {96 / theirs:.1f} images/s",
+    )
 
     ready = ready_batches(16, 4)
 
     def epoch():
         return train_seconds(model, optimizer, ready, 4, folder, False, fp16)
-    with Reference("loops.py", kind="train", network="resnet18", batch=16, steps=4, mixed=fp16) as bare:
-        report("fit_one_epoch over ready batches against the bare loop", f"{1 / pairs(epoch, bare, 9)[0]:.3f}", "≤ 1.03")
+
+    with Reference(
+        "loops.py", kind="train", network="resnet18", batch=16, steps=4, mixed=fp16
+    ) as bare:
+        report(
+            "fit_one_epoch over ready batches against the bare loop",
+            f"{1 / pairs(epoch, bare, 9)[0]:.3f}",
+            "≤ 1.03",
+        )
 
     def frozen():
         model.freeze_backbone()
         spent = epoch()
         model.Unfreeze_backbone()
         return spent
+
     report("frozen against unfrozen, resnet18 at 224", f"{pairs(frozen, epoch, 5)[0]:.2f} ×", "≥ 2")
 
 
 def bench_evaluate(folder):
     from utils.evaluate import score
     from utils.trained import TrainedRun
+
     torch.set_num_threads(os.cpu_count())
     paths = photos(folder, 256, 500, 375)
     run = TrainedRun.__new__(TrainedRun)
@@ -127,15 +198,31 @@ def bench_evaluate(folder):
     data = DataGenerator(lines, (224, 224), False, val_crop=0.875)
 
     def decode():
-        for _ in DataLoader(data, 32, num_workers=2, collate_fn=detection_collate, sampler=EpochSampler(256, 32, shuffle=False)):
+        for _ in DataLoader(
+            data,
+            32,
+            num_workers=2,
+            collate_fn=detection_collate,
+            sampler=EpochSampler(256, 32, shuffle=False),
+        ):
             pass
+
     for name in ("resnet18", "resnet50"):
         run.model = network(name)[0].eval()
         with Reference("loops.py", kind="forward", network=name, batch=32, steps=8) as forward:
-            times = by_turns(lambda: seconds(lambda: score(run, data, 32, 2)), lambda: seconds(decode), forward, rounds=5)
+            times = by_turns(
+                lambda: seconds(lambda: score(run, data, 32, 2)),
+                lambda: seconds(decode),
+                forward,
+                rounds=5,
+            )
         ours, decoding, forwards = (statistics.median(column) for column in zip(*times))
-        report(f"evaluate against the slower of its limits, {name}", f"{statistics.median(max(d, f) / o for o, d, f in times):.2f}",
-               "≥ 0.9", f"decoding {256 / decoding:.0f}, forward {256 / forwards:.0f}, both on the same cores {256 / ours:.0f} pictures/s")
+        report(
+            f"evaluate against the slower of its limits, {name}",
+            f"{statistics.median(max(d, f) / o for o, d, f in times):.2f}",
+            "≥ 0.9",
+            f"decoding {256 / decoding:.0f}, forward {256 / forwards:.0f}, both on the same cores {256 / ours:.0f} pictures/s",
+        )
 
 
 def bench_cuda(folder):
@@ -149,20 +236,45 @@ def bench_cuda(folder):
 
     def epoch(gen):
         return lambda: train_seconds(model, optimizer, gen, steps, folder, True, True, scaler)
+
     paths, workers = photos(folder, 64, 500, 375), os.cpu_count()
-    gen = loader(DataGenerator([f"0;{p}" for p in paths * 4 * steps], (224, 224), True, "crop"), size, workers, pin_memory=True)
+    gen = loader(
+        DataGenerator([f"0;{p}" for p in paths * 4 * steps], (224, 224), True, "crop"),
+        size,
+        workers,
+        pin_memory=True,
+    )
 
     def decode():
         for _ in gen:
             pass
+
     name = f"resnet50 at 224, float16, {torch.cuda.get_device_name()}"
-    with Reference("loops.py", kind="train", network="resnet50", batch=size, steps=steps, device="cuda", mixed=True) as bare:
+    with Reference(
+        "loops.py",
+        kind="train",
+        network="resnet50",
+        batch=size,
+        steps=steps,
+        device="cuda",
+        mixed=True,
+    ) as bare:
         ratio, ours, theirs = pairs(epoch(ready_batches(size, steps, pin_memory=True)), bare, 3)
-        report(f"{name}: ready batches, share of the bare loop", f"{ratio:.3f}", "",
-               f"{size * steps / ours:.0f} against {size * steps / theirs:.0f} images/s")
+        report(
+            f"{name}: ready batches, share of the bare loop",
+            f"{ratio:.3f}",
+            "",
+            f"{size * steps / ours:.0f} against {size * steps / theirs:.0f} images/s",
+        )
         times = by_turns(epoch(gen), lambda: seconds(decode), bare, rounds=3)
     ours, decoding, _ = (statistics.median(column) for column in zip(*times))
-    both, decoded = (statistics.median(column) for column in zip(*((max(d, b) / o, d / o) for o, d, b in times)))
-    report(f"{name}: from JPEG files, {workers} workers, share of decoding", f"{decoded:.3f}", "",
-           f"{both:.3f} of the slower of decoding and the bare loop; {size * steps / ours:.0f}, "
-           f"decoding {size * steps / decoding:.0f} images/s")
+    both, decoded = (
+        statistics.median(column) for column in zip(*((max(d, b) / o, d / o) for o, d, b in times))
+    )
+    report(
+        f"{name}: from JPEG files, {workers} workers, share of decoding",
+        f"{decoded:.3f}",
+        "",
+        f"{both:.3f} of the slower of decoding and the bare loop; {size * steps / ours:.0f}, "
+        f"decoding {size * steps / decoding:.0f} images/s",
+    )

@@ -1,4 +1,5 @@
 """What the benchmark's parts share: photos, timing by turns, and the other side in a process and environment of its own."""
+
 import json
 import statistics
 import subprocess
@@ -26,7 +27,11 @@ def seconds(work):
 
 def user_environment():
     """What a user's shell has: no launcher's variables and no thread settings, neither the caller's nor ours."""
-    return {name: value for name, value in environment().items() if not name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
+    return {
+        name: value
+        for name, value in environment().items()
+        if not name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))
+    }
 
 
 class Reference:
@@ -37,8 +42,13 @@ class Reference:
 
     def __init__(self, script, **options):
         self.script = script
-        self.process = subprocess.Popen([sys.executable, str(REFERENCES / script), json.dumps(options)], env=user_environment(),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(REFERENCES / script), json.dumps(options)],
+            env=user_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def __call__(self):
         print(file=self.process.stdin, flush=True)
@@ -63,7 +73,9 @@ def by_turns(*sides, rounds=7):
 def pairs(ours, theirs, rounds=7):
     """(median of theirs/ours, our median seconds, theirs)."""
     times = by_turns(ours, theirs, rounds=rounds)
-    return statistics.median(b / a for a, b in times), *(statistics.median(column) for column in zip(*times))
+    return statistics.median(b / a for a, b in times), *(
+        statistics.median(column) for column in zip(*times)
+    )
 
 
 def photos(folder, number, width, height, grain=12):
@@ -74,8 +86,14 @@ def photos(folder, number, width, height, grain=12):
         for cells in (4, 8, 16, 32, 64, 128, 256):
             noise = rng.normal(size=(cells, cells, 3)).astype(np.float32)
             for c in range(3):
-                total[..., c] += np.asarray(Image.fromarray(noise[..., c]).resize((width, height), 3)) * (60 / cells ** .5)
-        total = total * .6 + total.mean(2, keepdims=True) * .4 + rng.normal(size=(height, width, 1)) * grain
+                total[..., c] += np.asarray(
+                    Image.fromarray(noise[..., c]).resize((width, height), 3)
+                ) * (60 / cells**0.5)
+        total = (
+            total * 0.6
+            + total.mean(2, keepdims=True) * 0.4
+            + rng.normal(size=(height, width, 1)) * grain
+        )
         paths.append(f"{folder}/{width}_{grain}_{i}.jpg")
         Image.fromarray((128 + total).clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
     return paths

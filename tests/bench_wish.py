@@ -3,6 +3,7 @@
 Two processes train steps of 50 ms through fit_one_epoch; every all-reduce of one whole number takes 20 ms, as between far
 machines, while gradients are reduced as ever. Sent before a step and read after it, the wish must cost at most 3 %.
 """
+
 import os
 import statistics
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from tests.slurm import free_ports
-from utils import processes
+from utils.plumbing import processes
 from utils.checkpoint import Checkpoint
 from utils.dataloader import EpochSampler, detection_collate
 from utils.fit import fit_one_epoch
@@ -85,26 +86,58 @@ class SlowWishes:
 
 
 def loader(number, world, shuffle):
-    return DataLoader(Pictures(number), 1, drop_last=shuffle, collate_fn=detection_collate,
-                      sampler=EpochSampler(number, world, dist.get_rank(), world, shuffle=shuffle))
+    return DataLoader(
+        Pictures(number),
+        1,
+        drop_last=shuffle,
+        collate_fn=detection_collate,
+        sampler=EpochSampler(number, world, dist.get_rank(), world, shuffle=shuffle),
+    )
 
 
 def process(rank, port, folder, rounds):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     processes.connect(False)
     model = SlowNetwork(nn.Flatten(), nn.Linear(8 * 8 * 3, 2))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     history = LossHistory(folder, input_shape=[8, 8]) if rank == 0 else None
-    checkpoint = Checkpoint(folder, {"model": model, "optimizer": optimizer, "scaler": None, "ema": None, "history": history})
+    checkpoint = Checkpoint(
+        folder,
+        {"model": model, "optimizer": optimizer, "scaler": None, "ema": None, "history": history},
+    )
     words = dict(recipe=None, checkpoint=checkpoint)
     model_train = nn.parallel.DistributedDataParallel(model)
     gen, gen_val = loader(2 * STEPS, 2, True), loader(4, 2, False)
 
     def speed(epoch):
-        return fit_one_epoch(model_train, model, history, optimizer, epoch, STEPS, 2, gen, gen_val, 2 * rounds, False, False,
-                             None, 1000, folder, rank, **words)["images_per_second"]
+        return fit_one_epoch(
+            model_train,
+            model,
+            history,
+            optimizer,
+            epoch,
+            STEPS,
+            2,
+            gen,
+            gen_val,
+            2 * rounds,
+            False,
+            False,
+            None,
+            1000,
+            folder,
+            rank,
+            **words,
+        )["images_per_second"]
+
     losses, wishes = [], 0
     for number in range(rounds):
         undelayed = speed(2 * number)
@@ -113,8 +146,10 @@ def process(rank, port, folder, rounds):
         losses.append(undelayed / delayed - 1)
         wishes += slow.count
     if rank == 0:
-        print(f"a step of {1e3 * STEP:.0f} ms with a wish of {1e3 * DELAY:.0f} ms takes "
-              f"{statistics.median(losses):+.1%} longer ({min(losses):+.1%} to {max(losses):+.1%}), {wishes / rounds / STEPS:.2f} wishes a step")
+        print(
+            f"a step of {1e3 * STEP:.0f} ms with a wish of {1e3 * DELAY:.0f} ms takes "
+            f"{statistics.median(losses):+.1%} longer ({min(losses):+.1%} to {max(losses):+.1%}), {wishes / rounds / STEPS:.2f} wishes a step"
+        )
         assert wishes >= rounds * STEPS, "not every step sent a wish: nothing was measured"
         assert statistics.median(losses) <= MOST
     processes.barrier()

@@ -131,7 +131,7 @@ def make_run(folder, names, backbone="squeezenet1_1", **settings):
     """A run's folder with untrained weights, for what commands do with any; returns it. Settings as train.py's."""
     import train as trainer
     from nets import get_model
-    from utils.run import write_config
+    from utils.plumbing.run import write_config
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in vars(trainer).items() if type(value) in (bool, int, float, str, list)

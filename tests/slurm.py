@@ -7,6 +7,7 @@
 Two slurmd play two nodes. They are called 127.0.0.1 and 127.0.0.2, names that torchrun can connect to as well. All that runs
 on a node is a descendant of its slurmd, so that it can die as a machine does, and nothing is left behind at the end.
 """
+
 import ctypes
 import getpass
 import os
@@ -23,7 +24,10 @@ from pathlib import Path
 from tests.helpers import environment
 
 PLACES = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-PROGRAMS = {name: shutil.which(name, path=PLACES) for name in ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")}
+PROGRAMS = {
+    name: shutil.which(name, path=PLACES)
+    for name in ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
+}
 NODES = ("127.0.0.1", "127.0.0.2")
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of linux/prctl.h
 CONF = """ClusterName=test
@@ -116,13 +120,30 @@ class Slurm:
         self.folder, self.daemons = Path(folder).resolve() / "slurm", {}
         (self.folder / "state").mkdir(parents=True)
         ports = free_ports(1 + len(NODES))
-        self.env = {**{name: value for name, value in environment().items() if not name.startswith(("SLURM", "SBATCH"))},
-                    "PATH": f"{Path(sys.executable).parent}:{PLACES}", "SLURM_CONF": str(self.folder / "slurm.conf")}
-        nodes = "\n".join(f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs=64 Gres=gpu:8 State=UNKNOWN"
-                          for name, port in zip(NODES, ports[1:]))
-        (self.folder / "slurm.conf").write_text(CONF.format(
-            host=socket.gethostname().split(".")[0], port=ports[0], user=getpass.getuser(), folder=self.folder, extra=extra,
-            nodes=nodes, partitions=partitions))
+        self.env = {
+            **{
+                name: value
+                for name, value in environment().items()
+                if not name.startswith(("SLURM", "SBATCH"))
+            },
+            "PATH": f"{Path(sys.executable).parent}:{PLACES}",
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+        }
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs=64 Gres=gpu:8 State=UNKNOWN"
+            for name, port in zip(NODES, ports[1:])
+        )
+        (self.folder / "slurm.conf").write_text(
+            CONF.format(
+                host=socket.gethostname().split(".")[0],
+                port=ports[0],
+                user=getpass.getuser(),
+                folder=self.folder,
+                extra=extra,
+                nodes=nodes,
+                partitions=partitions,
+            )
+        )
         for number in range(8):
             (self.folder / f"gpu{number}").touch()  # what Slurm takes for its eight GPUs
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
@@ -132,14 +153,25 @@ class Slurm:
 
     def __enter__(self):
         try:
-            in_folder = [f"--{what}={self.folder}/munge.{ending}" for what, ending in (
-                ("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]
+            in_folder = [
+                f"--{what}={self.folder}/munge.{ending}"
+                for what, ending in (
+                    ("socket", "socket"),
+                    ("key-file", "key"),
+                    ("pid-file", "pid"),
+                    ("log-file", "log"),
+                    ("seed-file", "seed"),
+                )
+            ]
             self.daemon("munged", "--foreground", "--force", *in_folder)
             self.until(lambda: (self.folder / "munge.socket").exists(), "munged did not start")
             self.daemon("slurmctld", "-D", "-c")
             for node in NODES:
                 self.start_node(node)
-            self.until(lambda: all(self.state_of(node) == "IDLE" for node in NODES), "the nodes did not come up")
+            self.until(
+                lambda: all(self.state_of(node) == "IDLE" for node in NODES),
+                "the nodes did not come up",
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -152,8 +184,13 @@ class Slurm:
     def daemon(self, program, *words, name=None):
         with open(self.folder / f"{name or program}.out", "a") as out:
             self.daemons[name or program] = subprocess.Popen(
-                [PROGRAMS[program], *words], env=self.env, stdout=out, stderr=out, start_new_session=True,
-                preexec_fn=own_and_follow)
+                [PROGRAMS[program], *words],
+                env=self.env,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=own_and_follow,
+            )
 
     def start_node(self, node):
         self.daemon("slurmd", "-D", "-N", node, name=node)
@@ -169,9 +206,17 @@ class Slurm:
 
     def command(self, program, *words, **options):
         """The output of a Slurm command."""
-        done = subprocess.run([PROGRAMS[program], *map(str, words)], env=self.env, capture_output=True, text=True, timeout=60,
-                              **options)
-        assert done.returncode == 0, f"{program} {words}: {done.stdout}\n{done.stderr}\n{self.logs()}"
+        done = subprocess.run(
+            [PROGRAMS[program], *map(str, words)],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            **options,
+        )
+        assert done.returncode == 0, (
+            f"{program} {words}: {done.stdout}\n{done.stderr}\n{self.logs()}"
+        )
         return done.stdout
 
     def until(self, true, otherwise, timeout=60):
@@ -181,10 +226,18 @@ class Slurm:
             time.sleep(0.1)
 
     def logs(self):
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in self.folder.glob("*.log"))
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}"
+            for path in self.folder.glob("*.log")
+        )
 
     def state_of(self, node):
-        done = subprocess.run([PROGRAMS["scontrol"], "show", "node", node], env=self.env, capture_output=True, text=True)
+        done = subprocess.run(
+            [PROGRAMS["scontrol"], "show", "node", node],
+            env=self.env,
+            capture_output=True,
+            text=True,
+        )
         found = re.search(r"State=(\w+)\S*", done.stdout)
         return found and found[1] + ("*" if "NOT_RESPONDING" in found[0] else "")
 
@@ -204,13 +257,18 @@ class Slurm:
         def there():
             fields.update(self.job(job))
             return fields["JobState"] in states
+
         self.until(there, f"job {job} is not {' or '.join(states)}", timeout)
         return fields
 
     def begin_again(self, job, timeout=60):
         """Begin a requeued job once its nodes are free; Slurm would let it wait for two minutes."""
         self.wait(job, "PENDING", timeout=timeout)
-        self.until(lambda: all(self.state_of(node) == "IDLE" for node in NODES), "the nodes are not free again", timeout)
+        self.until(
+            lambda: all(self.state_of(node) == "IDLE" for node in NODES),
+            "the nodes are not free again",
+            timeout,
+        )
         time.sleep(1)  # the last word of the ended batch script must not be taken for the new one's
         self.command("scontrol", "update", f"jobid={job}", "starttime=now")
         self.wait(job, "RUNNING", timeout=timeout)

@@ -1,4 +1,5 @@
 """Folders of pictures as people have them: links, odd files and names, outputs that clash, processes that die."""
+
 import errno
 import os
 import signal
@@ -14,12 +15,12 @@ import pytest
 from PIL import Image
 
 from tests.helpers import environment
-from utils import lists
+from utils.plumbing import lists
 from utils.annotation import main as annotate
-from utils.errors import UserError, sentence
-from utils.folders import pictures_below
-from utils.sample_data import DEFAULT_PATHS
-from utils.shrink import on_all_cores
+from utils.plumbing.errors import UserError, explain
+from utils.plumbing.folders import pictures_below
+from utils.plumbing.lists import DEFAULT_PATHS
+from utils.plumbing.shrink import on_all_cores
 
 
 def tree(*paths, size=(4, 4)):
@@ -34,7 +35,10 @@ def numbered(*folders, count=5):
 
 def listed():
     """Counter of the lines of both lists."""
-    return Counter(Path("model_data/cls_train.txt").read_text().split() + Path("model_data/cls_test.txt").read_text().split())
+    return Counter(
+        Path("model_data/cls_train.txt").read_text().split()
+        + Path("model_data/cls_test.txt").read_text().split()
+    )
 
 
 def classes():
@@ -59,7 +63,9 @@ def test_links_that_lead_back_are_not_followed(capsys):
     os.symlink("round.png", "ds/dog/round.png")
     annotate(["ds"])
     assert classes() == ["cat", "dog"]
-    assert listed() == Counter([*(f"0;ds/cat/{i}.png" for i in range(5)), *(f"1;ds/dog/{i}.png" for i in range(5))])
+    assert listed() == Counter(
+        [*(f"0;ds/cat/{i}.png" for i in range(5)), *(f"1;ds/dog/{i}.png" for i in range(5))]
+    )
     assert "left out: 7 links to folders that are read anyway" in capsys.readouterr().out
 
 
@@ -72,7 +78,12 @@ def test_links_to_folders_elsewhere_are_followed_once(capsys):
     os.symlink("..", "far/dogs/up")  # a folder around one that is a class
     annotate(["ds"])
     assert classes() == ["bird", "cat", "dog"]
-    assert Counter(line.rpartition("/")[0] for line in listed()) == {"0;ds/bird": 5, "1;ds/cat": 5, "1;ds/cat/more": 5, "2;ds/dog": 5}
+    assert Counter(line.rpartition("/")[0] for line in listed()) == {
+        "0;ds/bird": 5,
+        "1;ds/cat": 5,
+        "1;ds/cat/more": 5,
+        "2;ds/dog": 5,
+    }
     assert sum(listed().values()) == 20
 
 
@@ -84,10 +95,19 @@ def test_each_file_is_listed_once(capsys):
     os.symlink("../../../far/0.png", "ds/train/dog/far.png")
     os.symlink("../../../far/0.png", "ds/test/dog/far.png")
     annotate(["ds"])
-    assert sum(listed().values()) == 21 and sum(line.endswith("/dog/far.png") for line in listed()) == 1 and listed()["1;ds/test/dog/0.png"] == 1
-    assert "left out: 3 pictures outside of the class folders, or listed already" in capsys.readouterr().out
+    assert (
+        sum(listed().values()) == 21
+        and sum(line.endswith("/dog/far.png") for line in listed()) == 1
+        and listed()["1;ds/test/dog/0.png"] == 1
+    )
+    assert (
+        "left out: 3 pictures outside of the class folders, or listed already"
+        in capsys.readouterr().out
+    )
     assert pictures_below("ds/train/cat") == [f"ds/train/cat/{i}.png" for i in range(5)] + [
-        "ds/train/cat/a copy.png", "ds/train/cat/dog.png"]
+        "ds/train/cat/a copy.png",
+        "ds/train/cat/dog.png",
+    ]
 
 
 def test_links_to_pictures_of_a_folder_that_is_not_used(capsys):
@@ -97,7 +117,10 @@ def test_links_to_pictures_of_a_folder_that_is_not_used(capsys):
         os.symlink(f"../../test/{len(folder)}.png", f"ds/val/{folder}/a.png")
     os.symlink("../../test/0.png", "ds/val/cat/b.png")
     annotate(["ds"])
-    assert Path("model_data/cls_test.txt").read_text().split() == ["0;ds/val/cat/a.png", "0;ds/val/cat/b.png"]
+    assert Path("model_data/cls_test.txt").read_text().split() == [
+        "0;ds/val/cat/a.png",
+        "0;ds/val/cat/b.png",
+    ]
     assert "left out: 6 pictures outside" in capsys.readouterr().out
 
 
@@ -107,7 +130,10 @@ def test_names_that_no_list_can_hold(capsys):
         tree("odd.png")
         os.rename("odd.png", os.path.join(b"ds/cat", name))
     annotate(["ds"])
-    assert sum(listed().values()) == 10 and "left out: 2 files (.png) that are not read" in capsys.readouterr().out
+    assert (
+        sum(listed().values()) == 10
+        and "left out: 2 files (.png) that are not read" in capsys.readouterr().out
+    )
 
 
 def test_only_regular_files_are_listed(capsys):
@@ -122,20 +148,29 @@ def test_only_regular_files_are_listed(capsys):
     assert "left out: 3 files (.png) that are not read" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folders, expected", [
-    (["train", "car", "bus"], ["bus", "car", "train"]),
-    (["test", "car"], ["car", "test"]),
-    (["val", "train", "car"], ["car", "train", "val"]),
-    (["train/a", "train/b"], ["a", "b"]),
-    (["train/a", "train/b", "val/a", "test"], ["a", "b"]),  # a test folder without labels, as ImageNet's
-    (["train/a", "train/b", "valid/a"], ["a", "b"])])
+@pytest.mark.parametrize(
+    "folders, expected",
+    [
+        (["train", "car", "bus"], ["bus", "car", "train"]),
+        (["test", "car"], ["car", "test"]),
+        (["val", "train", "car"], ["car", "train", "val"]),
+        (["train/a", "train/b"], ["a", "b"]),
+        (
+            ["train/a", "train/b", "val/a", "test"],
+            ["a", "b"],
+        ),  # a test folder without labels, as ImageNet's
+        (["train/a", "train/b", "valid/a"], ["a", "b"]),
+    ],
+)
 def test_a_class_called_train(folders, expected):
     numbered(*(f"ds/{folder}" for folder in folders))
     Path("ds/papers").mkdir()
     Path("ds/papers/licence.txt").write_text("no picture")
     annotate(["ds"])
     assert classes() == expected
-    assert {line.partition(";ds/")[2].rpartition("/")[0] for line in listed()} == set(folders) - ({"test"} if "train/a" in folders else set())
+    assert {line.partition(";ds/")[2].rpartition("/")[0] for line in listed()} == set(folders) - (
+        {"test"} if "train/a" in folders else set()
+    )
 
 
 def test_what_is_left_out_is_counted_once(capsys):
@@ -148,9 +183,16 @@ def test_what_is_left_out_is_counted_once(capsys):
     assert "left out: 2 files (.txt)" in out and "left out: 2 pictures outside" in out
 
 
-@pytest.mark.parametrize("folders, words", [
-    (["train/steam", "train/electric", "car"], "'car', 'train'"), (["train", "test"], "'test', 'train'"),
-    (["train/a", "test"], "'test', 'train'"), (["test/a"], "'test'"), (["train/a", "test", "bus"], "'bus', 'test', 'train'")])
+@pytest.mark.parametrize(
+    "folders, words",
+    [
+        (["train/steam", "train/electric", "car"], "'car', 'train'"),
+        (["train", "test"], "'test', 'train'"),
+        (["train/a", "test"], "'test', 'train'"),
+        (["test/a"], "'test'"),
+        (["train/a", "test", "bus"], "'bus', 'test', 'train'"),
+    ],
+)
 def test_ambiguous_folders_are_refused(folders, words):
     numbered(*(f"ds/{folder}" for folder in folders))
     with pytest.raises(UserError, match=f"holds {words}: make it"):
@@ -162,7 +204,9 @@ def test_ambiguous_folders_are_refused(folders, words):
 def test_odd_class_names_are_kept(name):
     numbered(f"ds/{name}", "ds/zz")
     annotate(["ds"])
-    assert Path("model_data/cls_classes.txt").read_text(encoding="utf-8").split("\n")[:-1] == sorted([normalize("NFC", name), "zz"])
+    assert Path("model_data/cls_classes.txt").read_text(encoding="utf-8").split("\n")[
+        :-1
+    ] == sorted([normalize("NFC", name), "zz"])
     annotate(["ds"])  # the class file is read as it was written
 
 
@@ -171,7 +215,10 @@ def test_class_names_that_no_file_can_hold(name, capsys):
     numbered("ds/yy", "ds/zz", "ds/new")
     os.rename(b"ds/new", os.path.join(b"ds", os.fsencode(name)))
     annotate(["ds"])
-    assert classes() == ["yy", "zz"] and "left out: 5 files (.png) that are not read" in capsys.readouterr().out
+    assert (
+        classes() == ["yy", "zz"]
+        and "left out: 5 files (.png) that are not read" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("name", [" a", "a\u2003", "a "])
@@ -200,7 +247,10 @@ def test_a_linked_list_is_replaced():
         os.symlink("far.txt", name)
     annotate(["ds", "--out", "a", "--force"])
     assert Path("far.txt").read_text() == "old" and Path("a_train.txt").read_text().count("\n") == 8
-    assert Path("a_test.txt").read_text().count("\n") == 2 and Path("a_classes.txt").read_text() == "cat\ndog\n"
+    assert (
+        Path("a_test.txt").read_text().count("\n") == 2
+        and Path("a_classes.txt").read_text() == "cat\ndog\n"
+    )
 
 
 REFUSALS = UserError, FileNotFoundError  # a list is away while it is replaced
@@ -214,8 +264,13 @@ def reader():
     yield
     test = Path(DEFAULT_PATHS[2]).read_text().split()
     lists.check_unchanged(DEFAULT_PATHS[0], names)
-    pairs = [(names[int(label)], path.split("/")[1]) for label, path in map(lists.split_line, train + test)]
-    assert all(name == folder for name, folder in pairs) and len({*train, *test}) == len(pairs) == 5 * len(names)
+    pairs = [
+        (names[int(label)], path.split("/")[1])
+        for label, path in map(lists.split_line, train + test)
+    ]
+    assert all(name == folder for name, folder in pairs) and len({*train, *test}) == len(
+        pairs
+    ) == 5 * len(names)
 
 
 def refuses(steps):
@@ -230,9 +285,11 @@ def instants(monkeypatch, act):
     """Call act(number) before each step of writing files."""
     count = iter(range(1000))
     for name in ("replace", "unlink", "fsync"):
+
         def step(*words, real=getattr(os, name), **options):
             act(next(count))
             return real(*words, **options)
+
         monkeypatch.setattr(os, name, step)
     return count
 
@@ -259,14 +316,25 @@ def test_whoever_reads_meanwhile_gets_what_belongs_together(monkeypatch):
                         next(steps)
                 except (*REFUSALS, StopIteration) as end:
                     ends.append((schedule, type(end)))
-        waiting[:] = [(schedule, steps) for schedule, steps in waiting if schedule not in dict(ends)]
-    waiting += [((i, j, k), reader()) for i in range(last + 1) for j in range(i, last + 1) for k in range(j, last + 1)]
+        waiting[:] = [
+            (schedule, steps) for schedule, steps in waiting if schedule not in dict(ends)
+        ]
+
+    waiting += [
+        ((i, j, k), reader())
+        for i in range(last + 1)
+        for j in range(i, last + 1)
+        for k in range(j, last + 1)
+    ]
     with monkeypatch.context() as patch:
         count = instants(patch, act)
         annotate(words)
         act(next(count))
     assert not waiting and {kind for _, kind in ends} == {*REFUSALS, StopIteration}
-    assert dict(ends)[0, 0, 0] == dict(ends)[last, last, last] == StopIteration and dict(ends)[6, 6, 6] in REFUSALS
+    assert (
+        dict(ends)[0, 0, 0] == dict(ends)[last, last, last] == StopIteration
+        and dict(ends)[6, 6, 6] in REFUSALS
+    )
     assert len(listed()) == 15 and not refuses(reader())
 
 
@@ -276,7 +344,9 @@ def test_a_kill_at_any_instant(monkeypatch):
     while True:
         child = os.fork()
         if not child:
-            instants(monkeypatch, lambda now: now == number and os.kill(os.getpid(), signal.SIGKILL))
+            instants(
+                monkeypatch, lambda now: now == number and os.kill(os.getpid(), signal.SIGKILL)
+            )
             annotate(words)
             os._exit(0)
         ended = os.waitpid(child, 0)[1]
@@ -299,6 +369,7 @@ def test_a_full_disk(at, monkeypatch):
     def full(now):
         if now == at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
         instants(patch, full)
         with pytest.raises(UserError, match="No space left"):
@@ -308,10 +379,18 @@ def test_a_full_disk(at, monkeypatch):
     assert len(listed()) == 15 and not refuses(reader()) and len(os.listdir("model_data")) == 3
 
 
-@pytest.mark.parametrize("folders, given, named", [
-    (["ds/train", "ds/test"], "ds", "'test', 'train'"), (["ds/train"], "ds", "'train'"), (["up/ds/cat", "up/ds/dog"], "up", "classes: ds"),
-    (["up/ds/train/cat", "up/ds/test/cat"], "up", "classes: ds"), (["ds/train/cat", "ds/test/cat"], "ds", "classes: cat"),
-    (["ds/cat"], "ds", "classes: cat"), (["ds"], "ds", "classes: none.*folder of pictures for each class")])
+@pytest.mark.parametrize(
+    "folders, given, named",
+    [
+        (["ds/train", "ds/test"], "ds", "'test', 'train'"),
+        (["ds/train"], "ds", "'train'"),
+        (["up/ds/cat", "up/ds/dog"], "up", "classes: ds"),
+        (["up/ds/train/cat", "up/ds/test/cat"], "up", "classes: ds"),
+        (["ds/train/cat", "ds/test/cat"], "ds", "classes: cat"),
+        (["ds/cat"], "ds", "classes: cat"),
+        (["ds"], "ds", "classes: none.*folder of pictures for each class"),
+    ],
+)
 def test_one_class_is_nothing_to_learn(folders, given, named):
     numbered(*folders)
     Path(given, "papers").mkdir()  # without pictures
@@ -335,17 +414,34 @@ def test_one_name_in_two_spellings():
     annotate(["ds"])
     assert classes() == [one, "tea"] and sum(listed().values()) == 25
     assert {line.rpartition("/")[0] for line in listed()} == {
-        f"0;ds/train/{one}", f"0;ds/train/{two}", f"0;ds/test/{two}", "1;ds/train/tea", "1;ds/test/tea"}
+        f"0;ds/train/{one}",
+        f"0;ds/train/{two}",
+        f"0;ds/test/{two}",
+        "1;ds/train/tea",
+        "1;ds/test/tea",
+    }
     assert all(os.path.isfile(line.partition(";")[2]) for line in listed())
 
 
 def test_what_operating_systems_leave_behind(capsys):
-    numbered("ds/cat", "ds/dog", "ds/@eaDir", "ds/cat/@eaDir", "ds/$RECYCLE.BIN", "ds/.ipynb_checkpoints", "ds/dog/.Trash-1000")
+    numbered(
+        "ds/cat",
+        "ds/dog",
+        "ds/@eaDir",
+        "ds/cat/@eaDir",
+        "ds/$RECYCLE.BIN",
+        "ds/.ipynb_checkpoints",
+        "ds/dog/.Trash-1000",
+    )
     tree("ds/cat/._0.png", "ds/__MACOSX/cat/._0.png")
     Path("ds/lost+found").mkdir()
     Path("ds/cat/.DS_Store").write_text("nothing")
     annotate(["ds"])
-    assert classes() == ["cat", "dog"] and sum(listed().values()) == 10 and "left out" not in capsys.readouterr().out
+    assert (
+        classes() == ["cat", "dog"]
+        and sum(listed().values()) == 10
+        and "left out" not in capsys.readouterr().out
+    )
 
 
 def test_a_folder_without_pictures_is_no_class(capsys):
@@ -353,7 +449,10 @@ def test_a_folder_without_pictures_is_no_class(capsys):
     for path in Path("ds/papers").iterdir():
         path.rename(path.with_suffix(".heic"))
     annotate(["ds"])
-    assert classes() == ["cat", "dog"] and "left out: 5 files (.heic) that are not read" in capsys.readouterr().out
+    assert (
+        classes() == ["cat", "dog"]
+        and "left out: 5 files (.heic) that are not read" in capsys.readouterr().out
+    )
 
 
 def test_names_do_not_move_the_cursor(capsys):
@@ -362,10 +461,18 @@ def test_names_do_not_move_the_cursor(capsys):
     Path("ds/dog\u202e/a.\x1b[1m").write_text("nothing")
     annotate(["ds", "--check"])
     out, err = capsys.readouterr()
-    assert out.isascii() and "\x1b" not in out + err and out.count("\\x1b[2Jcat") == 1 and "unreadable: ds/dog\\u202e/\\x1b]0;x\\x07.png" in out
+    assert (
+        out.isascii()
+        and "\x1b" not in out + err
+        and out.count("\\x1b[2Jcat") == 1
+        and "unreadable: ds/dog\\u202e/\\x1b]0;x\\x07.png" in out
+    )
 
 
-@pytest.mark.parametrize("name, words", [("ds ", "'ds ' is not a folder"), ("~/ds", "write the whole path"), ("ds\\cat", "backslash")])
+@pytest.mark.parametrize(
+    "name, words",
+    [("ds ", "'ds ' is not a folder"), ("~/ds", "write the whole path"), ("ds\\cat", "backslash")],
+)
 def test_folders_that_are_not_there(name, words):
     numbered("ds/cat")
     with pytest.raises(UserError, match=words):
@@ -378,8 +485,10 @@ def where(path):
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_as_many_processes_as_cores(number, monkeypatch):
-    monkeypatch.setattr("utils.shrink.cores", lambda: number)
-    processes = {text.split()[1] for text in on_all_cores(where, [*map(str, range(50))], "tried").values()}
+    monkeypatch.setattr("utils.plumbing.shrink.cores", lambda: number)
+    processes = {
+        text.split()[1] for text in on_all_cores(where, [*map(str, range(50))], "tried").values()
+    }
     assert 1 <= len(processes) <= number and str(os.getpid()) not in processes
 
 
@@ -393,7 +502,7 @@ def fragile(path):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_items_that_cannot_be_read(number, monkeypatch, capsys):
-    monkeypatch.setattr("utils.shrink.cores", lambda: number)
+    monkeypatch.setattr("utils.plumbing.shrink.cores", lambda: number)
     items = [f"{i}" for i in range(60)]
     assert on_all_cores(fragile, [*items, "wrong"], "tried") == {item: item for item in items}
     out, err = capsys.readouterr()
@@ -404,12 +513,12 @@ def test_items_that_cannot_be_read(number, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_killed_process_ends_it(number, monkeypatch):
     """In one sentence."""
-    monkeypatch.setattr("utils.shrink.cores", lambda: number)
+    monkeypatch.setattr("utils.plumbing.shrink.cores", lambda: number)
     items = [f"{i}" for i in range(100)]
     items[40] = "deadly"
     with pytest.raises(RuntimeError) as caught:
         on_all_cores(fragile, items, "tried")
-    assert "memory" in sentence(caught.value) and "\n" not in sentence(caught.value)
+    assert "memory" in explain(caught.value) and "\n" not in explain(caught.value)
 
 
 def test_what_is_to_be_pasted(capsys):
@@ -419,17 +528,18 @@ def test_what_is_to_be_pasted(capsys):
     annotate(["ds", "--out", "other lists/a"])
     assert capsys.readouterr().out.splitlines()[-1] == (
         "python train.py --classes_path 'other lists/a_classes.txt' --train_annotation_path 'other lists/a_train.txt' "
-        "--test_annotation_path 'other lists/a_test.txt'")
+        "--test_annotation_path 'other lists/a_test.txt'"
+    )
 
 
 SLOW = """
 import sys, time
 from utils.annotation import main
-import utils.shrink
+import utils.plumbing.shrink
 def work(path):
     open("begun", "w").close()
     time.sleep(60)
-utils.shrink.decode = work
+utils.plumbing.shrink.decode = work
 if __name__ == "__main__":
     main(["ds", "--check"])
 """
@@ -441,12 +551,20 @@ def test_ctrl_c_ends_a_check_at_once():
     Path("slow.py").write_text(SLOW)
     root = Path(__file__).resolve().parent.parent
     with open("out.txt", "w") as out:
-        process = subprocess.Popen([sys.executable, "slow.py"], env={**environment(), "PYTHONPATH": str(root)}, stdout=out,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "slow.py"],
+            env={**environment(), "PYTHONPATH": str(root)},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def group():
-        found = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
+        found = subprocess.run(
+            ["pgrep", "-g", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         return set(found) - {str(process.pid)}
+
     while not os.path.exists("begun"):
         assert process.poll() is None, Path("out.txt").read_text()
         time.sleep(0.05)

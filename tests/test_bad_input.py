@@ -1,4 +1,5 @@
 """Whatever is wrong before the first epoch becomes one sentence that names it."""
+
 import os
 import pickle
 import re
@@ -13,8 +14,8 @@ import torch
 from nets import get_model
 from nets._weights import load_weights
 from tests.helpers import make_data, make_project, start, train
-from utils import lists
-from utils.errors import UserError
+from utils.plumbing import lists
+from utils.plumbing.errors import UserError
 
 
 class Bomb:
@@ -27,7 +28,7 @@ def test_weight_files(tmp_path):
     torch.save(good, tmp_path / "good.pth")
     assert load_weights(tmp_path / "good.pth").keys() == good.keys()
     data = (tmp_path / "good.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(data[:len(data) // 2])
+    (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.pth").write_text("no weights\n" * 10)
     (tmp_path / "empty.pth").touch()
     torch.save([1, 2], tmp_path / "list.pth")
@@ -45,19 +46,28 @@ def test_weight_files(tmp_path):
 def test_whole_runs_end_with_one_sentence(tmp_path):
     folder = make_project(tmp_path)
     make_data(folder, train=24, test=6)
-    for words, sentence in ((["--backbone", "resnet81"], "did you mean 'resnet18'"), (["--backbone", "densenet121", "--input_shape",
-                            "[16, 16]"], "too small"), (["--model_path", "gone.pth"], "gone.pth"),
-                            (["--backbone", "resnet18", "--Unfreeze_batch_size", 1], "BatchNorm"),
-                            (["--classes_path", "train.py", "--test_annotation_path", "gone.txt"], "gone.txt")):
+    for words, sentence in (
+        (["--backbone", "resnet81"], "did you mean 'resnet18'"),
+        (["--backbone", "densenet121", "--input_shape", "[16, 16]"], "too small"),
+        (["--model_path", "gone.pth"], "gone.pth"),
+        (["--backbone", "resnet18", "--Unfreeze_batch_size", 1], "BatchNorm"),
+        (["--classes_path", "train.py", "--test_annotation_path", "gone.txt"], "gone.txt"),
+    ):
         _, err = train(folder, *words, code=1)
-        assert re.search(sentence, err) and "Traceback" not in err and err.count("error: ") == 1, err
+        assert re.search(sentence, err) and "Traceback" not in err and err.count("error: ") == 1, (
+            err
+        )
     assert not (folder / "logs").exists() or not list((folder / "logs").glob("*/*.pth"))
 
 
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):
-        for read in (lambda: load_weights(path), lambda: lists.check_text_file("classes_path", path), lambda: lists.get_classes(path)):
+        for read in (
+            lambda: load_weights(path),
+            lambda: lists.check_text_file("classes_path", path),
+            lambda: lists.get_classes(path),
+        ):
             with pytest.raises(UserError, match="no regular file"):
                 read()
 
@@ -68,7 +78,12 @@ def test_few_files_may_be_open(tmp_path):
     make_data(folder, train=24, test=6)
     process = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 1 and "too many open files" in err and "ulimit -n" in err and "Traceback" not in err, err
+    assert (
+        process.returncode == 1
+        and "too many open files" in err
+        and "ulimit -n" in err
+        and "Traceback" not in err
+    ), err
 
 
 def test_folders_that_cannot_be_made(tmp_path):

@@ -1,4 +1,5 @@
 """What is saved is finite, whole and one story; what is read is what was saved."""
+
 import random
 import signal
 import time
@@ -7,20 +8,39 @@ import pytest
 import torch
 
 from nets import get_model, head_layers
-from tests.helpers import edit, history, make_data, make_project, run_of, same, start, train, weights
+from tests.helpers import (
+    edit,
+    history,
+    make_data,
+    make_project,
+    run_of,
+    same,
+    start,
+    train,
+    weights,
+)
 from tests.test_resume import kill_group
 from utils.checkpoint import LAST, Checkpoint
-from utils.errors import UserError
+from utils.plumbing.errors import UserError
 from utils.loss_history import LossHistory
-from utils.recipe import get_optimizer
-from utils.run import load_checkpoint
+from utils.optimizer import get_optimizer
+from utils.plumbing.run import load_checkpoint
 
 
 def checkpoint_in(folder, **options):
     model = get_model("squeezenet1_1", 3, [32, 32])
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
-    return Checkpoint(folder, {"model": model, "optimizer": optimizer, "scaler": None, "ema": None,
-                               "history": LossHistory(folder)}, **options)
+    return Checkpoint(
+        folder,
+        {
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": None,
+            "ema": None,
+            "history": LossHistory(folder),
+        },
+        **options,
+    )
 
 
 def test_a_flipped_bit_is_found(tmp_path):
@@ -46,10 +66,16 @@ def test_what_is_no_checkpoint(tmp_path, content):
         (tmp_path / LAST).unlink()
         (tmp_path / LAST).mkdir()
     else:
-        wrong = {"{}": {}, "bare weights": checkpoint.parts["model"].state_dict(), "list": [1],
-                 "wrong types": {**torch.load(tmp_path / LAST, weights_only=True), "epoch": "2"}}[content]
+        wrong = {
+            "{}": {},
+            "bare weights": checkpoint.parts["model"].state_dict(),
+            "list": [1],
+            "wrong types": {**torch.load(tmp_path / LAST, weights_only=True), "epoch": "2"},
+        }[content]
         torch.save(wrong, tmp_path / LAST)
-    with pytest.raises(UserError, match="resume: .*last_checkpoint.pth.*start anew with resume = False"):
+    with pytest.raises(
+        UserError, match="resume: .*last_checkpoint.pth.*start anew with resume = False"
+    ):
         load_checkpoint(tmp_path)
 
 
@@ -75,14 +101,22 @@ def test_weights_that_explode_in_the_last_step(tmp_path):
     folder = make_project(tmp_path, UnFreeze_Epoch=3)
     make_data(folder, train=24, test=6)
     text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(text.replace(
-        "        progress.show(", "        if epoch == 1 and position.step == epoch_step:\n"
-        "            model.classifier[1].bias.data.fill_(float('inf'))\n        progress.show("))
+    (folder / "utils/fit.py").write_text(
+        text.replace(
+            "        progress.show(",
+            "        if epoch == 1 and position.step == epoch_step:\n"
+            "            model.classifier[1].bias.data.fill_(float('inf'))\n        progress.show(",
+        )
+    )
     _, err = train(folder, code=1)
     assert "not finite" in err and "Init_lr" in err and "Traceback" not in err
     run = run_of(folder)
     assert [row["epoch"] for row in history(run)] == [1] and load_checkpoint(run)["epoch"] == 1
-    assert all(torch.isfinite(t).all() for name in ("last", "best") for t in weights(run, f"{name}_epoch_weights.pth").values())
+    assert all(
+        torch.isfinite(t).all()
+        for name in ("last", "best")
+        for t in weights(run, f"{name}_epoch_weights.pth").values()
+    )
     (folder / "utils/fit.py").write_text(text)
     train(folder, "--resume", run.name)
     assert [row["epoch"] for row in history(run)] == [1, 2, 3]
@@ -93,15 +127,37 @@ def test_changed_options_of_the_optimizer_train(tmp_path):
     make_data(folder, train=24, test=6)
     train(folder)
     run = run_of(folder)
-    out, _ = train(folder, "--resume", run.name, "--UnFreeze_Epoch", 3, "--momentum", 0.5, "--weight_decay", 0.1,
-                   "--backbone_lr_scale", 0.01, "--fp16", True)
-    for said in ("momentum: 0.9 → 0.5", "weight_decay: 0.0005 → 0.1", "backbone_lr_scale: 1.0 → 0.01", "fp16: False → True"):
+    out, _ = train(
+        folder,
+        "--resume",
+        run.name,
+        "--UnFreeze_Epoch",
+        3,
+        "--momentum",
+        0.5,
+        "--weight_decay",
+        0.1,
+        "--backbone_lr_scale",
+        0.01,
+        "--fp16",
+        True,
+    )
+    for said in (
+        "momentum: 0.9 → 0.5",
+        "weight_decay: 0.0005 → 0.1",
+        "backbone_lr_scale: 1.0 → 0.01",
+        "fp16: False → True",
+    ):
         assert said in out
     assert "mixed precision" in out
     groups = torch.load(run / LAST, weights_only=True)["optimizer"]["param_groups"]
-    assert {group["momentum"] for group in groups} == {0.5} and {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert {group["momentum"] for group in groups} == {0.5} and {
+        group["weight_decay"] for group in groups
+    } == {0.0, 0.1}
     assert [group["lr_scale"] for group in groups] == [0.01, 0.01, 1.0, 1.0]
-    _, err = train(folder, "--resume", run.name, "--UnFreeze_Epoch", 4, "--optimizer_type", "adam", code=1)
+    _, err = train(
+        folder, "--resume", run.name, "--UnFreeze_Epoch", 4, "--optimizer_type", "adam", code=1
+    )
     assert "optimizer_type was 'sgd' and is now 'adam'" in err and "Traceback" not in err
 
 
@@ -110,19 +166,30 @@ def ends_at(folder, moment):
     name, line, count = moment
     text = (folder / "utils" / name).read_text()
     assert text.count(line) == 1
-    (folder / "utils" / name).write_text(text.replace(
-        line, f"die_at({count}); {line}") + "\n\ncalls = []\n\n\ndef die_at(count):\n    calls.append(1)\n"
-        "    if len(calls) == count:\n        import os\n        os._exit(77)\n")
+    (folder / "utils" / name).write_text(
+        text.replace(line, f"die_at({count}); {line}")
+        + "\n\ncalls = []\n\n\ndef die_at(count):\n    calls.append(1)\n"
+        "    if len(calls) == count:\n        import os\n        os._exit(77)\n"
+    )
     train(folder, code=77)
     (folder / "utils" / name).write_text(text)
 
 
-@pytest.mark.parametrize("moment", [
-    pytest.param(("checkpoint.py", "save_tensors(Path(self.run, LAST)", 2), marks=pytest.mark.slow),
-    ("files.py", "os.replace(fresh, path)", 9), ("checkpoint.py", "history.write()", 2)])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(
+            ("checkpoint.py", "save_tensors(Path(self.run, LAST)", 2), marks=pytest.mark.slow
+        ),
+        ("files.py", "os.replace(fresh, path)", 9),
+        ("checkpoint.py", "history.write()", 2),
+    ],
+)
 def test_an_epoch_ends_in_one_commit(tmp_path, moment):
     """Whatever instant it dies at, after resuming history, best and last weights tell the checkpoint's story."""
-    folder = make_project(tmp_path, UnFreeze_Epoch=3, Init_lr=5e-3, best_by="'val_loss'", save_period=1)
+    folder = make_project(
+        tmp_path, UnFreeze_Epoch=3, Init_lr=5e-3, best_by="'val_loss'", save_period=1
+    )
     make_data(folder, train=48, test=12)
     ends_at(folder, moment)
     run = run_of(folder)
@@ -130,11 +197,21 @@ def test_an_epoch_ends_in_one_commit(tmp_path, moment):
     rows = saved["history"]["rows"]
     assert len(rows) == saved["epoch"] == (2 if moment[1] == "history.write()" else 1)
     text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(text.replace("    first_step, lr = position.step", "    raise SystemExit(3)\n    first_step, lr = position.step", 1))
+    (folder / "utils/fit.py").write_text(
+        text.replace(
+            "    first_step, lr = position.step",
+            "    raise SystemExit(3)\n    first_step, lr = position.step",
+            1,
+        )
+    )
     train(folder, "--resume", run.name, code=3)  # resumed, and nothing trained yet
     (folder / "utils/fit.py").write_text(text)
-    assert [row["val_loss"] for row in history(run)] == pytest.approx([row["val_loss"] for row in rows])
-    assert same(weights(run), saved["model"]) and same(weights(run, "best_epoch_weights.pth"), saved["best"])
+    assert [row["val_loss"] for row in history(run)] == pytest.approx(
+        [row["val_loss"] for row in rows]
+    )
+    assert same(weights(run), saved["model"]) and same(
+        weights(run, "best_epoch_weights.pth"), saved["best"]
+    )
     assert len(list(run.glob("ep00?-*.pth"))) == len(rows)
     train(folder, "--resume", run.name)
     assert [row["epoch"] for row in history(run)] == [1, 2, 3]

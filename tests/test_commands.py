@@ -1,4 +1,5 @@
 """From folders of pictures to predictions, each command as a user runs it."""
+
 import csv
 import json
 import subprocess
@@ -14,14 +15,21 @@ from sklearn import metrics
 
 from tests.helpers import environment, history, make_project, picture, run_of, train
 from utils.annotation import main as annotate
-from utils import charts
-from utils.charts import drawable, line_chart, matrix
+from utils.plumbing import charts
+from utils.plumbing.charts import drawable_names, draw_line_chart, draw_matrix
 from utils.evaluate import per_class
 
 
 def command(folder, module, *words, code=0, text=None):
-    result = subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=folder, env=environment(), text=True,
-                            capture_output=True, input=text, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-m", module, *map(str, words)],
+        cwd=folder,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        input=text,
+        timeout=300,
+    )
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr
 
@@ -31,7 +39,13 @@ def picture_folders(root, counts, splits=("train", "test")):
     for split in splits:
         for label, (name, count) in enumerate(counts.items()):
             for i in range(count if split in ("train", "") else max(1, count // 2)):
-                path = Path(root, split, name, "nested é" if i % 2 else "", f"picture {i}{split}.{'JPG' if i % 3 else 'png'}")
+                path = Path(
+                    root,
+                    split,
+                    name,
+                    "nested é" if i % 2 else "",
+                    f"picture {i}{split}.{'JPG' if i % 3 else 'png'}",
+                )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture(label, rng, (48, 40)).save(path)
 
@@ -39,7 +53,13 @@ def picture_folders(root, counts, splits=("train", "test")):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A trained run on folders of one's own: (project folder, run folder, what annotation printed)."""
-    folder = make_project(tmp_path_factory.mktemp("own"), backbone="'resnet18'", UnFreeze_Epoch=3, Init_lr=0.02, num_workers=2)
+    folder = make_project(
+        tmp_path_factory.mktemp("own"),
+        backbone="'resnet18'",
+        UnFreeze_Epoch=3,
+        Init_lr=0.02,
+        num_workers=2,
+    )
     picture_folders(folder / "photos", {"blåbär": 24, "apple tree": 24, "Zebra": 24, "a": 4})
     out, _ = command(folder, "utils.annotation", "photos")
     train(folder)
@@ -48,10 +68,20 @@ def trained(tmp_path_factory):
 
 def test_annotation(trained):
     folder, _, out = trained
-    assert (folder / "model_data/cls_classes.txt").read_text(encoding="utf-8").split("\n") == ["Zebra", "a", "apple tree", "blåbär", ""]
+    assert (folder / "model_data/cls_classes.txt").read_text(encoding="utf-8").split("\n") == [
+        "Zebra",
+        "a",
+        "apple tree",
+        "blåbär",
+        "",
+    ]
     lines = (folder / "model_data/cls_train.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 76 and sum(line.startswith("1;photos/train/a/") for line in lines) == 4
-    assert "few training pictures" in out and "76 training" in out and out.endswith("\npython train.py\n")
+    assert (
+        "few training pictures" in out
+        and "76 training" in out
+        and out.endswith("\npython train.py\n")
+    )
 
 
 def test_annotation_rules(tmp_path, monkeypatch, capsys):
@@ -82,7 +112,9 @@ def test_annotation_split_and_check(tmp_path, monkeypatch, capsys):
     first = Path("model_data/cls_test.txt").read_text()
     out = capsys.readouterr().out
     assert "broken.png" in out and ".txt" in out
-    assert first.count("0;") in (5, 6) and first.count("1;") == 3  # 30 % of 21 files, perhaps with the broken one
+    assert (
+        first.count("0;") in (5, 6) and first.count("1;") == 3
+    )  # 30 % of 21 files, perhaps with the broken one
     assert "broken" not in first + Path("model_data/cls_train.txt").read_text()
     annotate(["data", "--test-share", "0.3", "--check"])
     assert Path("model_data/cls_test.txt").read_text() == first
@@ -105,18 +137,31 @@ def test_evaluate(trained):
     assert f"top-1 {best['top1']:.4%}" in out
     loss = float(out.split("loss ")[1].split(",")[0])
     assert loss == pytest.approx(best["val_loss"], rel=1e-7)
-    counts = np.array([[int(cell) for cell in row[1:]] for row in read(folder / run / "confusion_matrix.csv")[1:]])
+    counts = np.array(
+        [[int(cell) for cell in row[1:]] for row in read(folder / run / "confusion_matrix.csv")[1:]]
+    )
     assert (counts == metrics.confusion_matrix(truth, called, labels=names)).all()
     expected = metrics.precision_recall_fscore_support(truth, called, labels=names, zero_division=0)
     ids = [np.array([names.index(name) for name in column]) for column in (truth, called)]
     for ours, theirs in zip(per_class(*ids, len(names)), expected):
         np.testing.assert_allclose(ours, theirs)
     for row, *figures in zip(read(folder / run / "per_class.csv")[1:], names, *expected):
-        assert row[0] == figures[0] and [float(figure) for figure in row[1:]] == pytest.approx(figures[1:], abs=1e-6)
+        assert row[0] == figures[0] and [float(figure) for figure in row[1:]] == pytest.approx(
+            figures[1:], abs=1e-6
+        )
     Image.open(folder / run / "confusion_matrix.png").verify()
     assert (folder / run / "mistakes.png").exists() == (counts.trace() < counts.sum())
-    out, _ = command(folder, "utils.evaluate", run, "--weights", folder / run / "last_epoch_weights.pth", "--annotation",
-                     "model_data/cls_train.txt", "--out", "elsewhere")
+    out, _ = command(
+        folder,
+        "utils.evaluate",
+        run,
+        "--weights",
+        folder / run / "last_epoch_weights.pth",
+        "--annotation",
+        "model_data/cls_train.txt",
+        "--out",
+        "elsewhere",
+    )
     assert "76 pictures scored" in out and (folder / "elsewhere/predictions.csv").exists()
     _, err = command(folder, "utils.evaluate", "logs/none", code=1)
     assert "not a run's folder" in err and "Traceback" not in err
@@ -126,30 +171,45 @@ def test_predict(trained):
     folder, run, _ = trained
     good = sorted((folder / "photos/test/Zebra").rglob("*.*"))[0]
     (folder / "broken.jpg").write_bytes(b"x")
-    out, err = command(folder, "utils.predict", run, good, "broken.jpg", "photos/test/a", "--json", code=1)
+    out, err = command(
+        folder, "utils.predict", run, good, "broken.jpg", "photos/test/a", "--json", code=1
+    )
     rows = [json.loads(line) for line in out.splitlines()]
     assert not err and "unreadable picture" in rows[1]["error"] and len(rows) == 4
-    assert len(rows[0]["top5"]) == 4 and sum(item["probability"] for item in rows[0]["top5"]) == pytest.approx(1, abs=1e-4)
+    assert len(rows[0]["top5"]) == 4 and sum(
+        item["probability"] for item in rows[0]["top5"]
+    ) == pytest.approx(1, abs=1e-4)
     out, _ = command(folder, "utils.predict", run, "-", text=f"{good}\n{good}\n")
     assert out.count(f"{good}: ") == 2
     if not (folder / run / "predictions.csv").exists():  # when this test is run alone
         command(folder, "utils.evaluate", run)
-    expected = {row[0]: (row[2], float(row[3])) for row in read(folder / run / "predictions.csv")[1:]}
+    expected = {
+        row[0]: (row[2], float(row[3])) for row in read(folder / run / "predictions.csv")[1:]
+    }
     name, probability = expected[good.relative_to(folder).as_posix()]
-    assert rows[0]["top5"][0] == {"class": name, "probability": pytest.approx(probability, abs=1e-4)}
+    assert rows[0]["top5"][0] == {
+        "class": name,
+        "probability": pytest.approx(probability, abs=1e-4),
+    }
 
 
 def test_classifier_from_python_and_threads(trained, monkeypatch):
     from utils.predict import Classifier
+
     folder, run, _ = trained
     monkeypatch.chdir(folder)
     classify = Classifier(run)
     paths = sorted(Path("photos/test/Zebra").rglob("*.*"))[:6]
     expected = [classify(path) for path in paths]
-    assert classify(Image.open(paths[0])) [0][0] == expected[0][0][0] and classify(paths[0].read_bytes()) == expected[0]
+    assert (
+        classify(Image.open(paths[0]))[0][0] == expected[0][0][0]
+        and classify(paths[0].read_bytes()) == expected[0]
+    )
     results = [None] * 6
+
     def work(i):
         results[i] = [classify(paths[i]) for _ in range(5)][-1]
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
@@ -161,9 +221,13 @@ def test_classifier_from_python_and_threads(trained, monkeypatch):
 
 def test_predictions_in_batches_are_those_of_one_picture(trained, monkeypatch):
     from utils.predict import Classifier, predictions
+
     folder, run, _ = trained
     monkeypatch.chdir(folder)
-    classify, good = Classifier(run), [str(path) for path in sorted(Path("photos/test/Zebra").rglob("*.*"))[:5]]
+    classify, good = (
+        Classifier(run),
+        [str(path) for path in sorted(Path("photos/test/Zebra").rglob("*.*"))[:5]],
+    )
     paths = [good[0], "gone.jpg", *good[1:], good[0], "photos"]
     found = list(predictions(classify, paths, 3))
     assert [path for path, _ in found] == paths
@@ -179,22 +243,31 @@ def test_export(trained, tmp_path):
     out, _ = command(folder, "utils.export", run)
     from utils.fit import score_batch
     from utils.trained import TrainedRun
+
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     loaded = TrainedRun(folder / run)
-    expected = score_batch(loaded.model, images, torch.zeros(5), False, False, loaded.settings)[0].softmax(1)
+    expected = score_batch(loaded.model, images, torch.zeros(5), False, False, loaded.settings)[
+        0
+    ].softmax(1)
     np.save(tmp_path / "images.npy", images.numpy())
     np.save(tmp_path / "expected.npy", expected.numpy())
     (tmp_path / "clean.py").write_text(
         "import sys, numpy, torch\nprogram = torch.export.load(sys.argv[1]).module()\n"
         "images, expected = (torch.from_numpy(numpy.load(n)) for n in ('images.npy', 'expected.npy'))\n"
         "for n in (5, 1, 3):\n    torch.testing.assert_close(program(images[:n]), expected[:n], rtol=1e-4, atol=1e-5)\n"
-        "assert 'torchvision' not in sys.modules\n")
-    result = subprocess.run([sys.executable, "clean.py", folder / run / "model.pt2"], cwd=tmp_path, capture_output=True, text=True)
+        "assert 'torchvision' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "clean.py", folder / run / "model.pt2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(folder / run / "model.onnx")
     for n in (5, 1):
-        ours, = session.run(None, {"images": images[:n].numpy()})
+        (ours,) = session.run(None, {"images": images[:n].numpy()})
         np.testing.assert_allclose(ours, expected[:n].numpy(), rtol=1e-3, atol=1e-5)
 
 
@@ -207,17 +280,21 @@ def test_first_batch(trained):
 def test_charts_of_many_sizes(number):
     names = [f"class {i}" for i in range(number)]
     counts = np.eye(number, dtype=int) * 3
-    assert min(matrix(counts, names).size) > 150
+    assert min(draw_matrix(counts, names).size) > 150
     curve = [(i + 1, 1 / (i + 1)) for i in range(number)]
-    assert line_chart([("loss", {"training": curve, "validation": []})]).size == (640, 420)
-    assert line_chart([("loss", {"training": curve[:1]})]).size == (640, 420)
-    assert line_chart([("loss", {"training": [(1, -1.0)], "validation": [(1, -2.0)]})]).size == (640, 420)
+    assert draw_line_chart([("loss", {"training": curve, "validation": []})]).size == (640, 420)
+    assert draw_line_chart([("loss", {"training": curve[:1]})]).size == (640, 420)
+    assert draw_line_chart(
+        [("loss", {"training": [(1, -1.0)], "validation": [(1, -2.0)]})]
+    ).size == (640, 420)
 
 
 def test_names_in_any_script(monkeypatch):
     """A name is drawn with a font of the system; where that lacks a letter, or there is none, its number stands, and never a box."""
     names = ["cat", "b\u00e4r", "\u732b \u72d7", "\u0642", "\ud800", "a\tb"]
-    monkeypatch.setattr(charts, "font", charts.font.__wrapped__)  # not what is kept of this machine's
+    monkeypatch.setattr(
+        charts, "font", charts.font.__wrapped__
+    )  # not what is kept of this machine's
 
     class Chinese:
         def getmask(self, letter):
@@ -227,10 +304,11 @@ def test_names_in_any_script(monkeypatch):
         if name in charts.FONTS and name != "msyh.ttc":
             raise OSError
         return Chinese() if name == "msyh.ttc" else real(name, size, **options)
+
     monkeypatch.setattr(charts.ImageFont, "truetype", truetype)
-    assert drawable(names) == [*names[:3], "3 (no font)", "4 (no font)", "5 (no font)"]
+    assert drawable_names(names) == [*names[:3], "3 (no font)", "4 (no font)", "5 (no font)"]
     monkeypatch.setattr(charts, "FONTS", charts.FONTS[:2])
-    assert drawable(names) == ["cat", *(f"{i} (no font)" for i in range(1, 6))]
+    assert drawable_names(names) == ["cat", *(f"{i} (no font)" for i in range(1, 6))]
 
 
 @pytest.mark.parametrize("module", ["annotation", "evaluate", "predict", "export"])

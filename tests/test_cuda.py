@@ -1,7 +1,8 @@
 """Training and the commands on GPUs: real ones, or a stand-in for them (FAKE_GPUS is set), which has no speed, cuDNN or inductor.
 
-    ../shared/cuda-standin/run-python -m pytest tests/test_cuda.py
+../shared/cuda-standin/run-python -m pytest tests/test_cuda.py
 """
+
 import contextlib
 import json
 import math
@@ -18,16 +19,30 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import get_model, head_layers
-from tests.helpers import (ROOT, environment, history, make_data, make_project, run_of, torchrun, train, weights,
-                           write_network)
-from utils.errors import sentence
+from tests.helpers import (
+    ROOT,
+    environment,
+    history,
+    make_data,
+    make_project,
+    run_of,
+    torchrun,
+    train,
+    weights,
+    write_network,
+)
+from utils.plumbing.errors import explain
 from utils.fit import backward, optimizer_step
 from utils.pictures import normalize
-from utils.recipe import EMA, Recipe, get_optimizer, sums_of
+from utils.recipe import EMA, Recipe
+from utils.optimizer import get_optimizer
+from utils.task import batch_sums
 
 STAND_IN = "FAKE_GPUS" in os.environ
-NETWORK = ("nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), "
-           "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)")
+NETWORK = (
+    "nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), "
+    "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)"
+)
 
 
 @contextlib.contextmanager
@@ -52,7 +67,15 @@ def machine(gpus=1, **fakes):
 
 def project(folder, layers=NETWORK, train=48, test=20, **constants):
     """A project that trains a small network on the GPU where there is one, in mixed precision."""
-    folder = make_project(folder, **{**dict(backbone="'small'", Cuda="torch.cuda.is_available()", fp16="'auto'", Init_lr=0.05), **constants})
+    folder = make_project(
+        folder,
+        **{
+            **dict(
+                backbone="'small'", Cuda="torch.cuda.is_available()", fp16="'auto'", Init_lr=0.05
+            ),
+            **constants,
+        },
+    )
     write_network(folder / "nets", "small", layers)
     make_data(folder, train, test)
     return folder
@@ -64,7 +87,9 @@ def launcher(processes):
 
 def learned(folder, test=20):
     rows = history(run_of(folder))
-    assert max(row["top1"] for row in rows) > 0.6 and all(row["scored"] == test and row["scale"] >= 1 for row in rows)
+    assert max(row["top1"] for row in rows) > 0.6 and all(
+        row["scored"] == test and row["scale"] >= 1 for row in rows
+    )
     assert all(math.isfinite(value) for row in rows for value in row.values())
     return rows
 
@@ -88,11 +113,13 @@ def test_the_unedited_file(tmp_path, own_data):
         make_data(tmp_path, train=640, test=60, size=(64, 64))
     with machine():
         train(tmp_path, "--UnFreeze_Epoch", 1, timeout=300)
-    row, = history(run_of(tmp_path))
+    (row,) = history(run_of(tmp_path))
     assert row["train_loss"] < math.log(3 if own_data else 10)  # what guessing has
     assert all(math.isfinite(value) for value in row.values())
     state = checkpoint(run_of(tmp_path))
-    assert state["scaler"]["scale"] == row["scale"] and all(t.isfinite().all() for t in state["model"].values())
+    assert state["scaler"]["scale"] == row["scale"] and all(
+        t.isfinite().all() for t in state["model"].values()
+    )
 
 
 def test_two_gpus_by_data_parallel(tmp_path):
@@ -100,8 +127,10 @@ def test_two_gpus_by_data_parallel(tmp_path):
     with machine(2):
         out, _ = train(folder)
     learned(folder)
-    device, = [line for line in out.splitlines() if line.strip().startswith("device")]
-    assert torch.cuda.get_device_name(0) in device and "2" in device.replace(torch.cuda.get_device_name(0), "")
+    (device,) = [line for line in out.splitlines() if line.strip().startswith("device")]
+    assert torch.cuda.get_device_name(0) in device and "2" in device.replace(
+        torch.cuda.get_device_name(0), ""
+    )
     assert "torchrun" in out
     assert not any(name.startswith("module.") for name in weights(run_of(folder)))
 
@@ -116,12 +145,29 @@ def test_torchrun_with_sync_bn_learns_what_one_gpu_learns(tmp_path):
         assert "stride" not in err and "destroy_process_group" not in err
         rows[number] = history(run_of(folder))
     for one, two in zip(rows[1], rows[2], strict=True):
-        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=0.02) and one["scale"] == two["scale"]
-        assert one["val_loss"] == pytest.approx(two["val_loss"], rel=0.02) and one["scored"] == two["scored"] == 20
+        assert (
+            one["train_loss"] == pytest.approx(two["train_loss"], rel=0.02)
+            and one["scale"] == two["scale"]
+        )
+        assert (
+            one["val_loss"] == pytest.approx(two["val_loss"], rel=0.02)
+            and one["scored"] == two["scored"] == 20
+        )
 
 
-ALL_ON = dict(Freeze_Train=True, Freeze_Epoch=1, UnFreeze_Epoch=3, accumulate=2, clip_grad_norm=1.0, ema_decay=0.5, mixup_alpha=0.2,
-              cutmix_alpha=1.0, class_weights="'balanced'", label_smoothing=0.1, num_workers=1)
+ALL_ON = dict(
+    Freeze_Train=True,
+    Freeze_Epoch=1,
+    UnFreeze_Epoch=3,
+    accumulate=2,
+    clip_grad_norm=1.0,
+    ema_decay=0.5,
+    mixup_alpha=0.2,
+    cutmix_alpha=1.0,
+    class_weights="'balanced'",
+    label_smoothing=0.1,
+    num_workers=1,
+)
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
@@ -132,7 +178,7 @@ def test_every_recipe(tmp_path, gpus):
         train(folder, launcher=launcher(gpus))
     rows = learned(folder)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert not STAND_IN or [row["scale"] for row in rows] == [2 ** 15, 2 ** 14, 2 ** 14]
+    assert not STAND_IN or [row["scale"] for row in rows] == [2**15, 2**14, 2**14]
 
 
 def test_compiled(tmp_path):
@@ -141,7 +187,9 @@ def test_compiled(tmp_path):
     with machine():
         train(folder, timeout=200)
     learned(folder)
-    assert list(weights(run_of(folder))) == list(checkpoint(run_of(folder))["model"]) and "0.weight" in weights(run_of(folder))
+    assert list(weights(run_of(folder))) == list(
+        checkpoint(run_of(folder))["model"]
+    ) and "0.weight" in weights(run_of(folder))
 
 
 def alike(a, b):
@@ -160,8 +208,10 @@ scalar_sums = sums_of
 def sums_of(loss, scores, targets, settings):
     return {**scalar_sums(loss, scores, targets, settings), "by_class": scores.detach().double().sum(0)}
 """
-WAYS = [("sgd", 1, 1)] + [pytest.param(*way, marks=pytest.mark.slow)
-                          for way in (("adamw", 1, 1), ("sgd", 2, 1), ("sgd", 2, 2), ("adamw", 2, 2))]
+WAYS = [("sgd", 1, 1)] + [
+    pytest.param(*way, marks=pytest.mark.slow)
+    for way in (("adamw", 1, 1), ("sgd", 2, 1), ("sgd", 2, 2), ("adamw", 2, 2))
+]
 
 
 @pytest.mark.parametrize("optimizer, gpus, processes", WAYS)
@@ -170,7 +220,10 @@ def test_a_signal_after_an_overflow_changes_no_bit(tmp_path, optimizer, gpus, pr
 
     A fork's sum that is no scalar is continued on the GPU as well.
     """
-    alone, stopped = (project(tmp_path / name, optimizer_type=repr(optimizer), momentum=0.8) for name in ("alone", "stopped"))
+    alone, stopped = (
+        project(tmp_path / name, optimizer_type=repr(optimizer), momentum=0.8)
+        for name in ("alone", "stopped")
+    )
     for folder in (alone, stopped):
         with open(folder / "utils/recipe.py", "a") as file:
             file.write(ANY_SHAPE)
@@ -179,13 +232,13 @@ def test_a_signal_after_an_overflow_changes_no_bit(tmp_path, optimizer, gpus, pr
     with machine(gpus, FAKE_INF_AT="2,6", FAKE_SIGTERM_AT=4):
         train(stopped, launcher=launcher(processes), code=143 if processes == 1 else 1)
     state = checkpoint(run_of(stopped))
-    assert state["epoch"] == 0 and 4 <= state["step"] < 6 and state["scaler"]["scale"] == 2 ** 15
+    assert state["epoch"] == 0 and 4 <= state["step"] < 6 and state["scaler"]["scale"] == 2**15
     with machine(gpus, FAKE_INF_AT=6 - state["step"]):
         train(stopped, "--resume", True, launcher=launcher(processes))
     ours, theirs = checkpoint(run_of(stopped)), checkpoint(run_of(alone))
     for part in ("model", "optimizer", "scaler", "epoch", "step"):
         assert alike(ours[part], theirs[part]), part
-    assert ours["scaler"]["scale"] == 2 ** 14
+    assert ours["scaler"]["scale"] == 2**14
 
 
 COMMANDS = """
@@ -217,8 +270,14 @@ def commands(folder, out):
     """(evaluate's figures as printed, predict's answer, what the commands' process was like)."""
     (folder / out).mkdir()
     (folder / "commands.py").write_text(COMMANDS)
-    done = subprocess.run([sys.executable, "commands.py", f"logs/{run_of(folder).name}", out], cwd=folder, capture_output=True,
-                          text=True, env=environment(), timeout=300)
+    done = subprocess.run(
+        [sys.executable, "commands.py", f"logs/{run_of(folder).name}", out],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return done.stdout, answers[0], answers[1]
@@ -235,15 +294,31 @@ def test_commands_with_and_without_a_gpu(cuda_run):
         said, answer, process = commands(cuda_run, "gpu")
     with machine(gpus=0):
         plain_said, plain_answer, plain_process = commands(cuda_run, "cpu")
-    assert process["cuda"] and not plain_process["cuda"] and process["files"] == plain_process["files"] >= 5
+    assert (
+        process["cuda"]
+        and not plain_process["cuda"]
+        and process["files"] == plain_process["files"] >= 5
+    )
     assert process["tf32"] == "high"  # as in training
     losses = [float(re.search(r"loss (\d+\.\d+)", text)[1]) for text in (said, plain_said)]
     best = max(history(run_of(cuda_run)), key=lambda row: (row["top1"], -row["epoch"]))
-    assert losses == pytest.approx([best["val_loss"]] * 2, rel=1e-3) and losses[0] == pytest.approx(best["val_loss"], rel=1e-6)
+    assert losses == pytest.approx([best["val_loss"]] * 2, rel=1e-3) and losses[0] == pytest.approx(
+        best["val_loss"], rel=1e-6
+    )
     assert answer.keys() == plain_answer.keys()
-    for ours, theirs in zip(table(cuda_run / "gpu/predictions.csv"), table(cuda_run / "cpu/predictions.csv"), strict=True):
-        shares, others = (dict(zip(row[2::2], map(float, row[3::2]))) for row in (ours, theirs))  # two equal ones may change places
-        assert ours[:2] == theirs[:2] and len(shares) == 3 and shares == pytest.approx(others, abs=5e-3)
+    for ours, theirs in zip(
+        table(cuda_run / "gpu/predictions.csv"),
+        table(cuda_run / "cpu/predictions.csv"),
+        strict=True,
+    ):
+        shares, others = (
+            dict(zip(row[2::2], map(float, row[3::2]))) for row in (ours, theirs)
+        )  # two equal ones may change places
+        assert (
+            ours[:2] == theirs[:2]
+            and len(shares) == 3
+            and shares == pytest.approx(others, abs=5e-3)
+        )
     pictures = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     programs = [torch.export.load(cuda_run / out / "model.pt2").module() for out in ("gpu", "cpu")]
     torch.testing.assert_close(programs[0](pictures), programs[1](pictures))
@@ -253,24 +328,37 @@ def test_to_a_cpu_and_back(cuda_run, tmp_path):
     folder = shutil.copytree(cuda_run, tmp_path / "moved")
     for epochs, gpus in ((3, 0), (4, 1)):
         with machine(gpus):
-            out, _ = train(folder, "--UnFreeze_Epoch", epochs, "--resume", f"logs/{run_of(folder).name}")
+            out, _ = train(
+                folder, "--UnFreeze_Epoch", epochs, "--resume", f"logs/{run_of(folder).name}"
+            )
         assert f"Cuda: {gpus == 0} → {gpus == 1}" in out
     rows = history(run_of(folder))
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and rows[-1]["train_loss"] < rows[0][
+        "train_loss"
+    ]
     assert checkpoint(run_of(folder))["scaler"]["scale"] >= 1
 
 
-@pytest.mark.parametrize("megabytes, gpus, words", [
-    (40, 1, []),  # the network itself has 45
-    (80, 1, ["--ema_decay", 0.9]),  # its average
-    (80, 2, []),  # the buckets of DistributedDataParallel
-    (110, 1, []),  # the gradients
-    (170, 1, ["--ema_decay", 0.9])])  # the optimizer
+@pytest.mark.parametrize(
+    "megabytes, gpus, words",
+    [
+        (40, 1, []),  # the network itself has 45
+        (80, 1, ["--ema_decay", 0.9]),  # its average
+        (80, 2, []),  # the buckets of DistributedDataParallel
+        (110, 1, []),  # the gradients
+        (170, 1, ["--ema_decay", 0.9]),
+    ],
+)  # the optimizer
 def test_out_of_memory(tmp_path, megabytes, gpus, words):
     folder = project(tmp_path, backbone="'resnet18'")
     with machine(gpus, FAKE_MEM_MB=megabytes):
         _, err = train(folder, *words, code=1, launcher=launcher(gpus))
-    one_sentence(err.split("ChildFailedError")[0].replace("Traceback", "", gpus - 1), "memory", "Unfreeze_batch_size", "input_shape")
+    one_sentence(
+        err.split("ChildFailedError")[0].replace("Traceback", "", gpus - 1),
+        "memory",
+        "Unfreeze_batch_size",
+        "input_shape",
+    )
 
 
 def test_compile_wants_one_gpu_a_process(tmp_path):
@@ -283,7 +371,9 @@ def test_compile_wants_one_gpu_a_process(tmp_path):
 
 def test_one_picture_for_each_gpu(tmp_path):
     """DataParallel splits 3 pictures into 2 and 1, which BatchNorm cannot take."""
-    folder = project(tmp_path, NETWORK.replace("nn.Flatten(),", "nn.Flatten(), nn.BatchNorm1d(16),"))
+    folder = project(
+        tmp_path, NETWORK.replace("nn.Flatten(),", "nn.Flatten(), nn.BatchNorm1d(16),")
+    )
     with machine(2):
         for batch_size in (2, 3):
             _, err = train(folder, "--Unfreeze_batch_size", batch_size, code=1)
@@ -294,7 +384,10 @@ def test_gradients_that_stay_nan(tmp_path):
     """0 · √0 is 0 and has no gradient: the loss is finite, every step is left out, and the scale falls by half each time."""
     folder = project(tmp_path, train=160, Unfreeze_batch_size=4)
     path = folder / "nets" / "small.py"
-    path.write_text(path.read_text() + "\n\nclass Root(nn.Module):\n    def forward(self, x):\n        return x + 0 * (0 * x).sqrt()\n")
+    path.write_text(
+        path.read_text()
+        + "\n\nclass Root(nn.Module):\n    def forward(self, x):\n        return x + 0 * (0 * x).sqrt()\n"
+    )
     path.write_text(path.read_text().replace("nn.Flatten(),", "nn.Flatten(), Root(),"))
     with machine():
         _, err = train(folder, code=1)
@@ -318,18 +411,39 @@ ncclSystemError: System call (e.g. socket, malloc) or external library call fail
 Last error:
 Error while creating shared memory segment /dev/shm/nccl-vyUsAH (size 33030528), error: No space left on device (28)"""
 ERRORS = [
-    (torch.AcceleratorError, "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be "
-     "asynchronously reported", ["GPU", "PyTorch"]),
+    (
+        torch.AcceleratorError,
+        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be "
+        "asynchronously reported",
+        ["GPU", "PyTorch"],
+    ),
     (dist.DistBackendError, NCCL, ["/dev/shm", "No space left", "ncclSystemError"]),
-    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20.00 MiB.", ["Unfreeze_batch_size", "input_shape"]),
-    (torch.AcceleratorError, "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'", ["Unfreeze_batch_size", "input_shape"]),
-    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", ["Unfreeze_batch_size", "input_shape"]),
-    (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", ["Unfreeze_batch_size", "input_shape"])]
+    (
+        torch.OutOfMemoryError,
+        "CUDA out of memory. Tried to allocate 20.00 MiB.",
+        ["Unfreeze_batch_size", "input_shape"],
+    ),
+    (
+        torch.AcceleratorError,
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        ["Unfreeze_batch_size", "input_shape"],
+    ),
+    (
+        RuntimeError,
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ["Unfreeze_batch_size", "input_shape"],
+    ),
+    (
+        RuntimeError,
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        ["Unfreeze_batch_size", "input_shape"],
+    ),
+]
 
 
 @pytest.mark.parametrize("kind, text, words", ERRORS)
 def test_sentences_of_errors(kind, text, words):
-    told = sentence(kind(text) if kind is not torch.AcceleratorError else accelerator_error(text))
+    told = explain(kind(text) if kind is not torch.AcceleratorError else accelerator_error(text))
     assert told and all(word in told for word in words), told
 
 
@@ -345,14 +459,20 @@ def test_no_step_waits_for_the_gpu():
         model = get_model("resnet18", 10, [64, 64]).cuda()
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
     scaler = torch.amp.GradScaler("cuda", init_scale=128.0)  # whose first step does not overflow
-    parts = [(torch.zeros(8, 3, 64, 64, dtype=torch.uint8).pin_memory(), torch.zeros(8, dtype=torch.int64).pin_memory(), [])] * 2
+    parts = [
+        (
+            torch.zeros(8, 3, 64, 64, dtype=torch.uint8).pin_memory(),
+            torch.zeros(8, dtype=torch.int64).pin_memory(),
+            [],
+        )
+    ] * 2
     recipe = Recipe({"mixup_alpha": 1, "cutmix_alpha": 1, "ema_decay": 0.9}, model, 10)
     sums = Counter()
     for mode in ("default", "error", "error", "error"):  # the first step may set things up
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for loss, scores, targets in backward(model, parts, True, True, scaler, recipe):
-                sums.update(sums_of(loss, scores, targets, recipe.settings))
+                sums.update(batch_sums(loss, scores, targets, recipe.settings))
             optimizer_step(optimizer, scaler, 1.0)
             recipe.ema.update_parameters(model)
         finally:
@@ -362,10 +482,15 @@ def test_no_step_waits_for_the_gpu():
 
 class Launches(TorchDispatchMode):
     """Counts what a GPU would be given to do: operations that are more than another view."""
+
     number = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.number += not operation.is_view and "empty" not in operation.name() and "detach" not in operation.name()
+        self.number += (
+            not operation.is_view
+            and "empty" not in operation.name()
+            and "detach" not in operation.name()
+        )
         return operation(*args, **(kwargs or {}))
 
 
@@ -385,5 +510,9 @@ def test_small_launches():
     model = get_model("resnet18", 10, [32, 32]).to(device)
     ema = EMA(model, 0.9)
     assert launches(lambda: ema.update_parameters(model)) <= 6  # however many layers
-    scores, targets, loss = torch.zeros(8, 10, device=device), torch.zeros(8, dtype=torch.int64, device=device), torch.zeros((), device=device)
-    assert launches(lambda: sums_of(loss, scores, targets, {})) <= 14
+    scores, targets, loss = (
+        torch.zeros(8, 10, device=device),
+        torch.zeros(8, dtype=torch.int64, device=device),
+        torch.zeros((), device=device),
+    )
+    assert launches(lambda: batch_sums(loss, scores, targets, {})) <= 14

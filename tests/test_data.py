@@ -12,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate, note
-from utils.errors import UserError
+from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
+from utils.rehearsal import note
+from utils.plumbing.errors import UserError
 from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_crop
-from utils.sample_data import DEFAULT_PATHS, SHAPES, data_paths, draw_set
-from utils.processes import ignore_signals
+from utils.plumbing.lists import DEFAULT_PATHS
+from utils.plumbing.shapes import SHAPES, find_lists, draw_set
+from utils.plumbing.processes import ignore_signals
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
@@ -28,7 +30,12 @@ def photo(width, height, seed=0):
     for cells in (4, 16, 64, 128):
         noise = rng.normal(size=(cells, cells, 3))
         for c in range(3):
-            total[..., c] += np.asarray(Image.fromarray(noise[..., c].astype(np.float32)).resize((width, height), 3)) / cells ** .5
+            total[..., c] += (
+                np.asarray(
+                    Image.fromarray(noise[..., c].astype(np.float32)).resize((width, height), 3)
+                )
+                / cells**0.5
+            )
     return Image.fromarray((128 + 60 * total).clip(0, 255).astype(np.uint8))
 
 
@@ -39,7 +46,9 @@ def whole(height, width):
 def plain(path, box, shape):
     top, left, height, width = box
     image = Image.open(path).convert("RGB")
-    return v2.functional.pil_to_tensor(v2.functional.resized_crop(image, top, left, height, width, list(shape))).float()
+    return v2.functional.pil_to_tensor(
+        v2.functional.resized_crop(image, top, left, height, width, list(shape))
+    ).float()
 
 
 @pytest.mark.parametrize("size, allowed", [((500, 375), 2), ((3264, 2448), 4), ((1200, 1600), 4)])
@@ -49,7 +58,9 @@ def test_crops_match_the_plain_pipeline(tmp_path, monkeypatch, size, allowed, de
         monkeypatch.setattr("utils.pictures.decode_jpeg", None)
     photo(*size).save(tmp_path / "photo.jpg", quality=90)
     torch.manual_seed(0)
-    for box in [random_box(0.08, size[1], size[0]) for _ in range(8)] + [centre_box((224, 224), 0.875, size[1], size[0])]:
+    for box in [random_box(0.08, size[1], size[0]) for _ in range(8)] + [
+        centre_box((224, 224), 0.875, size[1], size[0])
+    ]:
         ours = read_crop(tmp_path / "photo.jpg", (224, 224), lambda h, w: box)
         assert ours.shape == (224, 224, 3) and ours.dtype == torch.uint8
         theirs = plain(tmp_path / "photo.jpg", box, (224, 224))
@@ -61,8 +72,14 @@ def test_reduced_decoding_keeps_the_resolution(tmp_path, monkeypatch):
     photo(1600, 1200).save(tmp_path / "photo.jpg")
     seen = []
     resize = Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *args, box=None, **options: (
-        seen.append((box[2] - box[0], box[3] - box[1])), resize(self, size, *args, box=box, **options))[1])
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda self, size, *args, box=None, **options: (
+            seen.append((box[2] - box[0], box[3] - box[1])),
+            resize(self, size, *args, box=box, **options),
+        )[1],
+    )
     for side in (448, 500, 896, 1000, 1200):
         read_crop(tmp_path / "photo.jpg", (224, 224), lambda h, w: (0, 0, side, side))
         assert min(seen[-1]) >= 224 and min(seen[-1]) < 448
@@ -73,22 +90,55 @@ def test_reduced_decoding_keeps_the_resolution(tmp_path, monkeypatch):
 GRADIENT = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
 
 
-@pytest.mark.parametrize("kind", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr", "16-bit png", "L jpeg",
-                                  "CMYK jpeg", "gif", "webp", "bmp", "P transparent", "tiny"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "L",
+        "1",
+        "P",
+        "RGBA",
+        "LA",
+        "CMYK",
+        "I;16",
+        "I",
+        "F",
+        "YCbCr",
+        "16-bit png",
+        "L jpeg",
+        "CMYK jpeg",
+        "gif",
+        "webp",
+        "bmp",
+        "P transparent",
+        "tiny",
+    ],
+)
 @pytest.mark.parametrize("decoder", ["torchvision's where it pays", "Pillow's alone"])
 def test_every_kind_of_picture(tmp_path, monkeypatch, kind, decoder):
     if decoder == "Pillow's alone":
         monkeypatch.setattr("utils.pictures.decode_jpeg", None)
     grey = Image.fromarray(GRADIENT)
     rgb = grey.convert("RGB")
-    files = {"L": ("a.png", grey), "1": ("a.png", grey.convert("1")), "P": ("a.png", rgb.quantize(256)),
-             "RGBA": ("a.png", rgb.convert("RGBA")), "LA": ("a.png", grey.convert("LA")),
-             "CMYK": ("a.tif", rgb.convert("CMYK")), "I;16": ("a.tif", Image.fromarray(GRADIENT.astype(np.uint16) * 257)),
-             "I": ("a.tif", Image.fromarray(GRADIENT.astype(np.int32) * 257)),
-             "F": ("a.tif", Image.fromarray(GRADIENT.astype(np.float32) / 255)), "YCbCr": (None, rgb.convert("YCbCr")),
-             "16-bit png": ("a.png", Image.fromarray(GRADIENT.astype(np.uint16) * 257)), "L jpeg": ("a.jpg", grey),
-             "CMYK jpeg": ("a.jpg", rgb.convert("CMYK")), "gif": ("a.gif", grey), "webp": ("a.webp", rgb),
-             "bmp": ("a.bmp", rgb), "P transparent": ("a.gif", grey.convert("P")), "tiny": ("a.png", Image.new("L", (1, 1)))}
+    files = {
+        "L": ("a.png", grey),
+        "1": ("a.png", grey.convert("1")),
+        "P": ("a.png", rgb.quantize(256)),
+        "RGBA": ("a.png", rgb.convert("RGBA")),
+        "LA": ("a.png", grey.convert("LA")),
+        "CMYK": ("a.tif", rgb.convert("CMYK")),
+        "I;16": ("a.tif", Image.fromarray(GRADIENT.astype(np.uint16) * 257)),
+        "I": ("a.tif", Image.fromarray(GRADIENT.astype(np.int32) * 257)),
+        "F": ("a.tif", Image.fromarray(GRADIENT.astype(np.float32) / 255)),
+        "YCbCr": (None, rgb.convert("YCbCr")),
+        "16-bit png": ("a.png", Image.fromarray(GRADIENT.astype(np.uint16) * 257)),
+        "L jpeg": ("a.jpg", grey),
+        "CMYK jpeg": ("a.jpg", rgb.convert("CMYK")),
+        "gif": ("a.gif", grey),
+        "webp": ("a.webp", rgb),
+        "bmp": ("a.bmp", rgb),
+        "P transparent": ("a.gif", grey.convert("P")),
+        "tiny": ("a.png", Image.new("L", (1, 1))),
+    }
     name, image = files[kind]
     if name:
         image.save(tmp_path / name, **({"transparency": 0} if kind == "P transparent" else {}))
@@ -99,7 +149,9 @@ def test_every_kind_of_picture(tmp_path, monkeypatch, kind, decoder):
     elif kind == "1":
         assert crop[:, 32:].mean() > crop[:, :32].mean() + 80
     else:
-        assert (crop.mean(2)[:, 2:] - torch.from_numpy(GRADIENT.astype(np.float32))[:, 2:]).abs().max() < 8
+        assert (
+            crop.mean(2)[:, 2:] - torch.from_numpy(GRADIENT.astype(np.float32))[:, 2:]
+        ).abs().max() < 8
 
 
 def test_transparency_is_white():
@@ -123,8 +175,9 @@ def test_normalize_launches_three_kernels():
         calls = ()
 
         def __torch_dispatch__(self, call, types, args=(), kwargs=None):
-            self.calls += str(call),
+            self.calls += (str(call),)
             return call(*args, **(kwargs or {}))
+
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     normalize(images, "cpu")
     with Count() as count:
@@ -147,9 +200,16 @@ def lines(tmp_path_factory):
 def test_augmentation_is_a_function_of_seed_epoch_and_index(lines, augmentation):
     def picture(seed, epoch, index):
         torch.manual_seed(np.random.default_rng().integers(1 << 30))  # whatever came before
-        return DataGenerator(lines, (32, 40), True, augmentation, 0.5, seed=seed)[epoch, 5, index][0]
+        return DataGenerator(lines, (32, 40), True, augmentation, 0.5, seed=seed)[epoch, 5, index][
+            0
+        ]
+
     first = picture(1, 2, 3)
-    assert first.shape == (32, 40, 3) and first.dtype == torch.uint8 and torch.equal(first, picture(1, 2, 3))
+    assert (
+        first.shape == (32, 40, 3)
+        and first.dtype == torch.uint8
+        and torch.equal(first, picture(1, 2, 3))
+    )
     assert any(not torch.equal(first, picture(1, epoch, 3)) for epoch in range(3, 12))
     assert any(not torch.equal(first, picture(seed, 2, 3)) for seed in range(2, 12))
 
@@ -157,15 +217,30 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(lines, augmentation)
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_change_nothing(lines, context):
     data = DataGenerator(lines, (32, 32), True, "trivial", 0.5)
+
     def batches(**options):
         sampler = EpochSampler(len(data), 4, seed=3)
         sampler.set_epoch(2)
-        return list(DataLoader(data, 4, sampler=sampler, collate_fn=detection_collate, worker_init_fn=ignore_signals, **options))
+        return list(
+            DataLoader(
+                data,
+                4,
+                sampler=sampler,
+                collate_fn=detection_collate,
+                worker_init_fn=ignore_signals,
+                **options,
+            )
+        )
+
     expected = batches(num_workers=0)
     assert len(expected) == 5
-    for ours, theirs in zip(batches(num_workers=2, multiprocessing_context=context), expected, strict=True):
+    for ours, theirs in zip(
+        batches(num_workers=2, multiprocessing_context=context), expected, strict=True
+    ):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-        assert ours[0].dtype == torch.uint8 and ours[0].is_contiguous(memory_format=torch.channels_last)
+        assert ours[0].dtype == torch.uint8 and ours[0].is_contiguous(
+            memory_format=torch.channels_last
+        )
 
 
 def test_lines_are_shared_tensors(lines):
@@ -175,7 +250,9 @@ def test_lines_are_shared_tensors(lines):
     assert not any(isinstance(v, (list, np.ndarray)) and len(v) > 10 for v in vars(data).values())
 
 
-@pytest.mark.parametrize("number, batch, world", [(100, 10, 1), (103, 8, 2), (64, 64, 4), (127, 64, 2), (1000, 48, 3)])
+@pytest.mark.parametrize(
+    "number, batch, world", [(100, 10, 1), (103, 8, 2), (64, 64, 4), (127, 64, 2), (1000, 48, 3)]
+)
 def test_sampler_visits(number, batch, world):
     samplers = [EpochSampler(number, batch, rank, world, seed=5) for rank in range(world)]
     alone = EpochSampler(number, batch, seed=5)
@@ -184,14 +261,20 @@ def test_sampler_visits(number, batch, world):
         for sampler in [alone, *samplers]:
             sampler.set_epoch(epoch)
         shares = [[index for _, _, index in sampler] for sampler in samplers]
-        assert all(len(share) == len(sampler) == number // batch * batch // world for share, sampler in zip(shares, samplers))
+        assert all(
+            len(share) == len(sampler) == number // batch * batch // world
+            for share, sampler in zip(shares, samplers)
+        )
         visited = [index for share in shares for index in share]
         assert len(set(visited)) == len(visited) == number // batch * batch
         order = [index for _, _, index in alone]
         local = batch // world
-        for step in range(number // batch):  # the same pictures in the same step, however many processes
-            assert sorted(order[step * batch:(step + 1) * batch]) == sorted(
-                index for share in shares for index in share[step * local:(step + 1) * local])
+        for step in range(
+            number // batch
+        ):  # the same pictures in the same step, however many processes
+            assert sorted(order[step * batch : (step + 1) * batch]) == sorted(
+                index for share in shares for index in share[step * local : (step + 1) * local]
+            )
         left_out.append(set(range(number)) - set(visited))
         alone.set_epoch(epoch, 1)
         assert [index for _, _, index in alone] == order[batch:]
@@ -200,9 +283,14 @@ def test_sampler_visits(number, batch, world):
 
 @pytest.mark.parametrize("number, world", [(10, 1), (11, 2), (1, 4), (7, 3)])
 def test_validation_counts_every_picture_once(number, world):
-    shares = [[index for _, _, index in EpochSampler(number, 4 * world, rank, world, shuffle=False)] for rank in range(world)]
+    shares = [
+        [index for _, _, index in EpochSampler(number, 4 * world, rank, world, shuffle=False)]
+        for rank in range(world)
+    ]
     assert sorted(sum(shares, [])) == list(range(number))
-    assert [len(EpochSampler(number, 4 * world, rank, world, shuffle=False)) for rank in range(world)] == list(map(len, shares))
+    assert [
+        len(EpochSampler(number, 4 * world, rank, world, shuffle=False)) for rank in range(world)
+    ] == list(map(len, shares))
 
 
 def epochs(data, number=3):
@@ -225,7 +313,10 @@ def test_memory_changes_nothing(tmp_path, augmentation):
     for i, line in enumerate(lines[:-2]):
         photo(40, 30, i).save(line.partition(";")[2])
     for random in (True, False):
-        plain, kept = (DataGenerator(lines, (24, 24), random, augmentation, 0.3, seed=3, cache_mb=size) for size in (0, 1))
+        plain, kept = (
+            DataGenerator(lines, (24, 24), random, augmentation, 0.3, seed=3, cache_mb=size)
+            for size in (0, 1)
+        )
         assert kept.in_memory and not plain.in_memory
         expected, got = list(epochs(plain)), list(epochs(kept))
         assert all(map(same, expected, got)) and any(batch[2] for batch in got)
@@ -239,7 +330,9 @@ def test_memory_changes_nothing(tmp_path, augmentation):
 def test_what_is_kept_in_memory(lines):
     size = 3 * 300 * 300 * len(lines) / 1e6
     for augmentation in AUGMENTATIONS:
-        assert DataGenerator(lines, (300, 300), True, augmentation, cache_mb=size).in_memory == (augmentation in ("none", "flip"))
+        assert DataGenerator(lines, (300, 300), True, augmentation, cache_mb=size).in_memory == (
+            augmentation in ("none", "flip")
+        )
         assert DataGenerator(lines, (300, 300), False, augmentation, cache_mb=size).in_memory
     assert not DataGenerator(lines, (300, 301), cache_mb=size).in_memory  # all of them, or none
     data = DataGenerator(lines[:1], (300, 301), random=False)
@@ -268,19 +361,51 @@ class Items(list):
         return item
 
 
-@pytest.mark.parametrize("label", [0.5, 1.0, np.float32(1), [1, 0], (1,), "one", None, True, torch.tensor([1, 0]), torch.tensor(0.5), 2, -1, np.int64(2)])
+@pytest.mark.parametrize(
+    "label",
+    [
+        0.5,
+        1.0,
+        np.float32(1),
+        [1, 0],
+        (1,),
+        "one",
+        None,
+        True,
+        torch.tensor([1, 0]),
+        torch.tensor(0.5),
+        2,
+        -1,
+        np.int64(2),
+    ],
+)
 def test_a_label_that_is_no_class_id_is_a_sentence(label):
     grey = np.zeros((9, 9), np.uint8)
     data = DataGenerator(Items([(grey, 1), (grey, label)]), (8, 8), random=False, num_classes=2)
     assert data[0][1] == 1
     for ask in (lambda: data[1], data.class_ids):
-        with pytest.raises(UserError, match="picture 1 of the data set: .*(whole number|outside 0 … 1)"):
+        with pytest.raises(
+            UserError, match="picture 1 of the data set: .*(whole number|outside 0 … 1)"
+        ):
             ask()
 
 
 @pytest.mark.parametrize("random", [True, False])
-@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), IndexError("x"), AttributeError("x"), ValueError("x"), ZeroDivisionError(),
-                                   RuntimeError("x"), AssertionError(), MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        TypeError("x"),
+        IndexError("x"),
+        AttributeError("x"),
+        ValueError("x"),
+        ZeroDivisionError(),
+        RuntimeError("x"),
+        AssertionError(),
+        MemoryError(),
+        OSError(errno.EMFILE, "Too many open files"),
+    ],
+)
 def test_a_data_sets_own_mistake_is_no_broken_picture(error, random):
     data = DataGenerator(Items([(np.zeros((9, 9), np.uint8), 1), error]), (8, 8), random)
     with pytest.raises(type(error)) as caught:
@@ -288,8 +413,16 @@ def test_a_data_sets_own_mistake_is_no_broken_picture(error, random):
     assert caught.value is error
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("gone"), OSError("image file is truncated"), SyntaxError("broken PNG file"), EOFError(),
-                                   Image.DecompressionBombError("too large")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("gone"),
+        OSError("image file is truncated"),
+        SyntaxError("broken PNG file"),
+        EOFError(),
+        Image.DecompressionBombError("too large"),
+    ],
+)
 def test_what_reading_a_picture_raises_is_a_broken_picture(error):
     source = Items([(np.zeros((9, 9), np.uint8), 1), error])
     image, target, unreadable = DataGenerator(source, (8, 8), random=False)[1]
@@ -300,6 +433,7 @@ def test_what_reading_a_picture_raises_is_a_broken_picture(error):
 def test_too_little_memory_is_no_broken_picture(lines, monkeypatch):
     def short(*words):
         raise MemoryError
+
     monkeypatch.setattr("utils.pictures.crop", short)
     with pytest.raises(MemoryError):
         DataGenerator(lines, (8, 8))[0, 0, 0]
@@ -307,6 +441,7 @@ def test_too_little_memory_is_no_broken_picture(lines, monkeypatch):
 
 def test_class_ids():
     """As items say them, also where a transform changes what `targets` says."""
+
     class Transformed(Items):
         targets, target_transform = [0, 1, 2], None
 
@@ -322,30 +457,58 @@ def test_class_ids():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("targets, dtype", [([1, 0], torch.int64), ([0.5, 1.5], torch.float32), ([[1, 0], [0, 0]], torch.int64),
-                                            ([[0.5], [1.5]], torch.float32), ([torch.ones(3), torch.zeros(3)], torch.float32)])
+@pytest.mark.parametrize(
+    "targets, dtype",
+    [
+        ([1, 0], torch.int64),
+        ([0.5, 1.5], torch.float32),
+        ([[1, 0], [0, 0]], torch.int64),
+        ([[0.5], [1.5]], torch.float32),
+        ([torch.ones(3), torch.zeros(3)], torch.float32),
+    ],
+)
 def test_targets_of_any_kind_travel(monkeypatch, workers, targets, dtype):
-    monkeypatch.setattr("utils.dataloader.target_of", lambda label, num_classes: targets[int(label)])
+    monkeypatch.setattr(
+        "utils.dataloader.target_of", lambda label, num_classes: targets[int(label)]
+    )
     data = DataGenerator([(np.zeros((9, 9), np.uint8), i) for i in range(2)], (8, 8), random=False)
-    (_, found, _), = DataLoader(data, 2, collate_fn=detection_collate, num_workers=workers, multiprocessing_context="fork" if workers else None)
+    ((_, found, _),) = DataLoader(
+        data,
+        2,
+        collate_fn=detection_collate,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )
     expected = torch.stack([torch.as_tensor(target) for target in targets])
-    assert torch.equal(found, expected) and found.dtype == dtype and found.is_shared() == bool(workers)
+    assert (
+        torch.equal(found, expected) and found.dtype == dtype and found.is_shared() == bool(workers)
+    )
 
 
 def test_fingerprint(lines):
     def of(source, *options, **more):
         return DataGenerator(source, *options, **more).fingerprint
+
     base = of(lines, (32, 40), False)
     assert base == of(lines, [32, 40], False, cache_mb=100) == json.loads(json.dumps(base))
     for others in ([(32, 32)], [(32, 40), True], [(32, 40), False, "none"]):
         assert of(lines, *others, val_crop=1.0) != base
-    assert of(lines, (32, 40), False, val_crop=0.9) != base != of(lines, (32, 40), False, num_classes=3)
+    assert (
+        of(lines, (32, 40), False, val_crop=0.9)
+        != base
+        != of(lines, (32, 40), False, num_classes=3)
+    )
     for other in (lines[:-1], lines[1:] + lines[:1], ["1" + lines[0][1:], *lines[1:]]):
         assert of(other, (32, 40), False)["source"] != base["source"]
     greys = [(np.full((9, 9), i, np.uint8), i) for i in range(3)]
     own = of(greys, (8, 8), False)
     assert own == of(list(greys), (8, 8), False)
-    for other in (greys[:2], greys[::-1], [(grey, 0) for grey, _ in greys], [(grey + 1, label) for grey, label in greys]):
+    for other in (
+        greys[:2],
+        greys[::-1],
+        [(grey, 0) for grey, _ in greys],
+        [(grey + 1, label) for grey, label in greys],
+    ):
         assert of(other, (8, 8), False)["source"] != own["source"]
 
 
@@ -354,6 +517,7 @@ def test_a_fingerprint_is_complete_and_without_addresses():
         def __init__(self, *options, sharpen, **more):
             super().__init__(*options, **more)
             self.sharpen, self.function = sharpen, lambda image: image
+
     one, same, other = (Fork(["0;a"], (8, 8), sharpen=value).fingerprint for value in (1, 1, 2))
     assert one == same != other
 
@@ -373,7 +537,7 @@ def test_unreadable(lines, tmp_path):
     (tmp_path / "zero.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("no picture")
     whole_file = open(lines[0].strip().partition(";")[2], "rb").read()
-    (tmp_path / "cut.jpg").write_bytes(whole_file[:len(whole_file) // 2])
+    (tmp_path / "cut.jpg").write_bytes(whole_file[: len(whole_file) // 2])
     bad = [f"2;{tmp_path / name}\n" for name in ("zero.jpg", "text.jpg", "cut.jpg", "vanished.png")]
     data = DataGenerator(lines + bad, (32, 32), True)
     for index in range(20, 24):
@@ -381,7 +545,9 @@ def test_unreadable(lines, tmp_path):
         assert image.shape == (32, 32, 3) and unreadable[0][0] == index
         again = data[1, 0, index]
         assert torch.equal(image, again[0]) and class_id == again[1]
-    images, targets, unreadable = detection_collate([DataGenerator(bad + lines, (32, 32), False)[i] for i in range(6)])
+    images, targets, unreadable = detection_collate(
+        [DataGenerator(bad + lines, (32, 32), False)[i] for i in range(6)]
+    )
     assert len(images) == len(targets) == 2 and [index for index, _ in unreadable] == [0, 1, 2, 3]
     images, targets, _ = detection_collate([DataGenerator(bad, (32, 32), False)[0]])
     assert len(images) == len(targets) == 0
@@ -394,47 +560,69 @@ def test_decompression_bomb(tmp_path, monkeypatch, lines):
 
 
 def test_sample_set(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.sample_data.TRAIN", 40)
-    monkeypatch.setattr("utils.sample_data.TEST", 20)
+    monkeypatch.setattr("utils.plumbing.shapes.TRAIN", 40)
+    monkeypatch.setattr("utils.plumbing.shapes.TEST", 20)
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         draw_set(tmp_path / folder)
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
     assert len(files) == 63 and len(SHAPES) >= 10
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
 
 
 @pytest.mark.parametrize("place", ["a full disk", "a read-only disk"])
 def test_the_sample_cannot_be_drawn(tmp_path, monkeypatch, place):
     """One sentence, and nothing left behind."""
     monkeypatch.chdir(tmp_path)
+
     def fail(*where, **options):
         number = errno.ENOSPC if place == "a full disk" else errno.EROFS
         raise OSError(number, os.strerror(number))
-    monkeypatch.setattr("utils.sample_data.draw_set" if place == "a full disk" else "utils.sample_data.draft", fail)
+
+    monkeypatch.setattr(
+        "utils.plumbing.shapes.draw_set"
+        if place == "a full disk"
+        else "utils.plumbing.shapes.draft",
+        fail,
+    )
     with pytest.raises(UserError, match="model_data.*(No space left|Read-only)"):
-        data_paths(dict(zip(NAMES, DEFAULT_PATHS)))
+        find_lists(dict(zip(NAMES, DEFAULT_PATHS)))
     assert not list(Path("model_data").iterdir())
 
 
 def test_the_sample_may_be_drawn_by_two_at_once(tmp_path, monkeypatch):
     """The later one takes what the earlier has moved into place."""
     monkeypatch.chdir(tmp_path)
+
     def draw(folder):
         Path("model_data/shapes").mkdir()
         Path("model_data/shapes/train.txt").write_text("the other one's")
-    monkeypatch.setattr("utils.sample_data.draw_set", draw)
-    assert Path(data_paths(dict(zip(NAMES, DEFAULT_PATHS)))[1]).read_text() == "the other one's"
+
+    monkeypatch.setattr("utils.plumbing.shapes.draw_set", draw)
+    assert Path(find_lists(dict(zip(NAMES, DEFAULT_PATHS)))[1]).read_text() == "the other one's"
     assert [path.name for path in Path("model_data").iterdir()] == ["shapes"]
 
 
 def test_the_sample_is_no_task_for_a_linear_classifier(tmp_path):
     from sklearn.linear_model import LogisticRegression
+
     draw_set(tmp_path)
+
     def load(split):
-        rows = [line.partition(";") for line in (tmp_path / f"{split}.txt").read_text().splitlines()]
-        pictures = [Image.open(tmp_path / path.split("shapes/")[1]).reduce(2) for _, _, path in rows]
-        return np.stack([np.asarray(p, np.float32).ravel() / 255 - 0.5 for p in pictures]), [int(c) for c, _, _ in rows]
+        rows = [
+            line.partition(";") for line in (tmp_path / f"{split}.txt").read_text().splitlines()
+        ]
+        pictures = [
+            Image.open(tmp_path / path.split("shapes/")[1]).reduce(2) for _, _, path in rows
+        ]
+        return np.stack([np.asarray(p, np.float32).ravel() / 255 - 0.5 for p in pictures]), [
+            int(c) for c, _, _ in rows
+        ]
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 60 iterations are enough to see that it does not learn
         model = LogisticRegression(max_iter=60, C=0.01).fit(*load("train"))

@@ -1,17 +1,32 @@
 """Real groups of processes on this machine, over gloo."""
+
 import sys
 
 import pytest
 import torch
 
-from tests.helpers import (edit, free_port, history, make_data, make_project, run_of, runs, start, torchrun, train,
-                           weights, write_network)
+from tests.helpers import (
+    edit,
+    free_port,
+    history,
+    make_data,
+    make_project,
+    run_of,
+    runs,
+    start,
+    torchrun,
+    train,
+    weights,
+    write_network,
+)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A run of one process, whose network has neither BatchNorm nor dropout."""
-    folder = make_project(tmp_path_factory.mktemp("alone"), backbone="'convnext_tiny_plain'", UnFreeze_Epoch=3)
+    folder = make_project(
+        tmp_path_factory.mktemp("alone"), backbone="'convnext_tiny_plain'", UnFreeze_Epoch=3
+    )
     plain_network(folder)
     make_data(folder, train=50, test=21)
     train(folder)
@@ -19,13 +34,26 @@ def alone(tmp_path_factory):
 
 
 def plain_network(folder):
-    write_network(folder / "nets", "convnext_tiny_plain",
-                  "nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.GroupNorm(4, 16), nn.ReLU(), "
-                  "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)")
+    write_network(
+        folder / "nets",
+        "convnext_tiny_plain",
+        "nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.GroupNorm(4, 16), nn.ReLU(), "
+        "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)",
+    )
 
 
-LAUNCHERS = {"torchrun": torchrun(),
-             "launch": [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"]}
+LAUNCHERS = {
+    "torchrun": torchrun(),
+    "launch": [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.launch",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    ],
+}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -34,7 +62,7 @@ def test_two_processes_agree_with_one(alone, launcher):
     edit(folder, save_dir=f"'{launcher}'")
     out, _ = train(folder, launcher=LAUNCHERS[launcher])
     edit(folder, save_dir="'logs'")
-    run, = (folder / launcher).iterdir()
+    (run,) = (folder / launcher).iterdir()
     agree(history(run), rows)
     assert weights(run).keys() == end.keys()
     for name, value in weights(run).items():
@@ -53,15 +81,25 @@ def test_two_nodes(alone):
     folder, rows, _ = alone
     edit(folder, save_dir="'nodes'")
     port = free_port()
+
     def agent(node):
-        return [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
-                "--master_addr=127.0.0.1", f"--master_port={port}"]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            f"--node_rank={node}",
+            "--nproc_per_node=1",
+            "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+        ]
+
     other = start(folder, launcher=agent(1))
     out, _ = train(folder, launcher=agent(0))
     out_1, err_1 = other.communicate(timeout=300)
     edit(folder, save_dir="'logs'")
     assert other.returncode == 0, err_1
-    run, = (folder / "nodes").iterdir()
+    (run,) = (folder / "nodes").iterdir()
     agree(history(run), rows)
     assert "epoch" not in out_1
 
@@ -70,17 +108,49 @@ def test_validation_is_the_same_for_the_same_weights(alone):
     """With a learning rate of nearly nothing both launches validate the same weights."""
     folder, _, _ = alone
     for name, launcher in (("one", (sys.executable,)), ("two", torchrun())):
-        train(folder, "--Init_lr", 1e-3, "--backbone_lr_scale", 0.0, "--Freeze_Train", True, "--Freeze_Epoch", 1, "--model_path",
-              run_of(folder) / "last_epoch_weights.pth", "--UnFreeze_Epoch", 1, "--momentum", 0.0, "--clip_grad_norm", 1e-6,
-              "--weight_decay", 0.0, "--save_dir", f"{name}_val", launcher=launcher)
+        train(
+            folder,
+            "--Init_lr",
+            1e-3,
+            "--backbone_lr_scale",
+            0.0,
+            "--Freeze_Train",
+            True,
+            "--Freeze_Epoch",
+            1,
+            "--model_path",
+            run_of(folder) / "last_epoch_weights.pth",
+            "--UnFreeze_Epoch",
+            1,
+            "--momentum",
+            0.0,
+            "--clip_grad_norm",
+            1e-6,
+            "--weight_decay",
+            0.0,
+            "--save_dir",
+            f"{name}_val",
+            launcher=launcher,
+        )
     one, two = (history(next((folder / f"{name}_val").iterdir()))[0] for name in ("one", "two"))
-    assert one["scored"] == two["scored"] == 21 and one["top1"] == two["top1"] and one["top5"] == two["top5"]
+    assert (
+        one["scored"] == two["scored"] == 21
+        and one["top1"] == two["top1"]
+        and one["top5"] == two["top5"]
+    )
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-6)
 
 
 def test_batch_norm_network_and_freeze_under_torchrun(tmp_path):
-    folder = make_project(tmp_path, backbone="'shufflenet_v2_x0_5'", Freeze_Train=True, Freeze_Epoch=1, num_workers=1,
-                          ema_decay=0.9, accumulate=2)
+    folder = make_project(
+        tmp_path,
+        backbone="'shufflenet_v2_x0_5'",
+        Freeze_Train=True,
+        Freeze_Epoch=1,
+        num_workers=1,
+        ema_decay=0.9,
+        accumulate=2,
+    )
     make_data(folder, train=36, test=11)
     out, _ = train(folder, launcher=torchrun())
     assert [row["scored"] for row in history(run_of(folder))] == [11, 11]
@@ -100,7 +170,10 @@ def test_settings_that_need_a_launcher_or_a_gpu(tmp_path):
     _, err = train(folder, code=1)
     assert "torchrun --nproc_per_node" in err and "Traceback" not in err
     if not torch.cuda.is_available():
-        for constants, word in (({"Cuda": True}, "set Cuda = False"), ({"sync_bn": True}, "set sync_bn = False")):
+        for constants, word in (
+            ({"Cuda": True}, "set Cuda = False"),
+            ({"sync_bn": True}, "set sync_bn = False"),
+        ):
             edit(folder, **{"distributed": False, "Cuda": False, "sync_bn": False, **constants})
             _, err = train(folder, code=1)
             assert word in err and "Traceback" not in err
@@ -111,9 +184,19 @@ def test_class_weights_do_not_depend_on_the_processes(alone):
     folder, _, _ = alone
     rows = []
     lines = (folder / "model_data/cls_train.txt").read_text().splitlines(keepends=True)
-    (folder / "model_data/uneven.txt").write_text("".join(line for i, line in enumerate(lines) if line[0] == "0" or i % 5 == 0))
+    (folder / "model_data/uneven.txt").write_text(
+        "".join(line for i, line in enumerate(lines) if line[0] == "0" or i % 5 == 0)
+    )
     for name, launcher in (("one", (sys.executable,)), ("two", torchrun())):
-        train(folder, "--class_weights", "balanced", "--train_annotation_path", "model_data/uneven.txt", "--save_dir", f"{name}_uneven",
-              launcher=launcher)
+        train(
+            folder,
+            "--class_weights",
+            "balanced",
+            "--train_annotation_path",
+            "model_data/uneven.txt",
+            "--save_dir",
+            f"{name}_uneven",
+            launcher=launcher,
+        )
         rows.append(history(next((folder / f"{name}_uneven").iterdir())))
     agree(*rows)

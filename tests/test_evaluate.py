@@ -1,4 +1,5 @@
 """utils.evaluate and utils.export on runs whose weights are as they begin, and what every command says of a damaged run."""
+
 import csv
 import json
 import re
@@ -16,7 +17,7 @@ from sklearn import metrics
 
 from tests.helpers import ROOT, environment, make_data, make_run, picture, weights
 from utils import evaluate as module, export, predict
-from utils.errors import UserError
+from utils.plumbing.errors import UserError
 from utils.evaluate import evaluate
 from utils.fit import score_batch
 from utils.pictures import centre_box, read_crop
@@ -39,11 +40,15 @@ def folder(made, monkeypatch):
 
 def write_list(path, ids):
     """A list of the test pictures, with other class ids."""
-    Path(path).write_text("".join(f"{class_id};model_data/test{i % 18}.png\n" for i, class_id in enumerate(ids)))
+    Path(path).write_text(
+        "".join(f"{class_id};model_data/test{i % 18}.png\n" for i, class_id in enumerate(ids))
+    )
 
 
 def scores_of(run, images):
-    return score_batch(run.model, images, torch.zeros(len(images)), run.Cuda, run.fp16, run.settings)[0]
+    return score_batch(
+        run.model, images, torch.zeros(len(images)), run.Cuda, run.fp16, run.settings
+    )[0]
 
 
 def predicted(out):
@@ -54,9 +59,16 @@ def predicted(out):
 def test_a_full_output_is_one_sentence(folder):
     for command in (["utils.evaluate", "run"], ["utils.predict", "run", "model_data/test0.png"]):
         with open("/dev/full", "w") as full:
-            ended = subprocess.run([sys.executable, "-m", *command], stdout=full, stderr=subprocess.PIPE, text=True,
-                                   env={**environment(), "PYTHONPATH": str(ROOT)})
-        assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("error: the output cannot be written")
+            ended = subprocess.run(
+                [sys.executable, "-m", *command],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**environment(), "PYTHONPATH": str(ROOT)},
+            )
+        assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith(
+            "error: the output cannot be written"
+        )
         assert "Traceback" not in ended.stderr
 
 
@@ -72,16 +84,28 @@ def test_the_mean_leaves_out_classes_without_pictures(folder, tmp_path, capsys):
     present = sorted(set(truth))
     assert len(present) == 3
     for label, average in (("mean of 3 classes", "macro"), ("weighted mean", "weighted")):
-        expected = metrics.precision_recall_fscore_support(truth, called, labels=present, average=average, zero_division=0)[:3]
+        expected = metrics.precision_recall_fscore_support(
+            truth, called, labels=present, average=average, zero_division=0
+        )[:3]
         shown = re.search(rf"^{label} +([\d.]+) +([\d.]+) +([\d.]+) +18$", out, re.M).groups()
         assert [float(figure) for figure in shown] == pytest.approx(expected, abs=6e-5)
 
 
-@pytest.mark.parametrize("options, sentence", [
-    (dict(out="train.txt/x"), "train.txt/x cannot be written.*--out"), (dict(out="train.txt"), "train.txt cannot be written"),
-    (dict(weights="gone.pth"), "--weights: .*gone.pth"), (dict(annotation="gone.txt"), "annotation.*gone.txt"),
-    (dict(weights="other.pth"), "--weights: other.pth holds the weights of another network than squeezenet1_1 with 3 classes"),
-    (dict(weights="keys.pth"), "--weights: .*keys.pth"), (dict(weights="nan.pth"), "--weights: nan.pth holds weights that are not finite")])
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(out="train.txt/x"), "train.txt/x cannot be written.*--out"),
+        (dict(out="train.txt"), "train.txt cannot be written"),
+        (dict(weights="gone.pth"), "--weights: .*gone.pth"),
+        (dict(annotation="gone.txt"), "annotation.*gone.txt"),
+        (
+            dict(weights="other.pth"),
+            "--weights: other.pth holds the weights of another network than squeezenet1_1 with 3 classes",
+        ),
+        (dict(weights="keys.pth"), "--weights: .*keys.pth"),
+        (dict(weights="nan.pth"), "--weights: nan.pth holds weights that are not finite"),
+    ],
+)
 def test_what_is_wrong_is_said_before_any_work(folder, monkeypatch, options, sentence):
     Path("train.txt").write_text("a file")
     state = weights("run", "best_epoch_weights.pth")
@@ -99,12 +123,20 @@ def test_no_mistakes(folder, tmp_path):
     run = make_run(tmp_path / "run", ["a"], classes_path="none.txt")
     Path(run, "mistakes.png").write_text("of other weights")
     write_list("list.txt", [0] * 5)
-    assert evaluate(run, annotation="list.txt", num_workers=0)["top1"] == 1 and not Path(run, "mistakes.png").exists()
+    assert (
+        evaluate(run, annotation="list.txt", num_workers=0)["top1"] == 1
+        and not Path(run, "mistakes.png").exists()
+    )
 
 
 def test_scores_that_are_not_finite(folder, tmp_path):
-    torch.save({name: torch.full_like(tensor, 1e30) for name, tensor in weights("run", "best_epoch_weights.pth").items()},
-               tmp_path / "huge.pth")
+    torch.save(
+        {
+            name: torch.full_like(tensor, 1e30)
+            for name, tensor in weights("run", "best_epoch_weights.pth").items()
+        },
+        tmp_path / "huge.pth",
+    )
     with pytest.raises(UserError, match="scores for it are not finite: 0;model_data/test0.png"):
         evaluate("run", tmp_path / "huge.pth", out=tmp_path, num_workers=0)
 
@@ -113,13 +145,20 @@ def test_ids_that_mean_other_classes(folder, tmp_path, capsys):
     for now in (["class0", "class2", "class1"], ["x"]):
         Path("classes.txt").write_text("\n".join(now) + "\n")
         make_run(tmp_path / "run", ["class0", "class1", "class2"], classes_path="classes.txt")
-        with pytest.raises(UserError, match="the classes of .*run are not those of classes.txt, so class ids mean others: --annotation"):
+        with pytest.raises(
+            UserError,
+            match="the classes of .*run are not those of classes.txt, so class ids mean others: --annotation",
+        ):
             evaluate(tmp_path / "run", num_workers=0)
-    evaluate(tmp_path / "run", annotation="model_data/cls_test.txt", num_workers=0)  # that list may be an older one
+    evaluate(
+        tmp_path / "run", annotation="model_data/cls_test.txt", num_workers=0
+    )  # that list may be an older one
     assert "WARNING: the classes of " in capsys.readouterr().out
     Path("classes.txt").write_text("class0\nclass1\nclass2\na later one\n")
     write_list("longer.txt", [0, 1, 2, 3])
-    with pytest.raises(UserError, match="longer.txt:4: class id 3 is outside 0 … 2 .*run has 3 classes"):
+    with pytest.raises(
+        UserError, match="longer.txt:4: class id 3 is outside 0 … 2 .*run has 3 classes"
+    ):
         evaluate(tmp_path / "run", annotation="longer.txt", num_workers=0)
 
 
@@ -130,21 +169,42 @@ def test_few_and_many_classes(folder, tmp_path, capsys, number):
     write_list("list.txt", [i % number for i in range(max(number, 18))])
     figures = evaluate(run, annotation="list.txt", batch_size=64, num_workers=0)
     rows = predicted(run)
-    assert figures["scored"] == max(number, 18) and len((run / "confusion_matrix.csv").read_text().splitlines()) == number + 1
+    assert (
+        figures["scored"] == max(number, 18)
+        and len((run / "confusion_matrix.csv").read_text().splitlines()) == number + 1
+    )
     assert len(rows[0]) == 2 + 2 * min(number, 5) and (number > 5 or figures["top5"] == 1)
     best = predict.Classifier(run)("model_data/test0.png")
-    assert [name for name, _ in best] == rows[1][2::2] and [p for _, p in best] == pytest.approx([float(p) for p in rows[1][3::2]], abs=1e-5)
+    assert [name for name, _ in best] == rows[1][2::2] and [p for _, p in best] == pytest.approx(
+        [float(p) for p in rows[1][3::2]], abs=1e-5
+    )
     assert "inf" not in capsys.readouterr().out
 
 
 def test_figures_of_a_fork_are_printed(folder, tmp_path, monkeypatch, capsys):
     real = module.recipe.sums_of, module.recipe.figures_of
-    monkeypatch.setattr(module.recipe, "sums_of", lambda loss, scores, targets, settings: {
-        **real[0](loss, scores, targets, settings), "sure": scores.softmax(1).amax(1).double().sum()})
-    monkeypatch.setattr(module.recipe, "figures_of", lambda sums, settings: {**real[1](sums, settings), "sureness": (sums["sure"] / sums["pictures"]).item()})
+    monkeypatch.setattr(
+        module.recipe,
+        "sums_of",
+        lambda loss, scores, targets, settings: {
+            **real[0](loss, scores, targets, settings),
+            "sure": scores.softmax(1).amax(1).double().sum(),
+        },
+    )
+    monkeypatch.setattr(
+        module.recipe,
+        "figures_of",
+        lambda sums, settings: {
+            **real[1](sums, settings),
+            "sureness": (sums["sure"] / sums["pictures"]).item(),
+        },
+    )
     figures = evaluate("run", out=tmp_path, num_workers=0)
     sure = np.mean([float(row[3]) for row in predicted(tmp_path)[1:]])
-    assert figures["sureness"] == pytest.approx(sure, abs=1e-5) and f"sureness {figures['sureness']:.8g}" in capsys.readouterr().out
+    assert (
+        figures["sureness"] == pytest.approx(sure, abs=1e-5)
+        and f"sureness {figures['sureness']:.8g}" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("bias", [[0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 1, 0]])
@@ -152,7 +212,12 @@ def test_equal_scores_are_one_story(folder, tmp_path, capsys, bias):
     """The figures, the table, the matrix, predictions.csv, mistakes and predict name the same class: the first of the best."""
     run, names = make_run(tmp_path / "run", list("abcd"), classes_path="none.txt"), list("abcd")
     state = weights(run, "best_epoch_weights.pth")
-    state.update({"classifier.1.weight": torch.zeros_like(state["classifier.1.weight"]), "classifier.1.bias": torch.tensor(bias).float()})
+    state.update(
+        {
+            "classifier.1.weight": torch.zeros_like(state["classifier.1.weight"]),
+            "classifier.1.bias": torch.tensor(bias).float(),
+        }
+    )
     torch.save(state, run / "best_epoch_weights.pth")
     write_list("list.txt", [0, 1, 2, 3, 1, 2, 2])
     found = evaluate(run, annotation="list.txt", num_workers=0)
@@ -160,7 +225,9 @@ def test_equal_scores_are_one_story(folder, tmp_path, capsys, bias):
     with open(run / "confusion_matrix.csv", newline="") as file:
         counts = np.array([[int(cell) for cell in row[1:]] for row in list(csv.reader(file))[1:]])
     right = {"a": 1, "b": 2, "c": 3, "d": 1}[first]
-    assert {row[2] for row in rows} == {first} and sum(row[1] == row[2] for row in rows) == right == counts.trace()
+    assert {row[2] for row in rows} == {first} and sum(
+        row[1] == row[2] for row in rows
+    ) == right == counts.trace()
     assert found["top1"] == right / 7 and counts.sum(0)[names.index(first)] == 7
     out = capsys.readouterr().out
     assert f"top-1 {right / 7:.4%}" in out
@@ -186,10 +253,19 @@ def test_data_of_ones_own(folder, tmp_path, monkeypatch):
     names = ["class0", "class1", "class2"]
     monkeypatch.setattr(module, "own_data", lambda settings: (names, None, Drawn([0, 1, 2, 0])))
     assert evaluate("run", out=tmp_path, num_workers=0)["scored"] == 4
-    assert [row[:2] for row in predicted(tmp_path)[1:3]] == [["picture 0 of the data set", "class0"], ["picture 1 of the data set", "class1"]]
+    assert [row[:2] for row in predicted(tmp_path)[1:3]] == [
+        ["picture 0 of the data set", "class0"],
+        ["picture 1 of the data set", "class1"],
+    ]
     assert Image.open(tmp_path / "mistakes.png").width > 100
-    assert evaluate("run", annotation="model_data/cls_test.txt", out=tmp_path, num_workers=0)["scored"] == 18
-    for given, sentence in ((names[::-1], "the classes of run are not those of own_data"), ([*names, "x"], "class id 3")):
+    assert (
+        evaluate("run", annotation="model_data/cls_test.txt", out=tmp_path, num_workers=0)["scored"]
+        == 18
+    )
+    for given, sentence in (
+        (names[::-1], "the classes of run are not those of own_data"),
+        ([*names, "x"], "class id 3"),
+    ):
         monkeypatch.setattr(module, "own_data", lambda settings: (given, None, Drawn([0, 3])))
         with pytest.raises(UserError, match=sentence):
             evaluate("run", out=tmp_path, num_workers=0)
@@ -205,11 +281,26 @@ def test_mixed_precision_is_the_runs(folder, tmp_path):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-DAMAGED = [("", "not a run's folder"), ("{", "not a run's folder"), ("[]", "not a run's folder"), ("{}", "settings"), ('{"settings": 3}', "settings"),
-           (dict(class_names=None), "class_names"), (dict(class_names=[]), "class_names"), (dict(class_names=[1]), "class_names"),
-           (dict(class_names=["a"] * 4), "4 classes"), (dict(finished="no"), "finished"), (dict(backbone=7), "backbone"),
-           (dict(backbone="resnet81"), "resnet81"), (dict(input_shape=[32]), "input_shape"), (dict(input_shape=None), "input_shape"),
-           (dict(Cuda="yes"), "Cuda"), (dict(fp16=None), "fp16"), (dict(val_crop="all"), "val_crop"), (dict(val_crop=0), "val_crop")]
+DAMAGED = [
+    ("", "not a run's folder"),
+    ("{", "not a run's folder"),
+    ("[]", "not a run's folder"),
+    ("{}", "settings"),
+    ('{"settings": 3}', "settings"),
+    (dict(class_names=None), "class_names"),
+    (dict(class_names=[]), "class_names"),
+    (dict(class_names=[1]), "class_names"),
+    (dict(class_names=["a"] * 4), "4 classes"),
+    (dict(finished="no"), "finished"),
+    (dict(backbone=7), "backbone"),
+    (dict(backbone="resnet81"), "resnet81"),
+    (dict(input_shape=[32]), "input_shape"),
+    (dict(input_shape=None), "input_shape"),
+    (dict(Cuda="yes"), "Cuda"),
+    (dict(fp16=None), "fp16"),
+    (dict(val_crop="all"), "val_crop"),
+    (dict(val_crop=0), "val_crop"),
+]
 
 
 @pytest.mark.parametrize("change, sentence", DAMAGED, ids=str)
@@ -219,11 +310,25 @@ def test_a_damaged_config_is_one_sentence_in_every_command(folder, tmp_path, cha
     if isinstance(change, str):
         text = change
     else:
-        text = json.dumps({**config, **{k: v for k, v in change.items() if k in config},
-                           "settings": {**config["settings"], **{k: v for k, v in change.items() if k not in config}}})
+        text = json.dumps(
+            {
+                **config,
+                **{k: v for k, v in change.items() if k in config},
+                "settings": {
+                    **config["settings"],
+                    **{k: v for k, v in change.items() if k not in config},
+                },
+            }
+        )
     (tmp_path / "config.json").write_text(text)
-    (tmp_path / "best_epoch_weights.pth").write_bytes(Path("run/best_epoch_weights.pth").read_bytes())
-    for command in (lambda: evaluate(tmp_path), lambda: predict.Classifier(tmp_path), lambda: export.export(tmp_path)):
+    (tmp_path / "best_epoch_weights.pth").write_bytes(
+        Path("run/best_epoch_weights.pth").read_bytes()
+    )
+    for command in (
+        lambda: evaluate(tmp_path),
+        lambda: predict.Classifier(tmp_path),
+        lambda: export.export(tmp_path),
+    ):
         with pytest.raises(UserError, match=sentence) as caught:
             command()
         assert "\n" not in str(caught.value)
@@ -233,7 +338,14 @@ def test_settings_that_a_config_lacks_are_those_of_train(folder, tmp_path):
     """A fork adds settings, and has runs that were made before."""
     run = make_run(tmp_path / "run", ["class0", "class1", "class2"])
     config = json.loads((run / "config.json").read_text())
-    for name in ("val_crop", "label_smoothing", "test_annotation_path", "mean", "std", "Unfreeze_batch_size"):
+    for name in (
+        "val_crop",
+        "label_smoothing",
+        "test_annotation_path",
+        "mean",
+        "std",
+        "Unfreeze_batch_size",
+    ):
         config["settings"].pop(name, None)
     (run / "config.json").write_text(json.dumps(config))
     assert evaluate(run, num_workers=0)["scored"] == 18
@@ -243,7 +355,9 @@ def test_settings_that_a_config_lacks_are_those_of_train(folder, tmp_path):
         evaluate(run, num_workers=0)
 
 
-@pytest.mark.parametrize("word, value", [("batch_size", 0), ("batch_size", -1), ("num_workers", -1)])
+@pytest.mark.parametrize(
+    "word, value", [("batch_size", 0), ("batch_size", -1), ("num_workers", -1)]
+)
 def test_numbers_that_are_none(folder, tmp_path, word, value):
     with pytest.raises(UserError, match=f"{word} = {value} must be a whole number"):
         evaluate(make_run(tmp_path / "run", ["class0", "class1", "class2"]), **{word: value})
@@ -260,14 +374,23 @@ def test_what_scores_mean_is_said_once(folder, tmp_path, monkeypatch):
     """Another meaning of scores in recipe.py is in each command's probabilities."""
     run = predict.Classifier(make_run(tmp_path / "run", ["a", "b"], classes_path="none.txt"))
     monkeypatch.setattr(module.recipe, "probabilities", torch.sigmoid)
-    images = torch.stack([read_crop(f"model_data/test{i}.png", (32, 32), partial(centre_box, (32, 32), 1.0)).permute(2, 0, 1) for i in range(3)])
+    images = torch.stack(
+        [
+            read_crop(
+                f"model_data/test{i}.png", (32, 32), partial(centre_box, (32, 32), 1.0)
+            ).permute(2, 0, 1)
+            for i in range(3)
+        ]
+    )
     expected = torch.sigmoid(scores_of(run, images))
     write_list("list.txt", [0, 1, 0])
     evaluate(run.folder, annotation="list.txt", num_workers=0)
     for i, row in enumerate(predicted(run.folder)[1:]):
         best = expected[i].sort(descending=True)
         assert [float(p) for p in row[3::2]] == pytest.approx(best.values.tolist(), abs=2e-6)
-        assert [p for _, p in run(f"model_data/test{i}.png")] == pytest.approx(best.values.tolist(), abs=2e-6)
+        assert [p for _, p in run(f"model_data/test{i}.png")] == pytest.approx(
+            best.values.tolist(), abs=2e-6
+        )
     torch.testing.assert_close(export.Program(run.model)(images), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -275,53 +398,91 @@ def test_many_classes_take_little_memory(folder, tmp_path):
     """What is kept grows with what occurs; a matrix that nobody can read is left out."""
     run = make_run(tmp_path / "run", [f"name {i}" for i in range(21_841)], classes_path="none.txt")
     write_list("list.txt", [0, 7, 21_840] * 20)
-    code = ("import resource, sys\nfrom utils.evaluate import main\nmain(sys.argv[1:])\n"
-            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    ended = subprocess.run([sys.executable, "-c", code, run, "--annotation", "list.txt", "--num-workers", "0"], capture_output=True,
-                           text=True, env={**environment(), "PYTHONPATH": str(ROOT)})
+    code = (
+        "import resource, sys\nfrom utils.evaluate import main\nmain(sys.argv[1:])\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, run, "--annotation", "list.txt", "--num-workers", "0"],
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+    )
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout.split("peak ")[1]) < 1.5e6 and "mean of 3 classes" in ended.stdout
-    assert not [path for path in run.iterdir() if "matrix" in path.name] and len(predicted(run)) == 61
+    assert (
+        not [path for path in run.iterdir() if "matrix" in path.name] and len(predicted(run)) == 61
+    )
     assert len((run / "per_class.csv").read_text().splitlines()) == 21_842
 
 
-HOSTILE = ["\x1b[2J=up", "=cmd|' /C calc'!A0", "line\nforged.png: cat 100.0%", "-1+1", "@x", "a\u202eb", "\tx"]
+HOSTILE = [
+    "\x1b[2J=up",
+    "=cmd|' /C calc'!A0",
+    "line\nforged.png: cat 100.0%",
+    "-1+1",
+    "@x",
+    "a\u202eb",
+    "\tx",
+]
 
 
 def test_names_of_somebody_else_are_only_names(folder, tmp_path, capsys):
     run = make_run(tmp_path / "run", HOSTILE, classes_path="none.txt")
     Path("=1+1.png").write_bytes(Path("model_data/test0.png").read_bytes())
     Path("gone \x1b[2J.png").write_text("no picture")
-    Path("list.txt").write_text("".join(f"{i};=1+1.png\n" for i in range(7)) + "0;gone \x1b[2J.png\n", newline="")
+    Path("list.txt").write_text(
+        "".join(f"{i};=1+1.png\n" for i in range(7)) + "0;gone \x1b[2J.png\n", newline=""
+    )
     evaluate(run, annotation="list.txt", num_workers=0)
     out = capsys.readouterr().out
-    assert "\x1b" not in out and "\u202e" not in out and "\nforged" not in out and r"\x1b[2J=up" in out and r"line\nforged" in out
+    assert (
+        "\x1b" not in out
+        and "\u202e" not in out
+        and "\nforged" not in out
+        and r"\x1b[2J=up" in out
+        and r"line\nforged" in out
+    )
     rows = predicted(run)
     assert rows[1][0] == "'=1+1.png" and [row[1] for row in rows[1:]] == [
-        f"'{name}" if name[0] in "=+-@\t\r" else name for name in HOSTILE]
+        f"'{name}" if name[0] in "=+-@\t\r" else name for name in HOSTILE
+    ]
     for file in ("predictions.csv", "confusion_matrix.csv", "per_class.csv"):
         with open(run / file, newline="") as opened:
-            assert not any(cell[:1] in tuple("=+-@\t\r") for row in csv.reader(opened) for cell in row)
+            assert not any(
+                cell[:1] in tuple("=+-@\t\r") for row in csv.reader(opened) for cell in row
+            )
 
 
 def test_links_in_a_runs_folder_lead_no_write_out_of_it(folder, tmp_path):
     run, outside = make_run(tmp_path / "run", ["class0", "class1", "class2"]), tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("mine")
-    names = ["confusion_matrix.csv", "confusion_matrix.png", "per_class.csv", "predictions.csv", "mistakes.png", "model.pt2"]
+    names = [
+        "confusion_matrix.csv",
+        "confusion_matrix.png",
+        "per_class.csv",
+        "predictions.csv",
+        "mistakes.png",
+        "model.pt2",
+    ]
     for name in names:
         (run / name).symlink_to(outside / "file")
         (run / f".{name}.draft").symlink_to(outside / "file")
     evaluate(run, num_workers=0)
     export.export(run)
-    assert [path.name for path in outside.iterdir()] == ["file"] and (outside / "file").read_text() == "mine"
+    assert [path.name for path in outside.iterdir()] == ["file"] and (
+        outside / "file"
+    ).read_text() == "mine"
     assert not any((run / name).is_symlink() for name in names)
 
 
 def test_several_at_once_all_succeed(folder, tmp_path):
     run = make_run(tmp_path / "run", ["class0", "class1", "class2"])
     with ThreadPoolExecutor(3) as pool:
-        assert [found["scored"] for found in pool.map(lambda _: evaluate(run, num_workers=0), range(6))] == [18] * 6
+        assert [
+            found["scored"] for found in pool.map(lambda _: evaluate(run, num_workers=0), range(6))
+        ] == [18] * 6
     assert len(predicted(run)) == 19 and not list(run.glob(".*.draft"))
 
 
@@ -331,7 +492,9 @@ def test_a_run_by_its_name(folder, tmp_path, monkeypatch):
     picture(0, np.random.default_rng(0)).save("a.png")
     Path("list.txt").write_text("0;a.png\n")
     assert evaluate("2026_01_01", annotation="list.txt", num_workers=0)["scored"] == 1
-    assert Path("logs/2026_01_01/predictions.csv").exists() and export.export("2026_01_01")[0].exists()
+    assert (
+        Path("logs/2026_01_01/predictions.csv").exists() and export.export("2026_01_01")[0].exists()
+    )
 
 
 def test_pictures_are_normalised_as_the_run_says(folder, tmp_path):
@@ -344,7 +507,9 @@ def test_pictures_are_normalised_as_the_run_says(folder, tmp_path):
     torch.testing.assert_close(scores_of(run, image), expected, rtol=1e-3, atol=1e-3)
     program = torch.export.load(export.export(run.folder)[0]).module()
     torch.testing.assert_close(program(image), expected.softmax(1), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(scores_of(run, image), expected, rtol=1e-3, atol=1e-3)  # exporting leaves nothing behind
+    torch.testing.assert_close(
+        scores_of(run, image), expected, rtol=1e-3, atol=1e-3
+    )  # exporting leaves nothing behind
 
 
 def test_test_data_of_other_normal_forms(folder, tmp_path):

@@ -1,4 +1,5 @@
 """Disks, pictures, losses, workers and memory that fail while training."""
+
 import os
 import re
 import resource
@@ -12,7 +13,7 @@ import torch
 
 from tests.helpers import edit, environment, history, make_data, make_project, run_of, start, train
 from tests.test_resume import children, wait_for
-from utils.errors import sentence
+from utils.plumbing.errors import explain
 
 
 def test_disk_full(tmp_path):
@@ -24,7 +25,9 @@ def test_disk_full(tmp_path):
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.suffix == ".pth"}
     edit(folder, UnFreeze_Epoch=4, resume=repr(f"logs/{run.name}"))
     limit = 1_000_000  # squeezenet's weights are larger, the other files are not
-    process = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    process = start(
+        folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in err and err.count("error: ") == 1, err
     assert "could not be written" in err and "intact" in err
@@ -53,7 +56,10 @@ def test_unreadable_pictures(tmp_path):
     for name, class_id in (("train3", 0), ("train9", 0), ("test5", 2)):
         assert out.count(f"unreadable picture: {class_id};model_data/{name}.png") == 1
     rows = history(run_of(folder))
-    assert [row["scored"] for row in rows] == [19, 19] and [row["unreadable"] for row in rows] == [3, 3]
+    assert [row["scored"] for row in rows] == [19, 19] and [row["unreadable"] for row in rows] == [
+        3,
+        3,
+    ]
     assert "3 unreadable, 19 scored" in out
     for i in (20, 21):
         (broken / f"train{i}.png").write_bytes(b"")
@@ -65,10 +71,19 @@ def test_loss_that_is_not_finite(tmp_path):
     folder = make_project(tmp_path, UnFreeze_Epoch=3)
     make_data(folder, train=24, test=6)
     text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(text.replace("loss = recipe.criterion(scores, targets)\n", "loss = recipe.criterion(scores, targets)"
-                                                      " * (math.nan if scores.requires_grad else 1)\n", 1))
+    (folder / "utils/fit.py").write_text(
+        text.replace(
+            "loss = recipe.criterion(scores, targets)\n",
+            "loss = recipe.criterion(scores, targets)"
+            " * (math.nan if scores.requires_grad else 1)\n",
+            1,
+        )
+    )
     _, err = train(folder, code=1)
-    assert re.search(r"not finite in epoch 1, (by step \d+|step 1), at lr ", err) and "Traceback" not in err  # a GPU is looked at later
+    assert (
+        re.search(r"not finite in epoch 1, (by step \d+|step 1), at lr ", err)
+        and "Traceback" not in err
+    )  # a GPU is looked at later
     assert not list(run_of(folder).glob("*.pth"))
 
 
@@ -79,18 +94,28 @@ def test_a_worker_dies(tmp_path):
     wait_for(process, "epoch 2/1000")
     os.kill(children(process.pid)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 1 and "data-loader worker died" in err and "num_workers" in err and "Traceback" not in err
+    assert (
+        process.returncode == 1
+        and "data-loader worker died" in err
+        and "num_workers" in err
+        and "Traceback" not in err
+    )
 
 
 def test_out_of_memory_names_the_setting():
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("CUDA error: out of memory"),
-                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), MemoryError(),
-                  RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), raised(lambda: torch.empty(1 << 60, dtype=torch.uint8))):
-        assert "lower Unfreeze_batch_size" in sentence(error)
-    assert sentence(RuntimeError("other")) is None
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        raised(lambda: torch.empty(1 << 60, dtype=torch.uint8)),
+    ):
+        assert "lower Unfreeze_batch_size" in explain(error)
+    assert explain(RuntimeError("other")) is None
     with pytest.raises(ValueError) as caught:
         torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
-    assert "BatchNorm needs two pictures" in sentence(caught.value)
+    assert "BatchNorm needs two pictures" in explain(caught.value)
 
 
 def raised(work):
@@ -101,11 +126,15 @@ def raised(work):
 
 
 def test_nccl_says_all_and_an_old_gpu_what_it_lacks():
-    full = ("NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error, NCCL version 2.27.3\nncclSystemError: System call failed."
-            "\nLast error:\nError while creating shared memory segment /dev/shm/nccl-x (size 9637888), error: No space left on device")
-    told = sentence(torch.distributed.DistBackendError(full))
+    full = (
+        "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error, NCCL version 2.27.3\nncclSystemError: System call failed."
+        "\nLast error:\nError while creating shared memory segment /dev/shm/nccl-x (size 9637888), error: No space left on device"
+    )
+    told = explain(torch.distributed.DistBackendError(full))
     assert "No space left on device" in told and "--shm-size" in told and "\n" not in told
-    assert "not built for this GPU" in sentence(RuntimeError("CUDA error: no kernel image is available for execution on the device"))
+    assert "not built for this GPU" in explain(
+        RuntimeError("CUDA error: no kernel image is available for execution on the device")
+    )
 
 
 def test_a_programming_error_keeps_its_traceback(tmp_path):
@@ -124,9 +153,13 @@ def test_a_test_list_that_goes_away(tmp_path):
     whole = tmp_path / "whole"
     train(folder, "--save_dir", "whole")
     text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(text.replace(
-        "    gen_val.sampler.set_epoch(epoch)\n", "    gen_val.sampler.set_epoch(epoch)\n    import pathlib, shutil\n"
-        "    for i in range(2, 24):\n        shutil.move(f'model_data/test{i}.png', f'model_data/away{i}.png')\n"))
+    (folder / "utils/fit.py").write_text(
+        text.replace(
+            "    gen_val.sampler.set_epoch(epoch)\n",
+            "    gen_val.sampler.set_epoch(epoch)\n    import pathlib, shutil\n"
+            "    for i in range(2, 24):\n        shutil.move(f'model_data/test{i}.png', f'model_data/away{i}.png')\n",
+        )
+    )
     _, err = train(folder, code=1)
     assert "test pictures cannot be read, more than 1 %" in err and "Traceback" not in err
     run = run_of(folder)
@@ -136,15 +169,22 @@ def test_a_test_list_that_goes_away(tmp_path):
         (folder / f"model_data/away{i}.png").rename(folder / f"model_data/test{i}.png")
     train(folder, "--resume", True)
     for ours, theirs in zip(history(run), history(next(whole.iterdir())), strict=True):
-        assert ours["scored"] == 24 and all(ours[name] == theirs[name] for name in ("train_loss", "val_loss", "top1"))
+        assert ours["scored"] == 24 and all(
+            ours[name] == theirs[name] for name in ("train_loss", "val_loss", "top1")
+        )
 
 
 def test_an_error_in_a_worker_keeps_its_own_text(tmp_path):
     folder = make_project(tmp_path, num_workers=1, cache_mb=0)
     make_data(folder, train=24, test=6)
     text = (folder / "utils/dataloader.py").read_text()
-    for error, shown in (("RuntimeError('my own mistake')", "RuntimeError: my own mistake"), ("KeyError('lost')", "'lost'")):
-        (folder / "utils/dataloader.py").write_text(text.replace("    readable = [", f"    raise {error}\n    readable = [", 1))
+    for error, shown in (
+        ("RuntimeError('my own mistake')", "RuntimeError: my own mistake"),
+        ("KeyError('lost')", "'lost'"),
+    ):
+        (folder / "utils/dataloader.py").write_text(
+            text.replace("    readable = [", f"    raise {error}\n    readable = [", 1)
+        )
         _, err = train(folder, code=1)
         assert shown in err and "Traceback" in err and "worker died" not in err
 
@@ -153,8 +193,18 @@ def test_both_phases_are_checked_at_the_start(tmp_path):
     folder = make_project(tmp_path)
     make_data(folder, train=24, test=6)
     for sizes in ((8, 25), (25, 8)):
-        _, err = train(folder, "--Freeze_Train", True, "--Freeze_Epoch", 1, "--Freeze_batch_size", sizes[0], "--Unfreeze_batch_size",
-                       sizes[1], code=1)
+        _, err = train(
+            folder,
+            "--Freeze_Train",
+            True,
+            "--Freeze_Epoch",
+            1,
+            "--Freeze_batch_size",
+            sizes[0],
+            "--Unfreeze_batch_size",
+            sizes[1],
+            code=1,
+        )
         assert "数据集过小" in err and "_batch_size = 25" in err and "Traceback" not in err
     assert not list(folder.glob("logs/*/history.csv"))
 
@@ -163,10 +213,19 @@ def test_both_phases_are_checked_at_the_start(tmp_path):
 def test_printing_decides_nothing(tmp_path, where):
     folder = make_project(tmp_path, num_workers=1)
     make_data(folder, train=24, test=6)
-    result = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} train.py {where}"], cwd=folder, env=environment(),
-                            capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} train.py {where}"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert len(history(run_of(folder))) == 2 and '"finished": true' in (run_of(folder) / "config.json").read_text()
+    assert (
+        len(history(run_of(folder))) == 2
+        and '"finished": true' in (run_of(folder) / "config.json").read_text()
+    )
 
 
 def test_the_second_interrupt_ends_at_once(tmp_path):
@@ -185,16 +244,42 @@ def test_the_second_interrupt_ends_at_once(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "as it was saved last" in out and "Traceback" not in err
-    assert not [pid for pid in workers if os.path.exists(f"/proc/{pid}/stat") and open(f"/proc/{pid}/stat").read().split()[2] == "T"]
+    assert not [
+        pid
+        for pid in workers
+        if os.path.exists(f"/proc/{pid}/stat")
+        and open(f"/proc/{pid}/stat").read().split()[2] == "T"
+    ]
 
 
 def test_little_shared_memory(tmp_path):
     """As in a container with docker's 64 MB: one sentence instead of waiting for ever."""
-    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"], capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"],
+        capture_output=True,
+    ).returncode:
         pytest.skip("no private mounts here")
-    folder = make_project(tmp_path, num_workers=2, cache_mb=0, Unfreeze_batch_size=24, input_shape=[256, 256])
+    folder = make_project(
+        tmp_path, num_workers=2, cache_mb=0, Unfreeze_batch_size=24, input_shape=[256, 256]
+    )
     make_data(folder, train=72, test=24)
-    result = subprocess.run(["unshare", "-m", "bash", "-c", f"mount -t tmpfs -o size=4m tmpfs /dev/shm && exec {sys.executable} train.py"],
-                            cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [
+            "unshare",
+            "-m",
+            "bash",
+            "-c",
+            f"mount -t tmpfs -o size=4m tmpfs /dev/shm && exec {sys.executable} train.py",
+        ],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.count("error: ") == 1 and "--shm-size" in result.stderr and "num_workers = 0" in result.stderr
+    assert (
+        result.stderr.count("error: ") == 1
+        and "--shm-size" in result.stderr
+        and "num_workers = 0" in result.stderr
+    )

@@ -1,4 +1,5 @@
 """The forks of utils/README.md, as they stand there: alone, under torchrun, through a resume, and in the commands."""
+
 import csv
 import importlib.util
 import json
@@ -13,31 +14,69 @@ import pytest
 import torch
 
 from nets import get_model
-from tests.helpers import ROOT, environment, history, make_data, make_project, runs, same, start, torchrun, train, weights
+from tests.helpers import (
+    ROOT,
+    environment,
+    history,
+    make_data,
+    make_project,
+    runs,
+    same,
+    start,
+    torchrun,
+    train,
+    weights,
+)
 from tests.test_resume import kill_group
-from utils.errors import UserError
+from utils.plumbing.errors import UserError
 
-SECTION = (ROOT / "utils/README.md").read_text(encoding="utf-8").partition("\n## Fork it\n")[2].partition("\n## ")[0]
-FORKS = {name: change for name, _, change in re.findall(r"\*\*([^*\n]+)\*\*:(.*?)```diff\n(.*?)```", SECTION, re.S)}
+SECTION = (
+    (ROOT / "utils/README.md")
+    .read_text(encoding="utf-8")
+    .partition("\n## Fork it\n")[2]
+    .partition("\n## ")[0]
+)
+FORKS = {
+    name: change
+    for name, _, change in re.findall(r"\*\*([^*\n]+)\*\*:(.*?)```diff\n(.*?)```", SECTION, re.S)
+}
 LOSS, TEACHER, METRIC, OPTIMIZER, CURVE, DATA, BALANCED, SAM, LABELS, REGRESSION = NAMES = [
-    "The loss", "A loss that needs the pictures or another network", "A metric, and which epoch is best", "An optimizer",
-    "A learning-rate curve", "The data", "Class-balanced sampling", "SAM, or another step of several passes",
-    "Several labels a picture", "Regression"]
+    "The loss",
+    "A loss that needs the pictures or another network",
+    "A metric, and which epoch is best",
+    "An optimizer",
+    "A learning-rate curve",
+    "The data",
+    "Class-balanced sampling",
+    "SAM, or another step of several passes",
+    "Several labels a picture",
+    "Regression",
+]
 TASKS = (LABELS, REGRESSION)  # they change what a label is
-WORDS = {OPTIMIZER: ["--optimizer_type", "rmsprop", "--Init_lr", 1e-3], CURVE: ["--lr_decay_type", "linear"],
-         LOSS: ["--focal_gamma", 1.5], BALANCED: ["--sampling", "balanced"], SAM: ["--sam_radius", 0.1]}
+WORDS = {
+    OPTIMIZER: ["--optimizer_type", "rmsprop", "--Init_lr", 1e-3],
+    CURVE: ["--lr_decay_type", "linear"],
+    LOSS: ["--focal_gamma", 1.5],
+    BALANCED: ["--sampling", "balanced"],
+    SAM: ["--sam_radius", 0.1],
+}
 
 
 def places(change):
     """(files, places) of a diff."""
-    return len(set(re.findall(r"^--- (.*)$", change, re.M))), len(re.findall(r"^--- ", change, re.M))
+    return len(set(re.findall(r"^--- (.*)$", change, re.M))), len(
+        re.findall(r"^--- ", change, re.M)
+    )
 
 
 def apply(folder, change):
     """Apply a diff without line numbers: its old lines must stand in the file, once."""
     for part in re.split(r"^--- ", change, flags=re.M)[1:]:
         name, *lines = part.splitlines()
-        old, new = ("".join(line[1:] + "\n" for line in lines if line[:1] in signs) for signs in ("- ", "+ "))
+        old, new = (
+            "".join(line[1:] + "\n" for line in lines if line[:1] in signs)
+            for signs in ("- ", "+ ")
+        )
         path = folder / name
         text = path.read_text(encoding="utf-8")
         assert text.count(old) == 1, f"{name} has {text.count(old)} times:\n{old}"
@@ -51,26 +90,44 @@ def fashion(folder, train_pictures, test_pictures):
     rng = np.random.default_rng(0)
     for name, number in (("train", train_pictures), ("t10k", test_pictures)):
         labels = np.arange(number) % 10
-        images = (labels[:, None, None] * 22 + rng.integers(0, 30, (number, 28, 28))).astype(np.uint8)
-        for kind, array, sizes in (("images-idx3", images, (number, 28, 28)), ("labels-idx1", labels.astype(np.uint8), (number,))):
+        images = (labels[:, None, None] * 22 + rng.integers(0, 30, (number, 28, 28))).astype(
+            np.uint8
+        )
+        for kind, array, sizes in (
+            ("images-idx3", images, (number, 28, 28)),
+            ("labels-idx1", labels.astype(np.uint8), (number,)),
+        ):
             header = np.array([0x0800 + len(sizes), *sizes], ">i4").tobytes()
             (raw / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
 
 
 def forked(folder, names):
     """A project with the forks `names`, and with data for them."""
-    make_project(folder, backbone="'resnet9'", input_shape=[16, 16], Freeze_batch_size=20, Unfreeze_batch_size=20, save_minutes=1 / 6000)
+    make_project(
+        folder,
+        backbone="'resnet9'",
+        input_shape=[16, 16],
+        Freeze_batch_size=20,
+        Unfreeze_batch_size=20,
+        save_minutes=1 / 6000,
+    )
     if set(names) & set(TASKS):
         make_data(folder, train=80)
         for path in (folder / "model_data").glob("cls_t*.txt"):
             labels = ("0 2;", "1;", ";") if LABELS in names else ("0.5;", "-1e-1;", "2;")
-            path.write_text("".join(labels[int(line[0])] + line[2:] for line in path.read_text().splitlines(True)))
+            path.write_text(
+                "".join(
+                    labels[int(line[0])] + line[2:] for line in path.read_text().splitlines(True)
+                )
+            )
         if REGRESSION in names:
             (folder / "model_data/cls_classes.txt").write_text("age\n")
     else:
         fashion(folder, 400, 50)
         torch.manual_seed(0)
-        torch.save(get_model("resnet18", 10, [16, 16]).state_dict(), folder / "model_data/teacher.pth")
+        torch.save(
+            get_model("resnet18", 10, [16, 16]).state_dict(), folder / "model_data/teacher.pth"
+        )
         names = [*names, DATA]
     for name, change in FORKS.items():
         if name in names:
@@ -79,7 +136,13 @@ def forked(folder, names):
 
 
 def command(folder, module, *words):
-    result = subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=folder, env=environment(), capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", module, *map(str, words)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -92,14 +155,24 @@ def predictions(run):
 def check_commands(folder, run, best_by, export=False):
     """evaluate and training agree; predict and export run. Returns what predict says of a picture, as JSON."""
     rows = history(run)
-    best = (min if best_by.startswith("-") else max)(rows, key=lambda row: row[best_by.removeprefix("-")])
+    best = (min if best_by.startswith("-") else max)(
+        rows, key=lambda row: row[best_by.removeprefix("-")]
+    )
     said = command(folder, "utils.evaluate", run.relative_to(folder))
     for name in best.keys() - {"epoch", "lr", "scored", "unreadable", "images_per_second"}:
         if "train_" not in name:
             words = name.removeprefix("val_").replace("_", " ")
-            number, share = re.search({"top1": "top-1", "top5": "top-5"}.get(words, words) + r" ([-\d.e]+)(%?)", said).groups()
-            assert float(number) / (100 if share else 1) == pytest.approx(best[name], rel=1e-4, abs=1e-6), name
-    answer = json.loads(command(folder, "utils.predict", run.relative_to(folder), ROOT / "tests/curve.png", "--json"))
+            number, share = re.search(
+                {"top1": "top-1", "top5": "top-5"}.get(words, words) + r" ([-\d.e]+)(%?)", said
+            ).groups()
+            assert float(number) / (100 if share else 1) == pytest.approx(
+                best[name], rel=1e-4, abs=1e-6
+            ), name
+    answer = json.loads(
+        command(
+            folder, "utils.predict", run.relative_to(folder), ROOT / "tests/curve.png", "--json"
+        )
+    )
     if export:
         command(folder, "utils.export", run.relative_to(folder))
         program = torch.export.load(run / "model.pt2").module()
@@ -111,7 +184,9 @@ def check_resume(folder, words):
     """A run that is stopped within an epoch and goes on ends as the first one."""
     first = runs(folder)[0]
     process = start(folder, *words)
-    while process.poll() is None and not (len(runs(folder)) > 1 and (runs(folder)[1] / "last_checkpoint.pth").exists()):
+    while process.poll() is None and not (
+        len(runs(folder)) > 1 and (runs(folder)[1] / "last_checkpoint.pth").exists()
+    ):
         time.sleep(0.02)
     kill_group(process, signal.SIGTERM)
     process.communicate(timeout=300)
@@ -136,14 +211,20 @@ def check_labels(run, answer):
 def check_regression(run, answer):
     true, value = np.array([(row[1], row[3]) for row in predictions(run)], float).T
     best = min(history(run), key=lambda row: row["mae"])
-    assert set(true) == {0.5, -0.1, 2} and best["mae"] == pytest.approx(np.abs(true - value).mean(), rel=1e-4)
+    assert set(true) == {0.5, -0.1, 2} and best["mae"] == pytest.approx(
+        np.abs(true - value).mean(), rel=1e-4
+    )
     assert answer.keys() == {"picture", "age"}
 
 
 def test_the_readme_shows_each_fork_and_it_is_small():
     assert list(FORKS) == NAMES
     most = {LABELS: (5, 8), REGRESSION: (5, 8), BALANCED: (3, 4)}
-    assert {name: places(change) for name, change in FORKS.items() if places(change) > most.get(name, (2, 3))} == {}
+    assert {
+        name: places(change)
+        for name, change in FORKS.items()
+        if places(change) > most.get(name, (2, 3))
+    } == {}
 
 
 def test_all_small_forks_at_once(tmp_path):
@@ -152,17 +233,30 @@ def test_all_small_forks_at_once(tmp_path):
     out, _ = train(folder, *words)
     run = runs(folder)[0]
     rows = history(run)
-    assert "recall" in out and "best recall" in out.splitlines()[-1] and rows[-1]["recall"] == pytest.approx(rows[-1]["top1"])
-    assert rows[-1]["train_recall"] > 0 and [row["lr"] for row in rows] == pytest.approx([3.125e-4, 1.578125e-4], rel=1e-3)
-    assert "122 of 122" in out and rows[-1]["train_loss"] > rows[-1]["val_loss"]  # with the distillation
+    assert (
+        "recall" in out
+        and "best recall" in out.splitlines()[-1]
+        and rows[-1]["recall"] == pytest.approx(rows[-1]["top1"])
+    )
+    assert rows[-1]["train_recall"] > 0 and [row["lr"] for row in rows] == pytest.approx(
+        [3.125e-4, 1.578125e-4], rel=1e-3
+    )
+    assert (
+        "122 of 122" in out and rows[-1]["train_loss"] > rows[-1]["val_loss"]
+    )  # with the distillation
     check_commands(folder, run, "recall")
     check_resume(folder, words)
     train(folder, *words, "--save_dir", "both", launcher=torchrun())
     together = history(next((folder / "both").iterdir()))
-    assert [row["scored"] for row in together] == [50, 50] and together[0]["recall"] == pytest.approx(together[0]["top1"])
+    assert [row["scored"] for row in together] == [50, 50] and together[0][
+        "recall"
+    ] == pytest.approx(together[0]["top1"])
 
 
-@pytest.mark.parametrize("name, best_by, check", [(LABELS, "f1_macro", check_labels), (REGRESSION, "-mae", check_regression)])
+@pytest.mark.parametrize(
+    "name, best_by, check",
+    [(LABELS, "f1_macro", check_labels), (REGRESSION, "-mae", check_regression)],
+)
 def test_another_task(tmp_path, name, best_by, check):
     folder = forked(tmp_path, [name])
     out, _ = train(folder)
@@ -183,20 +277,34 @@ def test_balanced_sampling_shows_each_class_as_often(tmp_path):
     sampler = changed_module(tmp_path, BALANCED, "dataloader").EpochSampler(1000, 100)
     sampler.class_ids = np.arange(1000) % 100 // 90  # 900 and 100
     order = sampler.order()
-    assert len(order) == 1000 and all(400 < number < 600 for number in np.bincount(sampler.class_ids[order]))
+    assert len(order) == 1000 and all(
+        400 < number < 600 for number in np.bincount(sampler.class_ids[order])
+    )
     sampler.set_epoch(1)
     assert (sampler.order() != order).any()
 
 
-@pytest.mark.parametrize("fork, good, bad", [
-    (LABELS, {"0 2": [1, 0, 1], "": [0, 0, 0], "1": [0, 1, 0]}, {"0 3": "class id 3 is outside 0 … 2", "a": "'a' is not a whole number"}),
-    (REGRESSION, {"-1.5": -1.5, "3": 3, 0.25: 0.25}, {"": "the label '' is not a number", "nan": "not a number", "1e99": "not a number"})])
+@pytest.mark.parametrize(
+    "fork, good, bad",
+    [
+        (
+            LABELS,
+            {"0 2": [1, 0, 1], "": [0, 0, 0], "1": [0, 1, 0]},
+            {"0 3": "class id 3 is outside 0 … 2", "a": "'a' is not a whole number"},
+        ),
+        (
+            REGRESSION,
+            {"-1.5": -1.5, "3": 3, 0.25: 0.25},
+            {"": "the label '' is not a number", "nan": "not a number", "1e99": "not a number"},
+        ),
+    ],
+)
 def test_labels_of_another_task(tmp_path, fork, good, bad):
-    lists = changed_module(tmp_path, fork, "lists")
-    assert {label: lists.target_of(label, 3) for label in good} == good
+    task = changed_module(tmp_path, fork, "task")
+    assert {label: task.read_label(label, 3) for label in good} == good
     for label, words in bad.items():
         with pytest.raises(UserError, match=words):
-            lists.target_of(label, 3)
+            task.read_label(label, 3)
 
 
 @pytest.mark.slow
@@ -208,7 +316,7 @@ def test_each_fork_alone(tmp_path, name):
     check_commands(folder, runs(folder)[0], best_by, export=True)
     check_resume(folder, words)
     train(folder, *words, "--save_dir", "both", launcher=torchrun())
-    together, = (folder / "both").iterdir()
+    (together,) = (folder / "both").iterdir()
     assert [row["scored"] for row in history(together)] == [20 if name in TASKS else 50] * 2
     train(folder, *words, "--UnFreeze_Epoch", 3, "--resume", together)
     assert len(history(together)) == 3

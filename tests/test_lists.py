@@ -1,13 +1,14 @@
 """Class names and annotation lines: what is wrong with them becomes one sentence that names it."""
+
 import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from utils import lists, sample_data
+from utils.plumbing import lists, shapes as sample_data
 from utils.dataloader import DataGenerator
-from utils.errors import UserError
+from utils.plumbing.errors import UserError
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
@@ -16,12 +17,29 @@ def lines_of(text, classes=3):
     return lists.check_lines(text.splitlines(keepends=True), "list.txt", classes, "classes.txt")
 
 
-@pytest.mark.parametrize("text, sentence", [
-    ("0;a\nno separator\n", "list.txt:2 is not"), ("0;a\n\nx;a\n", "list.txt:3: the class id 'x'"), ("-1;a\n", "class id -1 is outside 0 … 2"),
-    ("3;a\n", "class id 3 is outside.*classes.txt"), ("1.0;a\n", "whole number"), ("0;\n", "list.txt:1 is not"), (";a\n", "''"),
-    ("0_0;a\n", "whole number"), ("+0;a\n", "whole number"), ("٠;a\n", "whole number"), ("9" * 5000 + ";a\n", "whole number"),
-    ("0;a\n1;gone\n2;gone too\n0;b\n1;3\n1;4\n", "5 of 6 pictures do not exist.*the first is list.txt:2 'gone'"),
-    ("0;a \n", "list.txt:1 'a '"), ("0;~/a\n", "'~/a' .*write the whole path"), ("0;x\\a\n", "not by a backslash")])
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("0;a\nno separator\n", "list.txt:2 is not"),
+        ("0;a\n\nx;a\n", "list.txt:3: the class id 'x'"),
+        ("-1;a\n", "class id -1 is outside 0 … 2"),
+        ("3;a\n", "class id 3 is outside.*classes.txt"),
+        ("1.0;a\n", "whole number"),
+        ("0;\n", "list.txt:1 is not"),
+        (";a\n", "''"),
+        ("0_0;a\n", "whole number"),
+        ("+0;a\n", "whole number"),
+        ("٠;a\n", "whole number"),
+        ("9" * 5000 + ";a\n", "whole number"),
+        (
+            "0;a\n1;gone\n2;gone too\n0;b\n1;3\n1;4\n",
+            "5 of 6 pictures do not exist.*the first is list.txt:2 'gone'",
+        ),
+        ("0;a \n", "list.txt:1 'a '"),
+        ("0;~/a\n", "'~/a' .*write the whole path"),
+        ("0;x\\a\n", "not by a backslash"),
+    ],
+)
 def test_annotation_lines(tmp_path, monkeypatch, text, sentence):
     monkeypatch.chdir(tmp_path)
     Path("a").touch()
@@ -35,15 +53,31 @@ def test_good_lines_of_every_kind(tmp_path, monkeypatch):
     Path("漢字").mkdir()
     for name in names:
         Path(name).touch()
-    text = "\ufeff0;a b.jpg\r\n\r\n\ufeff1;x;y.jpg\r\n 2 ;漢字/é ü.png\n   \n0;" + str(tmp_path / "plain") + "\n1;trailing "
+    text = (
+        "\ufeff0;a b.jpg\r\n\r\n\ufeff1;x;y.jpg\r\n 2 ;漢字/é ü.png\n   \n0;"
+        + str(tmp_path / "plain")
+        + "\n1;trailing "
+    )
     kept = lines_of(text)
     data = DataGenerator(kept, (8, 8))
-    assert [data.name(i).partition(";")[2] for i in range(len(data))] == [*names[:3], str(tmp_path / "plain"), "trailing "]
+    assert [data.name(i).partition(";")[2] for i in range(len(data))] == [
+        *names[:3],
+        str(tmp_path / "plain"),
+        "trailing ",
+    ]
 
 
-@pytest.mark.parametrize("content, sentence", [
-    (None, "does not exist.*python -m utils.annotation"), (b"", "is empty"), (b" \n\n", "is empty"), (b"\xef\xbb\xbf", "is empty"),
-    (b"0;a\n0;\xff\xfe\n", "list.txt:2 is not UTF-8"), ("folder", "is a folder")])
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, "does not exist.*python -m utils.annotation"),
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"0;a\n0;\xff\xfe\n", "list.txt:2 is not UTF-8"),
+        ("folder", "is a folder"),
+    ],
+)
 def test_text_files(tmp_path, monkeypatch, content, sentence):
     monkeypatch.chdir(tmp_path)
     if content == "folder":
@@ -62,11 +96,17 @@ def test_class_files(tmp_path):
     path.write_bytes("cat\rdog\u2028house\r".encode())
     assert lists.get_classes(path) == (["cat", "dog\u2028house"], 2)
     path.write_text("cat\n\ndog\n")
-    with pytest.raises(UserError, match="classes.txt: class names must be texts, none of them blank"):
+    with pytest.raises(
+        UserError, match="classes.txt: class names must be texts, none of them blank"
+    ):
         lists.get_classes(path)
     path.write_text("cafe\u0301\ndog\n", encoding="utf-8")
     assert lists.get_classes(path) == (["caf\u00e9", "dog"], 2)
-    for text, named in (("cat\ndog\ncat\n", "cat"), ("cafe\u0301\ncaf\u00e9\n", "caf\u00e9"), ("\x1b[2Jcat\n" * 2, r"\\x1b\[2Jcat")):
+    for text, named in (
+        ("cat\ndog\ncat\n", "cat"),
+        ("cafe\u0301\ncaf\u00e9\n", "caf\u00e9"),
+        ("\x1b[2Jcat\n" * 2, r"\\x1b\[2Jcat"),
+    ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=f"more than once: {named}"):
             lists.get_classes(path)
@@ -83,11 +123,19 @@ def test_two_lists(tmp_path, monkeypatch, capsys):
     Path("linked").symlink_to("real")
     both(["0;a\n", "1;b\n", "0;c\n"], ["1;b\n", "0;c\n", "0;d\n"])
     assert capsys.readouterr().out.count("WARNING") == 1
-    both(["0;a", "1;real/b", "0;c", "1;other/c", "1;d"], [f"0;{tmp_path}/a", "1;linked/../linked/b", "0;./c", "0;e"])
+    both(
+        ["0;a", "1;real/b", "0;c", "1;other/c", "1;d"],
+        [f"0;{tmp_path}/a", "1;linked/../linked/b", "0;./c", "0;e"],
+    )
     assert "3 pictures are in both" in capsys.readouterr().out
     both(["0;a", "1;b", "0;a", "1;./a", "2;a"], ["0;c", "1;./c"])
     out = capsys.readouterr().out
-    assert "train.txt: 2 lines" in out and "'./a'" in out and "test.txt: 1 lines" in out and "both" not in out
+    assert (
+        "train.txt: 2 lines" in out
+        and "'./a'" in out
+        and "test.txt: 1 lines" in out
+        and "both" not in out
+    )
 
 
 def test_one_label_is_nothing_to_learn():
@@ -105,7 +153,10 @@ def test_classes_that_change_while_the_lists_are_read(tmp_path):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=80) | st.text(alphabet="0129;:/.a\n\r \ufeff-", max_size=40).map(str.encode), st.integers(1, 4))
+@given(
+    st.binary(max_size=80) | st.text(alphabet="0129;:/.a\n\r \ufeff-", max_size=40).map(str.encode),
+    st.integers(1, 4),
+)
 def test_random_bytes_as_annotation(tmp_path_factory, data, classes):
     path = tmp_path_factory.getbasetemp() / "fuzz.txt"
     path.write_bytes(data)
@@ -136,11 +187,17 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
 
 def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.sample_data.draw_set", lambda folder: Path(folder, "train.txt").touch())
+    monkeypatch.setattr(
+        "utils.plumbing.shapes.draw_set", lambda folder: Path(folder, "train.txt").touch()
+    )
     Path("model_data/.shapes.abcd.draft").mkdir(parents=True)
     os.utime("model_data/.shapes.abcd.draft", (0, 0))
-    assert sample_data.data_paths(dict(zip(NAMES, sample_data.DEFAULT_PATHS)))[1] == "model_data/shapes/train.txt"
-    assert os.listdir("model_data") == ["shapes"] and os.listdir("model_data/shapes") == ["train.txt"]
+    assert (
+        shapes.find_lists(dict(zip(NAMES, lists.DEFAULT_PATHS)))[1] == "model_data/shapes/train.txt"
+    )
+    assert os.listdir("model_data") == ["shapes"] and os.listdir("model_data/shapes") == [
+        "train.txt"
+    ]
 
 
 @pytest.mark.parametrize("names", [[], [0, 1], range(2), ["a", "a"], [b"a", "b"]])

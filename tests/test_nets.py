@@ -8,7 +8,7 @@ import nets
 from nets import get_model, head_layers, profile
 from nets._weights import load_file, load_matching, load_weights
 from tests.helpers import write_network
-from utils.errors import UserError
+from utils.plumbing.errors import UserError
 
 ALL = models.list_models(module=models)
 SMALLEST = {"inception_v3": 80, "maxvit_t": 224, "vit_h_14": 56}
@@ -18,7 +18,9 @@ SMALLEST = {"inception_v3": 80, "maxvit_t": 224, "vit_h_14": 56}
 def no_memory(monkeypatch):
     """Layers get their weights on the meta device, so that ViT-H costs nothing."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **{**options, "device": "meta"}))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: empty(*size, **{**options, "device": "meta"})
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -34,7 +36,9 @@ def test_every_torchvision_network(name, no_memory):
     model.train()
     assert model.training and not any(m.training for m in model.modules() if m is not model)
     model.Unfreeze_backbone()
-    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters()) and all(
+        m.training for m in model.modules()
+    )
     parameters, flops = profile(model, name, [size, size], 7)
     assert parameters == sum(p.numel() for p in model.parameters()) and flops > 0
 
@@ -43,11 +47,20 @@ def test_there_are_eighty():
     assert len(ALL) >= 80
 
 
-@pytest.mark.parametrize("ours, theirs", [("mobilenetv2", "mobilenet_v2"), ("swin_transformer_tiny", "swin_t"),
-                                          ("swin_transformer_small", "swin_s"), ("swin_transformer_base", "swin_b")])
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ("mobilenetv2", "mobilenet_v2"),
+        ("swin_transformer_tiny", "swin_t"),
+        ("swin_transformer_small", "swin_s"),
+        ("swin_transformer_base", "swin_b"),
+    ],
+)
 def test_documented_names(ours, theirs, no_memory):
     expected = models.get_model(theirs, num_classes=3).state_dict()
-    assert {k: v.shape for k, v in get_model(ours, 3).state_dict().items()} == {k: v.shape for k, v in expected.items()}
+    assert {k: v.shape for k, v in get_model(ours, 3).state_dict().items()} == {
+        k: v.shape for k, v in expected.items()
+    }
 
 
 def test_frozen_statistics_stay_still():
@@ -68,14 +81,23 @@ def test_no_auxiliary_outputs(name):
     for freeze in (model.Unfreeze_backbone, model.freeze_backbone):
         freeze()
         assert model.train()(torch.randn(2, 3, 80, 80)).shape == (2, 4)
-    getattr(models, name)(num_classes=4, aux_logits=False, init_weights=True).load_state_dict(model.state_dict())
+    getattr(models, name)(num_classes=4, aux_logits=False, init_weights=True).load_state_dict(
+        model.state_dict()
+    )
 
 
 def test_unknown_name_and_sizes():
     with pytest.raises(UserError, match="resnet18"):
         get_model("resnet81", 2)
-    for name, shape in (("vit_b_16", [64, 32]), ("vit_b_16", [60, 60]), ("maxvit_t", [100, 100]), ("densenet121", [16, 16])):
-        with pytest.raises(UserError, match=r"input_shape = .* is too small \(or of a shape that does not fit\)"):
+    for name, shape in (
+        ("vit_b_16", [64, 32]),
+        ("vit_b_16", [60, 60]),
+        ("maxvit_t", [100, 100]),
+        ("densenet121", [16, 16]),
+    ):
+        with pytest.raises(
+            UserError, match=r"input_shape = .* is too small \(or of a shape that does not fit\)"
+        ):
             profile(get_model(name, 2, shape), name, shape, 2)
 
 
@@ -93,7 +115,9 @@ def hub(tmp_path, monkeypatch):
 
 
 def cached(hub, name, model):
-    torch.save(model.state_dict(), hub / models.get_model_weights(name).DEFAULT.url.rpartition("/")[2])
+    torch.save(
+        model.state_dict(), hub / models.get_model_weights(name).DEFAULT.url.rpartition("/")[2]
+    )
 
 
 def test_pretrained(hub, capsys):
@@ -119,6 +143,7 @@ def test_pretrained_vit_at_another_size(hub):
 def test_pretrained_without_network(hub, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError, match=r"(?s)resnet18-f37072fd.pth.*pretrained = False"):
         get_model("resnet18", 2, [32, 32], pretrained=True)
@@ -128,9 +153,14 @@ def test_pretrained_without_network(hub, monkeypatch):
 
 def test_model_path(tmp_path, capsys):
     source, target = get_model("resnet18", 9, [32, 32]), get_model("resnet18", 4, [32, 32])
-    torch.save({"state_dict": {"module._orig_mod." + k: v for k, v in source.state_dict().items()}}, tmp_path / "w.pth")
+    torch.save(
+        {"state_dict": {"module._orig_mod." + k: v for k, v in source.state_dict().items()}},
+        tmp_path / "w.pth",
+    )
     missed = load_matching(target, load_weights(tmp_path / "w.pth"), "w.pth")
-    assert missed == ["fc.weight", "fc.bias"] and torch.equal(target.conv1.weight, source.conv1.weight)
+    assert missed == ["fc.weight", "fc.bias"] and torch.equal(
+        target.conv1.weight, source.conv1.weight
+    )
     out = capsys.readouterr().out
     assert "120 of 122" in out and "normal" in out and "WARNING" not in out
     half = {k: v for k, v in source.state_dict().items() if not k.startswith("layer4")}
@@ -149,11 +179,20 @@ def test_whose_head(tmp_path, capsys):
         model = get_model("resnet18", 3, [32, 32])
         load_file(model, str(tmp_path / "w.pth"), names)
         out = capsys.readouterr().out
-        assert torch.equal(model.fc.weight, source.fc.weight) == ("the head is taken as it is" in out) != ("starts anew" in out)
+        assert (
+            torch.equal(model.fc.weight, source.fc.weight)
+            == ("the head is taken as it is" in out)
+            != ("starts anew" in out)
+        )
         return out
-    assert "the head is taken as it is: its classes must be yours, in this order" in loaded(["a", "b", "c"])
+
+    assert "the head is taken as it is: its classes must be yours, in this order" in loaded(
+        ["a", "b", "c"]
+    )
     (tmp_path / "config.json").write_text('{"class_names": ["a", "b", "c"]}')
-    assert "the head is taken as it is" in loaded(["a", "b", "c"]) and "the head is taken as it is" in loaded(None)
+    assert "the head is taken as it is" in loaded(
+        ["a", "b", "c"]
+    ) and "the head is taken as it is" in loaded(None)
     for others in (["b", "a", "c"], ["x", "y", "z"]):
         assert "the head is left out, as its classes were ['a', 'b', 'c']" in loaded(others)
     for broken in ("{", "[]", '{"classes": 3}', "[" * 100_000):
@@ -161,17 +200,34 @@ def test_whose_head(tmp_path, capsys):
         assert "the head is taken as it is" in loaded(["a", "b", "c"])
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.to(torch.int8), "torch.int8"), (lambda t: t.to(torch.int64), "torch.int64"), (lambda t: t.bool(), "torch.bool"),
-    (lambda t: t.to(torch.complex64), "torch.complex64"), (lambda t: t.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
-    (lambda t: t.double() + 1e300, "not finite as torch.float32"), (lambda t: t * float("nan"), "not finite")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.to(torch.int8), "torch.int8"),
+        (lambda t: t.to(torch.int64), "torch.int64"),
+        (lambda t: t.bool(), "torch.bool"),
+        (lambda t: t.to(torch.complex64), "torch.complex64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (lambda t: t.double() + 1e300, "not finite as torch.float32"),
+        (lambda t: t * float("nan"), "not finite"),
+    ],
+)
 @pytest.mark.parametrize("name", ["conv1.weight", "fc.bias", "bn1.running_var"])
 def test_other_kinds_of_numbers(name, change, words):
     state = get_model("resnet18", 3, [32, 32]).state_dict()
     for other in (torch.float16, torch.bfloat16, torch.float64):
-        assert load_matching(get_model("resnet18", 3, [32, 32]), {**state, name: state[name].to(other)}, "w.pth") == []
-    with pytest.raises(UserError, match=rf"w.pth holds weights that are not finite.*\('{name}' is torch.*\)") as caught:
-        load_matching(get_model("resnet18", 3, [32, 32]), {**state, name: change(state[name])}, "w.pth")
+        assert (
+            load_matching(
+                get_model("resnet18", 3, [32, 32]), {**state, name: state[name].to(other)}, "w.pth"
+            )
+            == []
+        )
+    with pytest.raises(
+        UserError, match=rf"w.pth holds weights that are not finite.*\('{name}' is torch.*\)"
+    ) as caught:
+        load_matching(
+            get_model("resnet18", 3, [32, 32]), {**state, name: change(state[name])}, "w.pth"
+        )
     assert words in str(caught.value)
 
 
@@ -183,21 +239,34 @@ def test_one_precision_everywhere():
 
 def test_old_densenet_names():
     source = models.densenet121(num_classes=3).state_dict()
-    old = {k.replace("norm1", "norm.1").replace("norm2", "norm.2").replace("conv1", "conv.1").replace("conv2", "conv.2")
-           if "denselayer" in k else k: v for k, v in source.items()}
+    old = {
+        k.replace("norm1", "norm.1")
+        .replace("norm2", "norm.2")
+        .replace("conv1", "conv.1")
+        .replace("conv2", "conv.2")
+        if "denselayer" in k
+        else k: v
+        for k, v in source.items()
+    }
     assert load_matching(get_model("densenet121", 3, [32, 32]), old, "old") == []
 
 
 def test_one_of_my_own(tmp_path, monkeypatch):
     monkeypatch.setattr(nets, "__path__", [*nets.__path__, str(tmp_path)])
     monkeypatch.setattr(nets, "OWN", ["tiny_network", "maps"])
-    write_network(tmp_path, "tiny_network",
-                  "nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)")
+    write_network(
+        tmp_path,
+        "tiny_network",
+        "nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)",
+    )
     model = get_model("tiny_network", 6, [20, 30])
     model.freeze_backbone()
     assert [k for k, p in model.named_parameters() if p.requires_grad] == ["3.weight", "3.bias"]
     assert profile(model, "tiny_network", [20, 30], 6)[0] == 4 * 27 + 4 + 30
-    with pytest.raises(UserError, match=r"tiny_network gives \[2, 6\] scores for 2 pictures, not \[2, 5\].*num_classes"):
+    with pytest.raises(
+        UserError,
+        match=r"tiny_network gives \[2, 6\] scores for 2 pictures, not \[2, 5\].*num_classes",
+    ):
         profile(model, "tiny_network", [20, 30], 5)
     write_network(tmp_path, "maps", "nn.Conv2d(3, num_classes, 3)")
     with pytest.raises(UserError, match=r"maps gives \[2, 5, 18, 18\] scores"):
@@ -218,7 +287,9 @@ def test_resnet9_begins_with_small_scores():
     """Large ones have large gradients, and few pictures were then never learned: 300 shapes, 10 epochs, stayed at chance."""
     for seed in range(3):
         torch.manual_seed(seed)
-        loss = nn.functional.cross_entropy(get_model("resnet9", 10, [64, 64])(torch.randn(32, 3, 64, 64)), torch.arange(32) % 10)
+        loss = nn.functional.cross_entropy(
+            get_model("resnet9", 10, [64, 64])(torch.randn(32, 3, 64, 64)), torch.arange(32) % 10
+        )
         loss.backward()
         assert abs(loss.item() - 2.3026) < 0.3
 

@@ -1,4 +1,5 @@
 """Two torchrun agents play two nodes: one dies, stops or disagrees, and the run goes on or says why."""
+
 import os
 import signal
 import subprocess
@@ -7,7 +8,17 @@ import time
 
 import pytest
 
-from tests.helpers import environment, history, make_data, make_project, runs, same, torchrun, train, weights
+from tests.helpers import (
+    environment,
+    history,
+    make_data,
+    make_project,
+    runs,
+    same,
+    torchrun,
+    train,
+    weights,
+)
 from tests.slurm import descendants, free_ports, kill_tree
 
 pytestmark = pytest.mark.slow
@@ -24,7 +35,7 @@ def alone(tmp_path_factory):
 
 
 def only(items):
-    item, = items
+    (item,) = items
     return item
 
 
@@ -35,8 +46,15 @@ class Nodes:
     impatient: processes give up waiting for each other after 10 s.
     """
 
-    def __init__(self, folder, rendezvous="static", first=0, folders=None, restarts=3, impatient=False):
-        self.folder, self.rendezvous, self.first, self.restarts = folder, rendezvous, first, restarts
+    def __init__(
+        self, folder, rendezvous="static", first=0, folders=None, restarts=3, impatient=False
+    ):
+        self.folder, self.rendezvous, self.first, self.restarts = (
+            folder,
+            rendezvous,
+            first,
+            restarts,
+        )
         if not folders:
             make_data(make_project(folder, UnFreeze_Epoch=EPOCHS))
         if impatient:
@@ -55,27 +73,60 @@ class Nodes:
             kill_tree(agent)
 
     def start(self, node):
-        where = {"static": [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={self.port}"],
-                 "c10d": ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{self.port}",
-                          f"--local_addr=127.0.0.{1 + (node != self.first)}"]}[self.rendezvous]
+        where = {
+            "static": [
+                f"--node_rank={node}",
+                "--master_addr=127.0.0.1",
+                f"--master_port={self.port}",
+            ],
+            "c10d": [
+                "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=localhost:{self.port}",
+                f"--local_addr=127.0.0.{1 + (node != self.first)}",
+            ],
+        }[self.rendezvous]
         with open(self.folder / f"node{node}.out", "a") as out:
             self.agents[node] = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=one-launch",
-                 f"--max-restarts={self.restarts}", *where, "train.py"], stdout=out, stderr=out, start_new_session=True,
-                env={**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, cwd=self.folders[node])
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes=2",
+                    "--nproc_per_node=1",
+                    "--rdzv_id=one-launch",
+                    f"--max-restarts={self.restarts}",
+                    *where,
+                    "train.py",
+                ],
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env={**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+                cwd=self.folders[node],
+            )
 
     def process(self, node):
         """The id of a node's training process."""
-        return only(pid for pid in descendants(self.agents[node].pid) if parent(pid) == self.agents[node].pid)
+        return only(
+            pid
+            for pid in descendants(self.agents[node].pid)
+            if parent(pid) == self.agents[node].pid
+        )
 
     def output(self):
-        return "".join((self.folder / f"node{node}.out").read_text(errors="replace") for node in (0, 1))
+        return "".join(
+            (self.folder / f"node{node}.out").read_text(errors="replace") for node in (0, 1)
+        )
 
     def until_it_prints(self, text):
         until(lambda: text in self.output(), f"{text!r}:\n{self.output()}")
 
     def ends(self, code=0, timeout=180):
-        until(lambda: all(agent.poll() is not None for agent in self.agents.values()), "the end:\n" + self.output(), timeout)
+        until(
+            lambda: all(agent.poll() is not None for agent in self.agents.values()),
+            "the end:\n" + self.output(),
+            timeout,
+        )
         codes = [agent.returncode for agent in self.agents.values()]
         assert codes == [code, code], self.output()
 
@@ -83,15 +134,25 @@ class Nodes:
         self.ends()
         assert self.output().count("continuing logs/") == continued, self.output()
         run = only(runs(self.folders[0]))
-        assert [row["epoch"] for row in history(run)] == list(range(1, EPOCHS + 1)) and same(weights(run), reference)
+        assert [row["epoch"] for row in history(run)] == list(range(1, EPOCHS + 1)) and same(
+            weights(run), reference
+        )
 
 
 def shorten_waiting(folder):
     """In the copy of a project."""
     call = "dist.init_process_group("
-    file = only(path for path in (folder / "utils").glob("*.py") if call in path.read_text(encoding="utf-8"))
-    file.write_text("import datetime\nimport functools\n" + file.read_text(encoding="utf-8").replace(
-        call, "functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=10))("), encoding="utf-8")
+    file = only(
+        path for path in (folder / "utils").glob("*.py") if call in path.read_text(encoding="utf-8")
+    )
+    file.write_text(
+        "import datetime\nimport functools\n"
+        + file.read_text(encoding="utf-8").replace(
+            call,
+            "functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=10))(",
+        ),
+        encoding="utf-8",
+    )
 
 
 def parent(pid):
@@ -101,8 +162,11 @@ def parent(pid):
 
 def listening(port):
     with open("/proc/net/tcp") as four, open("/proc/net/tcp6") as six:
-        return any(line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A" for file in (four, six)
-                   for line in list(file)[1:])
+        return any(
+            line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"
+            for file in (four, six)
+            for line in list(file)[1:]
+        )
 
 
 def until(true, what, timeout=300):
@@ -163,13 +227,22 @@ def test_lists_that_differ(tmp_path, change):
         make_data(make_project(folder, UnFreeze_Epoch=EPOCHS))
     path = folders[1] / "model_data" / "cls_train.txt"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join({"another order": lines[1:] + lines[:1], "a line less": lines[1:],
-                             "another class": ["1" + lines[0][1:]] + lines[1:]}[change]))
+    path.write_text(
+        "".join(
+            {
+                "another order": lines[1:] + lines[:1],
+                "a line less": lines[1:],
+                "another class": ["1" + lines[0][1:]] + lines[1:],
+            }[change]
+        )
+    )
     with Nodes(tmp_path, folders=folders, restarts=0) as nodes:
         nodes.ends(code=1, timeout=300)
     said = [line for line in nodes.output().splitlines() if line.startswith("error: ")]
-    assert 1 <= len(said) <= 2 and all("differ" in line and "train_annotation_path" in line for line in said)  # once a machine
-    assert "train.py\", line" not in nodes.output() and not (folders[0] / "logs").exists()
+    assert 1 <= len(said) <= 2 and all(
+        "differ" in line and "train_annotation_path" in line for line in said
+    )  # once a machine
+    assert 'train.py", line' not in nodes.output() and not (folders[0] / "logs").exists()
 
 
 def test_a_process_stops_for_a_while(alone, tmp_path):

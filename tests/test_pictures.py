@@ -1,4 +1,5 @@
 """What a picture file can be: its orientation, its depth, its kind, and what else can be handed over as a picture."""
+
 import io
 import os
 import socket
@@ -10,10 +11,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from utils.charts import contact_sheet, matrix, shorten
-from utils.errors import UserError
-from utils.folders import endings
-from utils.formats import FORMATS, opened, to_rgb, upright
+from utils.plumbing.charts import draw_contact_sheet, draw_matrix, shorten
+from utils.plumbing.errors import UserError
+from utils.plumbing.folders import endings
+from utils.plumbing.formats import FORMATS, open_picture, to_rgb, upright
 from utils.pictures import read_crop
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
@@ -35,7 +36,12 @@ def half_red(width, height):
 
 def ascii_exif(text):
     """EXIF whose orientation is stored as text."""
-    return b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02" + len(text).to_bytes(4, "big") + text.ljust(4, b"\0") + bytes(4)
+    return (
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02"
+        + len(text).to_bytes(4, "big")
+        + text.ljust(4, b"\0")
+        + bytes(4)
+    )
 
 
 @pytest.mark.parametrize("size", [8, 64], ids=["Pillow decodes it", "torchvision decodes it"])
@@ -55,9 +61,17 @@ def test_orientation_in_xmp_counts_as_in_pillow(tmp_path, kind, size):
 
 
 @pytest.mark.parametrize("size", [8, 64], ids=["Pillow decodes it", "torchvision decodes it"])
-@pytest.mark.parametrize("exif", [ascii_exif(b"6\0"), ascii_exif(b"\0\x06\0\x06"), b"Exif\0\0MM\0*\0\0\xff\xff\xff", b"Exif\0\0",
-                                  b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0" + bytes(4)],
-                         ids=["text", "bytes of a number", "cut", "empty", "9"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        ascii_exif(b"6\0"),
+        ascii_exif(b"\0\x06\0\x06"),
+        b"Exif\0\0MM\0*\0\0\xff\xff\xff",
+        b"Exif\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0" + bytes(4),
+    ],
+    ids=["text", "bytes of a number", "cut", "empty", "9"],
+)
 def test_odd_orientations_are_upright(tmp_path, size, exif):
     half_red(120, 80).save(tmp_path / "photo.jpg", exif=exif)
     assert seen_size(tmp_path / "photo.jpg", size) == (120, 80)
@@ -77,15 +91,21 @@ def test_orientation_as_a_long_number(tmp_path, size):
 def test_boxes_count_in_the_upright_picture(tmp_path, orientation, size, kind):
     """The same box of a picture stored in any of the eight ways is the same crop."""
     rng = np.random.default_rng(0)
-    upright = Image.fromarray(rng.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((180, 120), Image.Resampling.BICUBIC)
+    upright = Image.fromarray(rng.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize(
+        (180, 120), Image.Resampling.BICUBIC
+    )
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / f"photo.{kind}", exif=exif, quality=100, subsampling=0)
     assert seen_size(tmp_path / f"photo.{kind}", size) == (180, 120)
-    crop = read_crop(tmp_path / f"photo.{kind}", (size, size * 3 // 4), lambda h, w: (40, 30, 64, 48)).float()
-    expected = upright.crop((30, 40, 78, 104)).resize((size * 3 // 4, size), Image.Resampling.BILINEAR)
+    crop = read_crop(
+        tmp_path / f"photo.{kind}", (size, size * 3 // 4), lambda h, w: (40, 30, 64, 48)
+    ).float()
+    expected = upright.crop((30, 40, 78, 104)).resize(
+        (size * 3 // 4, size), Image.Resampling.BILINEAR
+    )
     assert crop.shape == (size, size * 3 // 4, 3)
     assert (crop - torch.from_numpy(np.array(expected)).float()).abs().mean() < 4
 
@@ -97,17 +117,34 @@ def levels(array):
     """uint8 grey levels of an array that was saved as TIFF and read again."""
     file = io.BytesIO()
     Image.fromarray(array).save(file, "TIFF")
-    return read_crop(file.getvalue(), array.shape, lambda h, w: (0, 0, h, w)).numpy()[..., 0].astype(int)
+    return (
+        read_crop(file.getvalue(), array.shape, lambda h, w: (0, 0, h, w))
+        .numpy()[..., 0]
+        .astype(int)
+    )
 
 
-@pytest.mark.parametrize("kind, white", [(np.float32, 1), (np.float32, 255), (np.float32, 65535), (np.float32, 1e6), (np.int32, 255),
-                                         (np.int32, 65535), (np.int32, 2 ** 31 - 1), (np.uint16, 65535)])
+@pytest.mark.parametrize(
+    "kind, white",
+    [
+        (np.float32, 1),
+        (np.float32, 255),
+        (np.float32, 65535),
+        (np.float32, 1e6),
+        (np.int32, 255),
+        (np.int32, 65535),
+        (np.int32, 2**31 - 1),
+        (np.uint16, 65535),
+    ],
+)
 def test_greys_of_every_depth_keep_their_levels(kind, white):
     assert np.abs(levels((RAMP * white).astype(kind)) - RAMP * 255).max() <= 1
 
 
 def test_greys_that_are_not_stretched_or_blackened():
-    assert levels(np.full((8, 8), 200, np.uint16)).max() == 1  # a dark picture of 16 bits stays dark
+    assert (
+        levels(np.full((8, 8), 200, np.uint16)).max() == 1
+    )  # a dark picture of 16 bits stays dark
     pgm = b"P5 8 8 65535\n" + np.full((8, 8), 200, ">u2").tobytes()
     assert read_crop(pgm, (8, 8), lambda h, w: (0, 0, h, w)).max() == 1
     assert read_crop(Image.open(io.BytesIO(pgm)), (8, 8), lambda h, w: (0, 0, h, w)).max() == 1
@@ -116,24 +153,45 @@ def test_greys_that_are_not_stretched_or_blackened():
         odd = (RAMP * white).astype(np.float32)
         odd[0, 10], odd[1, 10], odd[2, 10], odd[3] = np.nan, np.inf, -np.inf, 1.2 * odd[3]
         found = levels(odd)
-        assert found[:3, 10].tolist() == [0, 255, 0] and np.abs(found[4:] - RAMP[4:] * 255).max() <= 1
+        assert (
+            found[:3, 10].tolist() == [0, 255, 0] and np.abs(found[4:] - RAMP[4:] * 255).max() <= 1
+        )
     assert levels(np.full((8, 8), np.nan, np.float32)).max() == 0
 
 
 def png_file(colour, depth, pixels, transparent, width):
     """A PNG of one row, which Pillow itself does not write."""
+
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
-            + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + chunk(b"IEND", b""))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
+        + chunk(b"tRNS", transparent)
+        + chunk(b"IDAT", zlib.compress(b"\0" + pixels))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("colour, depth, pixels, transparent", [
-    (0, 1, b"\x40", b"\0\1"), (0, 2, b"\x10", b"\0\1"), (0, 4, b"\x03", b"\0\3"), (0, 8, b"\0\x09", b"\0\x09"),
-    (0, 16, b"\0\0\x30\x39", b"\x30\x39"), (2, 8, b"\0\0\0\1\2\3", b"\0\1\0\2\0\3"),
-    (2, 16, b"\0\0\0\0\0\0\1\7\2\7\3\7", b"\1\7\2\7\3\7")])
+@pytest.mark.parametrize(
+    "colour, depth, pixels, transparent",
+    [
+        (0, 1, b"\x40", b"\0\1"),
+        (0, 2, b"\x10", b"\0\1"),
+        (0, 4, b"\x03", b"\0\3"),
+        (0, 8, b"\0\x09", b"\0\x09"),
+        (0, 16, b"\0\0\x30\x39", b"\x30\x39"),
+        (2, 8, b"\0\0\0\1\2\3", b"\0\1\0\2\0\3"),
+        (2, 16, b"\0\0\0\0\0\0\1\7\2\7\3\7", b"\1\7\2\7\3\7"),
+    ],
+)
 def test_a_transparent_value_of_any_depth_is_white(colour, depth, pixels, transparent):
-    found = read_crop(png_file(colour, depth, pixels, transparent, 2), (1, 2), lambda h, w: (0, 0, h, w))
+    found = read_crop(
+        png_file(colour, depth, pixels, transparent, 2), (1, 2), lambda h, w: (0, 0, h, w)
+    )
     assert found[0].tolist() == [[0, 0, 0], [255, 255, 255]]
 
 
@@ -145,7 +203,7 @@ def test_white_is_zero_is_no_negative(kind, white, lazy):
     Image.fromarray(array).save(file, "TIFF")
     data = bytearray(file.getvalue())
     place = data.find(struct.pack("<HHI", 262, 3, 1)) + 8  # Pillow itself would write 8 bits only
-    data[place:place + 2] = bytes(2)
+    data[place : place + 2] = bytes(2)
     found = read_crop(Image.open(io.BytesIO(data)) if lazy else data, array.shape, whole)
     assert np.abs(found.numpy()[..., 0].astype(int) - (1 - RAMP) * 255).max() <= 1
 
@@ -158,10 +216,20 @@ def test_arrays_and_tensors_are_pictures():
     colours = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     expected = read_crop(Image.fromarray(colours), (20, 30), whole)
     assert (expected.numpy() == colours).all()
-    for source in (colours, torch.from_numpy(colours), np.asfortranarray(colours), colours[:, ::-1][:, ::-1]):
+    for source in (
+        colours,
+        torch.from_numpy(colours),
+        np.asfortranarray(colours),
+        colours[:, ::-1][:, ::-1],
+    ):
         assert torch.equal(read_crop(source, (20, 30), whole), expected)
     grey = colours[..., 0]
-    for source in (grey, grey[..., None], torch.from_numpy(grey.copy()), torch.from_numpy(grey.copy())[..., None]):
+    for source in (
+        grey,
+        grey[..., None],
+        torch.from_numpy(grey.copy()),
+        torch.from_numpy(grey.copy())[..., None],
+    ):
         assert (read_crop(source, (20, 30), whole).numpy() == grey[..., None]).all()
     assert read_crop(bytearray(png()), (4, 4), whole).shape == (4, 4, 3)
 
@@ -172,11 +240,21 @@ def png():
     return file.getvalue()
 
 
-@pytest.mark.parametrize("source, words", [
-    (np.zeros((4, 4, 3), np.float32), r"float32 of shape \(4, 4, 3\)"), (np.zeros((3, 8, 9), np.uint8), r"uint8 of shape \(3, 8, 9\)"),
-    (torch.zeros(3, 8, 9, dtype=torch.uint8), r"uint8 of shape \(3, 8, 9\)"), (torch.zeros(8, 9), r"float32 of shape \(8, 9\)"),
-    (np.zeros((0, 4), np.uint8), r"uint8 of shape \(0, 4\)"), (np.zeros((2, 4, 4, 3), np.uint8), "shape"), (None, "NoneType"), (3, "int"),
-    ([1, 2], "list"), (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)")])
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        (np.zeros((4, 4, 3), np.float32), r"float32 of shape \(4, 4, 3\)"),
+        (np.zeros((3, 8, 9), np.uint8), r"uint8 of shape \(3, 8, 9\)"),
+        (torch.zeros(3, 8, 9, dtype=torch.uint8), r"uint8 of shape \(3, 8, 9\)"),
+        (torch.zeros(8, 9), r"float32 of shape \(8, 9\)"),
+        (np.zeros((0, 4), np.uint8), r"uint8 of shape \(0, 4\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "shape"),
+        (None, "NoneType"),
+        (3, "int"),
+        ([1, 2], "list"),
+        (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
+    ],
+)
 def test_what_is_no_picture_is_said(source, words):
     with pytest.raises(UserError, match=words) as caught:
         read_crop(source, (4, 4), whole)
@@ -200,16 +278,26 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "MPEG", "HDF5", "WMF", "text", "empty", "HEIC"])
 def test_other_formats_are_not_opened(tmp_path, monkeypatch, kind):
     """Under any name; for some of them Pillow would start another program."""
+
     def start(*arguments, **options):
         raise SystemExit("a program is started")
+
     monkeypatch.setattr("subprocess.Popen", start)
-    begin = {"MPEG": b"\0\0\1\xb3", "HDF5": b"\x89HDF\r\n\x1a\n", "WMF": b"\xd7\xcd\xc6\x9a\0\0", "text": b"no picture", "empty": b"",
-             "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"}
+    begin = {
+        "MPEG": b"\0\0\1\xb3",
+        "HDF5": b"\x89HDF\r\n\x1a\n",
+        "WMF": b"\xd7\xcd\xc6\x9a\0\0",
+        "text": b"no picture",
+        "empty": b"",
+        "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    }
     if kind in begin:
         (tmp_path / "cat.jpg").write_bytes(begin[kind] + bytes(100 * (kind != "empty")))
     else:
         Image.new("RGB", (9, 9)).save(tmp_path / "cat.jpg", kind)
-    with pytest.raises(OSError, match="empty file" if kind == "empty" else "HEIC.*convert it to JPEG") as caught:
+    with pytest.raises(
+        OSError, match="empty file" if kind == "empty" else "HEIC.*convert it to JPEG"
+    ) as caught:
         read_crop(tmp_path / "cat.jpg", (4, 4), whole)
     assert "BytesIO" not in str(caught.value)
 
@@ -220,7 +308,7 @@ def test_formats_are_read_under_any_name(tmp_path, kind):
         pytest.skip("Pillow does not write it")
     Image.new("RGB", (16, 16), (200, 100, 50)).save(tmp_path / "photo.HEIC", kind)
     found = read_crop(tmp_path / "photo.HEIC", (4, 4), whole)
-    assert (found.float() - torch.tensor([200., 100, 50])).abs().max() < 8
+    assert (found.float() - torch.tensor([200.0, 100, 50])).abs().max() < 8
 
 
 def test_endings():
@@ -230,8 +318,12 @@ def test_endings():
 
 def test_files_without_an_end_are_not_read(tmp_path):
     with open(tmp_path / "sparse.jpg", "wb") as file:
-        file.truncate(2 ** 31 + 1)
-    kernel = [path for path in ("/proc/self/pagemap", "/proc/kmsg", "/proc/kcore", "/proc/self/mem") if os.path.exists(path)]
+        file.truncate(2**31 + 1)
+    kernel = [
+        path
+        for path in ("/proc/self/pagemap", "/proc/kmsg", "/proc/kcore", "/proc/self/mem")
+        if os.path.exists(path)
+    ]
     for path in [tmp_path / "sparse.jpg", *kernel]:
         with pytest.raises(OSError):
             read_crop(path, (4, 4), whole)
@@ -239,10 +331,14 @@ def test_files_without_an_end_are_not_read(tmp_path):
 
 def test_an_upright_picture_outlives_its_file(tmp_path):
     half_red(8, 6).save(tmp_path / "photo.png")
-    with opened(tmp_path / "photo.png") as image:
+    with open_picture(tmp_path / "photo.png") as image:
         seen = upright(image, 6)
         same = upright(image, 1)
-    assert seen.size == (6, 8) and seen.getpixel((0, 0)) == (0, 0, 255) and same.getpixel((0, 0)) == (255, 0, 0)
+    assert (
+        seen.size == (6, 8)
+        and seen.getpixel((0, 0)) == (0, 0, 255)
+        and same.getpixel((0, 0)) == (255, 0, 0)
+    )
 
 
 def test_rgb_as_it_is():
@@ -253,6 +349,9 @@ def test_rgb_as_it_is():
 @pytest.mark.parametrize("length", [3000, 20_000])
 def test_names_of_any_length_are_drawn(length):
     names = ["漢é" * (length // 2), "short"]
-    images = [matrix(np.eye(2, dtype=int), names), contact_sheet([torch.zeros(4, 4, 3, dtype=torch.uint8)], [names[0]])]
+    images = [
+        draw_matrix(np.eye(2, dtype=int), names),
+        draw_contact_sheet([torch.zeros(4, 4, 3, dtype=torch.uint8)], [names[0]]),
+    ]
     assert max(max(image.size) for image in images) < 2000
     assert shorten("abc", 100, 14) == "abc" and shorten("a" * 400, 60, 14).endswith("a…")

@@ -1,4 +1,5 @@
 """utils.predict on folders, lists and odd names, on a run whose weights are as they begin."""
+
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import torch
 
 from tests.helpers import ROOT, environment, make_run, picture, weights
 from utils import dataloader, predict
-from utils.errors import UserError, sentence
+from utils.plumbing.errors import UserError, explain
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,11 @@ def call(folder, monkeypatch, capfd):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
     def call(*words, text=b""):
-        with open("stdin", "wb+") as file, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        with (
+            open("stdin", "wb+") as file,
+            monkeypatch.context() as patch,
+            pytest.raises(SystemExit) as ended,
+        ):
             file.write(text)
             file.seek(0)
             patch.setattr(sys, "stdin", open(file.fileno(), closefd=False, encoding="utf-8"))
@@ -47,28 +52,43 @@ def call(folder, monkeypatch, capfd):
         out, err = capfd.readouterr()
         code = ended.value.code
         return (1, out, err + code) if isinstance(code, str) else (code, out, err)
+
     return call
 
 
 def begin(folder, *words, encoding="utf-8"):
     """The command as a process of its own, in a group of its own; its streams are bytes."""
-    return subprocess.Popen([sys.executable, "-m", "utils.predict", *map(str, words)], cwd=folder, start_new_session=True, env={
-        **environment(), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "utils.predict", *map(str, words)],
+        cwd=folder,
+        start_new_session=True,
+        env={**environment(), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_folder_is_answered_in_order_by_several_processes(folder, call, monkeypatch):
     if multiprocessing.get_start_method() == "fork":  # others would not see what is patched here
+
         def noting(source, *rest, real=dataloader.read_crop):
             Path(folder, "readers").open("a").write(f"{os.getpid()}\n")
             return real(source, *rest)
+
         monkeypatch.setattr(dataloader, "read_crop", noting)
         monkeypatch.setattr(predict, "cores", lambda: 2)
     code, out, err = call("run", "many", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 1 and [row["picture"] for row in rows] == [f"many/{i:02d}.png" for i in range(70)]
+    assert code == 1 and [row["picture"] for row in rows] == [
+        f"many/{i:02d}.png" for i in range(70)
+    ]
     assert [i for i, row in enumerate(rows) if "error" in row] == [5, 40] and not err
-    assert all(row["error"].startswith("unreadable picture (UnidentifiedImageError: ") for row in rows if "error" in row)
+    assert all(
+        row["error"].startswith("unreadable picture (UnidentifiedImageError: ")
+        for row in rows
+        if "error" in row
+    )
     if multiprocessing.get_start_method() == "fork":
         readers = set(Path(folder, "readers").read_text().split())
         assert len(readers) == 2 and str(os.getpid()) not in readers
@@ -78,12 +98,19 @@ def test_a_folder_is_answered_in_order_by_several_processes(folder, call, monkey
     for row in (rows[0], rows[33], rows[69]):
         best = classify(row["picture"])
         assert [item["class"] for item in row["top5"]] == [name for name, _ in best]
-        assert [item["probability"] for item in row["top5"]] == pytest.approx([p for _, p in best], abs=1e-5)
+        assert [item["probability"] for item in row["top5"]] == pytest.approx(
+            [p for _, p in best], abs=1e-5
+        )
 
 
 def test_what_is_no_picture_is_said(call):
     code, out, err = call("run", "empty", "gone.png")
-    assert code == 1 and not out and err.count("empty: unreadable picture") == 1 and "gone.png: unreadable picture (FileNotFoundError" in err
+    assert (
+        code == 1
+        and not out
+        and err.count("empty: unreadable picture") == 1
+        and "gone.png: unreadable picture (FileNotFoundError" in err
+    )
     code, out, err = call("run", "empty/none", "--json")
     assert code == 1 and set(json.loads(out)) == {"picture", "error"} and not err
 
@@ -100,10 +127,17 @@ def test_paths_do_not_reach_the_terminal_as_they_are(folder, call):
     for name in names[:3]:
         (folder / name).write_bytes((folder / "many/00.png").read_bytes())
     code, out, err = call("run", *names)
-    assert code == 1 and len(out.splitlines()) == 3 and out.startswith(r"\x1b[2J.png: ") and r"a\nforged.png: b" in out
+    assert (
+        code == 1
+        and len(out.splitlines()) == 3
+        and out.startswith(r"\x1b[2J.png: ")
+        and r"a\nforged.png: b" in out
+    )
     assert not any(c in out + err for c in "\x1b\x9b\r\u202e") and r"gone\x9b2J\rx.png" in err
     code, out, err = call("run", *names, "--json")
-    assert [json.loads(line)["picture"] for line in out.splitlines()] == names and not any(c in out for c in "\x1b\x9b\r\u202e")
+    assert [json.loads(line)["picture"] for line in out.splitlines()] == names and not any(
+        c in out for c in "\x1b\x9b\r\u202e"
+    )
 
 
 def test_a_picture_that_does_not_exist_is_one_sentence(folder):
@@ -125,8 +159,15 @@ def test_names_that_are_no_text(folder):
             file.write((folder / "many/00.png").read_bytes())
     given = name + b"\ngone\xff.png\n" + "naïve.png\n".encode()
     out, err = begin(folder, "run", "-").communicate(given, timeout=300)
-    assert out.startswith(rb"caf\udce9.png: ") and "naïve.png: ".encode() in out and len(out.splitlines()) == 2 and b"Traceback" not in err
-    out, err = (process := begin(folder, "run", "-", "--json", encoding="ascii")).communicate(given, timeout=300)
+    assert (
+        out.startswith(rb"caf\udce9.png: ")
+        and "naïve.png: ".encode() in out
+        and len(out.splitlines()) == 2
+        and b"Traceback" not in err
+    )
+    out, err = (process := begin(folder, "run", "-", "--json", encoding="ascii")).communicate(
+        given, timeout=300
+    )
     rows = [json.loads(line) for line in out.decode("ascii").splitlines()]
     assert [os.fsencode(row["picture"]) for row in rows] == given.splitlines() and not err
     assert process.returncode == 1 and "error" in rows[1] and "top5" in rows[0]
@@ -158,21 +199,31 @@ def test_ctrl_c_in_a_folder(folder, when):
     process = begin(folder, "run", "long")
     if when == "answers come":
         process.stdout.readline()
-    while len(subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout.split()) < 2:
+    while (
+        len(subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout.split())
+        < 2
+    ):
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and b"Traceback" not in err and out.count(b"\n") < 2900, err
+    assert (
+        process.returncode == -signal.SIGINT and b"Traceback" not in err and out.count(b"\n") < 2900
+    ), err
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="a worker would not see what is patched here")
+@pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork",
+    reason="a worker would not see what is patched here",
+)
 def test_a_killed_worker_is_one_sentence(folder, call, monkeypatch):
     """Slow for torch's five seconds between two looks at its workers."""
+
     def die(*rest):
         os.kill(os.getpid(), signal.SIGKILL)
+
     monkeypatch.setattr(dataloader, "read_crop", die)
     monkeypatch.setattr(predict, "cores", lambda: 2)
     with pytest.raises(RuntimeError) as caught:
         predict.main(["run", "many"])
-    assert "data-loader worker died" in sentence(caught.value)
+    assert "data-loader worker died" in explain(caught.value)

@@ -1,4 +1,5 @@
 """Every command of README, as it stands there, in the order of its reader; only what takes long is made short."""
+
 import os
 import re
 import shlex
@@ -15,7 +16,12 @@ from tests.helpers import ROOT, environment, free_port, make_project, picture, r
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^ *```\n(.*?)^ *```", README, re.M | re.S)
 TABLE = re.findall(r"^\| [^|]* \| `(torchrun [^`]*|python [^`]*)` \|$", README, re.M)
-COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if re.match(r" *(python -m utils|python train|torchrun)", line)]
+COMMANDS = [
+    line.strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+    if re.match(r" *(python -m utils|python train|torchrun)", line)
+]
 SHORT = ["--UnFreeze_Epoch", "1", "--num_workers", "0", "--fp16", "False"]
 
 
@@ -26,19 +32,48 @@ def short(word_list):
         if name in words:
             words[words.index(name) + 1] = "1"
     if "train.py" in words:
-        words += [word for pair in zip(SHORT[::2], SHORT[1::2]) if pair[0] not in words for word in pair]
+        words += [
+            word for pair in zip(SHORT[::2], SHORT[1::2]) if pair[0] not in words for word in pair
+        ]
     return words
 
 
 def run(folder, text, extra=()):
-    run_folder = max(runs(folder), key=lambda path: path.stat().st_mtime) if (folder / "logs").exists() else "RUN"
-    words = short([word.replace("RUN", str(run_folder)).replace("FOLDER", "photos").replace("PICTURE", "photo.jpg") for word in shlex.split(text)])
-    launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    run_folder = (
+        max(runs(folder), key=lambda path: path.stat().st_mtime)
+        if (folder / "logs").exists()
+        else "RUN"
+    )
+    words = short(
+        [
+            word.replace("RUN", str(run_folder))
+            .replace("FOLDER", "photos")
+            .replace("PICTURE", "photo.jpg")
+            for word in shlex.split(text)
+        ]
+    )
+    launcher = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }[words[0]]
     if words[0] == "torchrun":
-        words = ["torchrun", f"--master_port={free_port()}", *(word.replace("=8", "=2") for word in words[1:] if "nnodes" not in word
-                                                              and "node_rank" not in word and "master_addr" not in word)]
-    result = subprocess.run([*launcher, *words[1:], *extra], cwd=folder, env={**environment(), "TORCH_HOME": str(folder / "cache")},
-                            capture_output=True, text=True, timeout=170)
+        words = [
+            "torchrun",
+            f"--master_port={free_port()}",
+            *(
+                word.replace("=8", "=2")
+                for word in words[1:]
+                if "nnodes" not in word and "node_rank" not in word and "master_addr" not in word
+            ),
+        ]
+    result = subprocess.run(
+        [*launcher, *words[1:], *extra],
+        cwd=folder,
+        env={**environment(), "TORCH_HOME": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -46,7 +81,9 @@ def run(folder, text, extra=()):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The project with a folder of photos, and torchvision's weights where a download would have put them."""
-    folder = make_project(tmp_path_factory.mktemp("readme"), backbone="'resnet9'", Unfreeze_batch_size=8)
+    folder = make_project(
+        tmp_path_factory.mktemp("readme"), backbone="'resnet9'", Unfreeze_batch_size=8
+    )
     rng = np.random.default_rng(0)
     for split, number in (("train", 12), ("test", 4)):
         for label, name in enumerate(("cat", "dog")):
@@ -54,7 +91,11 @@ def folder(tmp_path_factory):
             for i in range(number):
                 picture(label, rng).save(folder / "photos" / split / name / f"{i}.jpg")
     picture(0, rng).save(folder / "photo.jpg")
-    cached = folder / "cache/hub/checkpoints" / torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    cached = (
+        folder
+        / "cache/hub/checkpoints"
+        / torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    )
     cached.parent.mkdir(parents=True)
     torch.save(torchvision.models.resnet18().state_dict(), cached)
     return folder
@@ -62,7 +103,13 @@ def folder(tmp_path_factory):
 
 def test_it_is_short_and_names_what_there_is():
     assert len(README.encode()) <= 12_000
-    assert not set(re.findall(r"\b[A-Z]{5,}\b", README)) - {"README", "FOLDER", "PICTURE", "SIGTERM", "MNIST"}, "a placeholder"
+    assert not set(re.findall(r"\b[A-Z]{5,}\b", README)) - {
+        "README",
+        "FOLDER",
+        "PICTURE",
+        "SIGTERM",
+        "MNIST",
+    }, "a placeholder"
     assert len(COMMANDS) >= 9 and len(TABLE) >= 3
     for name in re.findall(r"`((?:utils|nets|tests)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name
@@ -71,7 +118,9 @@ def test_it_is_short_and_names_what_there_is():
 
 
 def test_its_commands(folder):
-    run(folder, "python -m utils.annotation photos")  # so that the first training is of photos and not of 5,000 shapes
+    run(
+        folder, "python -m utils.annotation photos"
+    )  # so that the first training is of photos and not of 5,000 shapes
     done = set()
     for text in [*COMMANDS, *TABLE]:
         if text not in done and "--resume" not in text:
@@ -83,14 +132,23 @@ def test_its_commands(folder):
 
 
 def test_its_python(folder):
-    code, = re.findall(r"```python\n(.*?)```", README, re.S)
-    result = subprocess.run([sys.executable, "-c", code.replace("RUN", str(runs(folder)[-1]))], cwd=folder, env=environment(),
-                            capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and re.search(r"\('(cat|dog)', [\d.]+", result.stdout), result.stderr
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    result = subprocess.run(
+        [sys.executable, "-c", code.replace("RUN", str(runs(folder)[-1]))],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0 and re.search(r"\('(cat|dog)', [\d.]+", result.stdout), (
+        result.stderr
+    )
 
 
 def test_the_settings_that_it_names():
     import train as trainer
+
     named = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \| ", README, re.M)
     for name in filter(None, (name for pair in named for name in pair)):
         assert hasattr(trainer, name) or os.path.exists(ROOT / "utils" / f"{name}.py"), name

@@ -13,22 +13,46 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import get_model, head_layers
 from tests.bench_trainings import FINETUNE, SCRATCH
-from tests.helpers import environment, history, make_data, make_project, run_of, same, train, weights
+from tests.helpers import (
+    environment,
+    history,
+    make_data,
+    make_project,
+    run_of,
+    same,
+    train,
+    weights,
+)
 from utils.fit import backward, optimizer_step
-from utils.recipe import EMA, Recipe, balanced_weights, get_optimizer, sums_of
+from utils.recipe import EMA, Recipe, balanced_weights
+from utils.optimizer import get_optimizer
+from utils.task import batch_sums
 
-DEFAULTS = dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0, ema_decay=0.0, clip_grad_norm=0.0, accumulate=1, seed=0)
+DEFAULTS = dict(
+    mixup_alpha=0.0,
+    cutmix_alpha=0.0,
+    label_smoothing=0.0,
+    ema_decay=0.0,
+    clip_grad_norm=0.0,
+    accumulate=1,
+    seed=0,
+)
 NO_SCALER = torch.amp.GradScaler("cuda", enabled=False)
 
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3)
+    )
 
 
 def batches(sizes):
     torch.manual_seed(1)
-    return [(torch.randint(0, 256, (n, 3, 12, 12), dtype=torch.uint8), torch.randint(0, 3, (n,)), []) for n in sizes]
+    return [
+        (torch.randint(0, 256, (n, 3, 12, 12), dtype=torch.uint8), torch.randint(0, 3, (n,)), [])
+        for n in sizes
+    ]
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch():
@@ -38,7 +62,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     for given in (parts, large):
         model, sums = network(), Counter()
         for loss, scores, targets in backward(model, given, False, False, NO_SCALER, Recipe()):
-            sums.update(sums_of(loss, scores, targets, {}))
+            sums.update(batch_sums(loss, scores, targets, {}))
         gradients.append(([p.grad for p in model.parameters()], sums))
     for a, b in zip(*[g[0] for g in gradients]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -48,10 +72,14 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
 
 class Waits(TorchDispatchMode):
     """Counts what makes a host wait for its GPU: a figure read off a tensor, a tensor made from Python's numbers."""
+
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+        self.count += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.lift_fresh.default,
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -61,7 +89,7 @@ def test_a_step_reads_no_figure():
     for _ in range(2):  # the first one may set things up
         with Waits() as waits:
             for loss, scores, targets in backward(model, parts, False, False, NO_SCALER, Recipe()):
-                sums.update(sums_of(loss, scores, targets, {}))
+                sums.update(batch_sums(loss, scores, targets, {}))
             optimizer_step(optimizer, NO_SCALER, 1.0)
     assert waits.count == 0 and sums["pictures"] == 16
     with Waits() as waits:
@@ -75,7 +103,9 @@ def test_clip_grad_norm():
     before = copy.deepcopy(model)
     F.cross_entropy(100 * model(torch.randn(4, 3, 12, 12)), torch.tensor([0, 1, 2, 0])).backward()
     optimizer_step(optimizer, NO_SCALER, 0.5)
-    moved = sum((a - b).detach().pow(2).sum() for a, b in zip(model.parameters(), before.parameters())).sqrt()
+    moved = sum(
+        (a - b).detach().pow(2).sum() for a, b in zip(model.parameters(), before.parameters())
+    ).sqrt()
     assert moved == pytest.approx(0.5, rel=1e-3)
 
 
@@ -87,8 +117,13 @@ def test_no_layers_gradient_is_longer_than_its_share():
         *_, head = (p for p in model.parameters() if p.ndim > 1)
         head.zero_()  # weights that begin as zeros still learn
     before = copy.deepcopy(model)
-    limits = [0.2 * max(p.norm().item(), 1e-3) if p.ndim > 1 else float("inf") for p in model.parameters()]
-    expected = [p.grad * min(1, limit / p.grad.norm().item()) for p, limit in zip(model.parameters(), limits)]
+    limits = [
+        0.2 * max(p.norm().item(), 1e-3) if p.ndim > 1 else float("inf") for p in model.parameters()
+    ]
+    expected = [
+        p.grad * min(1, limit / p.grad.norm().item())
+        for p, limit in zip(model.parameters(), limits)
+    ]
     assert any(p.grad.norm() > limit for p, limit in zip(model.parameters(), limits))
     optimizer_step(optimizer, NO_SCALER, clip_ratio=0.2)
     for one, other, step in zip(model.parameters(), before.parameters(), expected):
@@ -106,41 +141,87 @@ def test_mixing():
         mix = Recipe({**DEFAULTS, name: alpha}, network(), 3).mix
         torch.manual_seed(0)
         mixed, shares = mix(images, targets)
-        assert shares.shape == (8, 3) and torch.allclose(shares.sum(1), torch.ones(8)) and not torch.equal(mixed, images)
+        assert (
+            shares.shape == (8, 3)
+            and torch.allclose(shares.sum(1), torch.ones(8))
+            and not torch.equal(mixed, images)
+        )
 
 
 def test_label_smoothing_and_class_weights():
     scores, targets = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
     found = balanced_weights(targets.numpy(), 3)
-    assert found.tolist() == pytest.approx(compute_class_weight("balanced", classes=targets.unique().numpy(), y=targets.numpy()).tolist())
+    assert found.tolist() == pytest.approx(
+        compute_class_weight(
+            "balanced", classes=targets.unique().numpy(), y=targets.numpy()
+        ).tolist()
+    )
     recipe = Recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), 3, found)
     each = found[targets] * F.cross_entropy(scores, targets, label_smoothing=0.1, reduction="none")
     torch.testing.assert_close(recipe.criterion(scores, targets), each.mean())
     mixed = 0.3 * F.one_hot(targets, 3).float() + 0.7 * F.one_hot(targets.flip(0), 3).float()
-    both = 0.3 * each + 0.7 * found[targets.flip(0)] * F.cross_entropy(scores, targets.flip(0), label_smoothing=0.1, reduction="none")
+    both = 0.3 * each + 0.7 * found[targets.flip(0)] * F.cross_entropy(
+        scores, targets.flip(0), label_smoothing=0.1, reduction="none"
+    )
     torch.testing.assert_close(recipe.criterion(scores, mixed), both.mean())
-    assert found[targets].mean() == pytest.approx(1)  # so that the rate means what it means without weights
-    torch.testing.assert_close(recipe.val_criterion(scores, targets), F.cross_entropy(scores, targets))
+    assert found[targets].mean() == pytest.approx(
+        1
+    )  # so that the rate means what it means without weights
+    torch.testing.assert_close(
+        recipe.val_criterion(scores, targets), F.cross_entropy(scores, targets)
+    )
 
 
 def test_ema_is_what_is_validated_and_saved(tmp_path):
-    folder = make_project(tmp_path, ema_decay=0.5, UnFreeze_Epoch=1, backbone="'shufflenet_v2_x0_5'")
+    folder = make_project(
+        tmp_path, ema_decay=0.5, UnFreeze_Epoch=1, backbone="'shufflenet_v2_x0_5'"
+    )
     make_data(folder, train=24, test=6)
     train(folder)
     state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
     ema = {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
-    assert same(weights(run_of(folder)), ema) and not same(ema, state["model"]) and state["ema"]["n_averaged"] == 3
+    assert (
+        same(weights(run_of(folder)), ema)
+        and not same(ema, state["model"])
+        and state["ema"]["n_averaged"] == 3
+    )
     raw = run_of(folder) / "raw.pth"
     torch.save(state["model"], raw)
-    losses = [float(subprocess.run([sys.executable, "-m", "utils.evaluate", run_of(folder), "--weights", w, "--out", "e"], cwd=folder,
-                                   env=environment(), capture_output=True, text=True).stdout.split("loss ")[1].split(",")[0])
-              for w in (raw, run_of(folder) / "last_epoch_weights.pth")]
-    assert losses[1] == pytest.approx(history(run_of(folder))[0]["val_loss"], rel=1e-7) and losses[0] != losses[1]
+    losses = [
+        float(
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "utils.evaluate",
+                    run_of(folder),
+                    "--weights",
+                    w,
+                    "--out",
+                    "e",
+                ],
+                cwd=folder,
+                env=environment(),
+                capture_output=True,
+                text=True,
+            )
+            .stdout.split("loss ")[1]
+            .split(",")[0]
+        )
+        for w in (raw, run_of(folder) / "last_epoch_weights.pth")
+    ]
+    assert (
+        losses[1] == pytest.approx(history(run_of(folder))[0]["val_loss"], rel=1e-7)
+        and losses[0] != losses[1]
+    )
 
 
 def test_ema_is_the_one_of_torch():
     model = get_model("shufflenet_v2_x0_5", 3, [32, 32])
-    ours, theirs = EMA(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    ours, theirs = (
+        EMA(model, 0.9),
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    )
     for _ in range(4):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -148,16 +229,29 @@ def test_ema_is_the_one_of_torch():
         model(torch.rand(2, 3, 32, 32))
         ours.update_parameters(model)
         theirs.update_parameters(model)
-    expected = {k: v for k, v in theirs.state_dict().items() if not k.endswith("num_batches_tracked")}
-    assert same({k: ours.state_dict()[k] for k in expected}, expected) and expected["n_averaged"] == 4
-    assert all(int(v) == 4 for k, v in ours.state_dict().items() if k.endswith("num_batches_tracked"))
+    expected = {
+        k: v for k, v in theirs.state_dict().items() if not k.endswith("num_batches_tracked")
+    }
+    assert (
+        same({k: ours.state_dict()[k] for k in expected}, expected) and expected["n_averaged"] == 4
+    )
+    assert all(
+        int(v) == 4 for k, v in ours.state_dict().items() if k.endswith("num_batches_tracked")
+    )
 
 
 @pytest.mark.parametrize("recipe", [SCRATCH, FINETUNE], ids=["scratch", "finetune"])
 def test_the_recipes_that_are_measured(tmp_path, recipe):
     folder = make_project(tmp_path, UnFreeze_Epoch=2)
     make_data(folder, train=24, test=6)
-    train(folder, *(word for name, value in {**recipe, "Freeze_Epoch": 1}.items() for word in (f"--{name}", value)))
+    train(
+        folder,
+        *(
+            word
+            for name, value in {**recipe, "Freeze_Epoch": 1}.items()
+            for word in (f"--{name}", value)
+        ),
+    )
     assert len(history(run_of(folder))) == 2
 
 
@@ -165,8 +259,15 @@ def test_the_recipes_that_are_measured(tmp_path, recipe):
 def test_the_best_scores_under_class_weights_are_right(counts):
     """With smoothing and weights, the loss's own optimum names every picture rightly where pictures can be told apart."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    recipe = Recipe({**DEFAULTS, "label_smoothing": 0.1}, network(), len(counts), balanced_weights(labels.numpy(), len(counts)))
-    scores = torch.zeros(len(counts), len(counts), requires_grad=True)  # one row of scores for the pictures of each class
+    recipe = Recipe(
+        {**DEFAULTS, "label_smoothing": 0.1},
+        network(),
+        len(counts),
+        balanced_weights(labels.numpy(), len(counts)),
+    )
+    scores = torch.zeros(
+        len(counts), len(counts), requires_grad=True
+    )  # one row of scores for the pictures of each class
     optimizer = torch.optim.Adam([scores], 0.1)
     for _ in range(300):
         optimizer.zero_grad()

@@ -1,4 +1,5 @@
 """Interrupted runs end with the weights of the uninterrupted one, bit for bit."""
+
 import os
 import random
 import signal
@@ -9,13 +10,40 @@ import time
 import pytest
 import torch
 
-from tests.helpers import (edit, history, make_data, make_project, run_of, runs, same, start, torchrun, train, weights,
-                           write_network)
+from tests.helpers import (
+    edit,
+    history,
+    make_data,
+    make_project,
+    run_of,
+    runs,
+    same,
+    start,
+    torchrun,
+    train,
+    weights,
+    write_network,
+)
 
-ALL_ON = dict(backbone="'shufflenet_v2_x0_5'", UnFreeze_Epoch=4, Freeze_Train=True, Freeze_Epoch=2, Freeze_batch_size=16,
-              save_minutes=1 / 3000, num_workers=1, ema_decay=0.9, mixup_alpha=0.2, cutmix_alpha=1.0,
-              label_smoothing=0.1, accumulate=2, clip_grad_norm=1.0, random_erasing=0.3, augmentation="'trivial'",
-              backbone_lr_scale=0.5, class_weights="'balanced'")
+ALL_ON = dict(
+    backbone="'shufflenet_v2_x0_5'",
+    UnFreeze_Epoch=4,
+    Freeze_Train=True,
+    Freeze_Epoch=2,
+    Freeze_batch_size=16,
+    save_minutes=1 / 3000,
+    num_workers=1,
+    ema_decay=0.9,
+    mixup_alpha=0.2,
+    cutmix_alpha=1.0,
+    label_smoothing=0.1,
+    accumulate=2,
+    clip_grad_norm=1.0,
+    random_erasing=0.3,
+    augmentation="'trivial'",
+    backbone_lr_scale=0.5,
+    class_weights="'balanced'",
+)
 
 
 def kill_group(process, number):
@@ -51,12 +79,16 @@ def kill_until_done(folder, reference_seconds, kills, rng):
     survived = 0
     edit(folder, resume=True)
     while survived < kills:
-        code, out, err = interrupted(folder, signal.SIGKILL, rng.uniform(0.5, 1.1) * reference_seconds)
+        code, out, err = interrupted(
+            folder, signal.SIGKILL, rng.uniform(0.5, 1.1) * reference_seconds
+        )
         if code == 0:
             return survived
         assert code == -signal.SIGKILL, (code, out, err)
         survived += 1
-        if any('"finished": true' in path.read_text() for path in folder.glob("logs/*/config.json")):
+        if any(
+            '"finished": true' in path.read_text() for path in folder.glob("logs/*/config.json")
+        ):
             return survived  # killed after its last word; resume = True would rightly begin another run
     train(folder)
     return survived
@@ -65,9 +97,12 @@ def kill_until_done(folder, reference_seconds, kills, rng):
 def same_end(folder, reference_folder):
     for name in ("last_epoch_weights.pth", "best_epoch_weights.pth"):
         assert same(weights(run_of(folder), name), weights(run_of(reference_folder), name)), name
-    for ours, theirs in zip(history(run_of(folder)), history(run_of(reference_folder)), strict=True):
-        assert {k: v for k, v in ours.items() if k != "images_per_second"} == \
-               {k: v for k, v in theirs.items() if k != "images_per_second"}
+    for ours, theirs in zip(
+        history(run_of(folder)), history(run_of(reference_folder)), strict=True
+    ):
+        assert {k: v for k, v in ours.items() if k != "images_per_second"} == {
+            k: v for k, v in theirs.items() if k != "images_per_second"
+        }
 
 
 def test_random_kills(reference, tmp_path):
@@ -94,12 +129,17 @@ def wait_for(process, text, timeout=300):
     seen, end = "", time.monotonic() + timeout
     while text not in seen:
         line = process.stdout.readline()
-        assert line and time.monotonic() < end, f"{text!r} never came:\n{seen}\n{process.stderr.read() if not line else ''}"
+        assert line and time.monotonic() < end, (
+            f"{text!r} never came:\n{seen}\n{process.stderr.read() if not line else ''}"
+        )
         seen += line
     return seen
 
 
-@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(
+    "number, world",
+    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+)
 def test_signals_to_the_group(tmp_path, number, world):
     """Saved and ended within torchrun's 30 s; the resumed run ends as one that was left alone."""
     folder = make_project(tmp_path, num_workers=2, UnFreeze_Epoch=40, Unfreeze_batch_size=8)
@@ -108,9 +148,13 @@ def test_signals_to_the_group(tmp_path, number, world):
     process = start(folder, launcher=launcher)
     seen = wait_for(process, "epoch 2/40:")
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=300)  # torchrun kills what has not ended after 30 s: then nothing would be saved
+    out, err = process.communicate(
+        timeout=300
+    )  # torchrun kills what has not ended after 30 s: then nothing would be saved
     assert process.returncode == 128 + number if world == 1 else process.returncode != 0
-    assert (seen + out).count("continue with resume = ") == 1 and "Traceback" not in (err if world == 1 else "")
+    assert (seen + out).count("continue with resume = ") == 1 and "Traceback" not in (
+        err if world == 1 else ""
+    )
     state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
     assert 2 <= state["epoch"] < 40
     edit(folder, resume=True, UnFreeze_Epoch=state["epoch"] + 2, num_workers=1)
@@ -123,11 +167,21 @@ def test_another_number_of_processes(tmp_path):
     """Stopped in one process, continued in two: the right pictures, the same figures within float tolerance."""
     ends = []
     for split in (False, True):
-        folder = make_project(tmp_path / str(split), UnFreeze_Epoch=2, save_minutes=1 / 6000, Init_lr=1e-3, Unfreeze_batch_size=4)
+        folder = make_project(
+            tmp_path / str(split),
+            UnFreeze_Epoch=2,
+            save_minutes=1 / 6000,
+            Init_lr=1e-3,
+            Unfreeze_batch_size=4,
+        )
         make_data(folder, train=240, test=16)
         edit(folder, backbone="'plain'")
-        write_network(folder / "nets", "plain", "nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), "
-                                                "nn.Linear(128, num_classes)")
+        write_network(
+            folder / "nets",
+            "plain",
+            "nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), "
+            "nn.Linear(128, num_classes)",
+        )
         if split:
             process = start(folder)
             while not list(folder.glob("logs/*/last_checkpoint.pth")):
@@ -142,14 +196,21 @@ def test_another_number_of_processes(tmp_path):
             train(folder)
         ends.append((history(run_of(folder)), weights(run_of(folder))))
     for a, b in zip(ends[0][0], ends[1][0], strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3) and a["scored"] == b["scored"]
+        assert (
+            a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+            and a["scored"] == b["scored"]
+        )
     for name, value in ends[0][1].items():
         torch.testing.assert_close(value, ends[1][1][name], rtol=1e-3, atol=1e-4)
 
 
 def children(pid):
-    return [int(line) for line in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True,
-                                                 text=True).stdout.split()]
+    return [
+        int(line)
+        for line in subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+        ).stdout.split()
+    ]
 
 
 def torchrun_kills(folder, reference_folder, kills, rng, seconds):
@@ -212,9 +273,13 @@ def test_the_rules_of_resuming(tmp_path):
     out, _ = train(folder, "--resume", relative, "--UnFreeze_Epoch", 3, "--momentum", 0.8)
     assert "momentum: 0.9 → 0.8" in out and len(history(run)) == 3
     broken = (run / "last_checkpoint.pth").read_bytes()
-    (run / "last_checkpoint.pth").write_bytes(broken[:len(broken) // 2])
+    (run / "last_checkpoint.pth").write_bytes(broken[: len(broken) // 2])
     _, err = train(folder, "--resume", relative, "--UnFreeze_Epoch", 4, code=1)
-    assert "last_checkpoint.pth' cannot be read" in err and "start anew" in err and "Traceback" not in err
+    assert (
+        "last_checkpoint.pth' cannot be read" in err
+        and "start anew" in err
+        and "Traceback" not in err
+    )
     (run / "last_checkpoint.pth").write_bytes(broken)
     _, err = train(folder, "--resume", relative, "--backbone", "squeezenet1_0", code=1)
     assert "backbone was 'squeezenet1_1'" in err
@@ -239,7 +304,11 @@ def test_a_run_in_training_is_left_alone(tmp_path):
         _, err = train(folder, "--resume", f"logs/{busy.name}", code=1)
         assert "is being trained by another process" in err
         _, err = train(folder, "--UnFreeze_Epoch", 1, code=1)  # not an older, abandoned one either
-        assert "is being trained by another process" in err and "resume = False" in err and len(runs(folder)) == 1
+        assert (
+            "is being trained by another process" in err
+            and "resume = False" in err
+            and len(runs(folder)) == 1
+        )
     finally:
         os.killpg(living.pid, signal.SIGKILL)
         living.communicate()

@@ -1,4 +1,5 @@
 """Which run is continued, whose it is, and what its folder may do."""
+
 import json
 import os
 import shutil
@@ -9,19 +10,46 @@ import tempfile
 import pytest
 import torch
 
-from tests.helpers import edit, environment, history, make_data, make_project, run_of, runs, same, train, weights
-from utils import processes, run
-from utils.errors import UserError
-from utils.files import clear_drafts, draft, save_tensors, save_text
+from tests.helpers import (
+    edit,
+    environment,
+    history,
+    make_data,
+    make_project,
+    run_of,
+    runs,
+    same,
+    train,
+    weights,
+)
+from utils.plumbing import processes, run
+from utils.plumbing.errors import UserError
+from utils.plumbing.files import clear_drafts, draft, save_tensors, save_text
 
-SETTINGS = {"backbone": "x", "optimizer_type": "sgd", "fp16": False, "Cuda": False, "UnFreeze_Epoch": 3, "early_stop": 0}
+SETTINGS = {
+    "backbone": "x",
+    "optimizer_type": "sgd",
+    "fp16": False,
+    "Cuda": False,
+    "UnFreeze_Epoch": 3,
+    "early_stop": 0,
+}
 
 
 def finished_run(folder, start, finished=False, saved=True, **more):
     folder.mkdir(parents=True)
     if saved:
         (folder / "last_checkpoint.pth").touch()
-    run.write_config(folder, {"settings": SETTINGS, "class_names": ["a", "b"], "finished": finished, "start": start, **more})
+    run.write_config(
+        folder,
+        {
+            "settings": SETTINGS,
+            "class_names": ["a", "b"],
+            "finished": finished,
+            "start": start,
+            **more,
+        },
+    )
     return folder
 
 
@@ -39,7 +67,9 @@ def test_a_start_that_has_saved_nothing_is_passed_over(tmp_path, monkeypatch):
     assert run.find_run(True, str(tmp_path)) == str(mine)
     shutil.rmtree(mine)
     assert run.find_run(True, str(tmp_path)) == str(failed)  # where there is nothing else
-    monkeypatch.setattr(processes, "launch_id", "me")  # but a group that is started anew goes on in its folder
+    monkeypatch.setattr(
+        processes, "launch_id", "me"
+    )  # but a group that is started anew goes on in its folder
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run.find_run(False, str(tmp_path)) == str(failed)
 
@@ -47,7 +77,14 @@ def test_a_start_that_has_saved_nothing_is_passed_over(tmp_path, monkeypatch):
 def test_each_start_counts_on(tmp_path):
     finished_run(tmp_path / "zzz", 7)
     mine = run.new_run(str(tmp_path))
-    settings = {**SETTINGS, "input_shape": [8, 8], "Init_Epoch": 0, "Freeze_Train": False, "Unfreeze_batch_size": 2, "accumulate": 1}
+    settings = {
+        **SETTINGS,
+        "input_shape": [8, 8],
+        "Init_Epoch": 0,
+        "Freeze_Train": False,
+        "Unfreeze_batch_size": 2,
+        "accumulate": 1,
+    }
     assert run.begin_run(mine, settings, ["a", "b"], {})["start"] == 8
     assert run.begin_run(str(tmp_path / "zzz"), settings, ["a", "b"], {})["start"] == 9  # continued
     assert run.find_run(True, str(tmp_path)) == str(tmp_path / "zzz")
@@ -62,11 +99,17 @@ def test_a_damaged_newest_run_is_said(tmp_path):
     with pytest.raises(UserError, match="bad' is not a run's folder.*name the run"):
         run.find_run(True, str(tmp_path))
     settings = {**SETTINGS, "input_shape": [8, 8], "Unfreeze_batch_size": 2}
-    assert run.find_run("good", str(tmp_path)) and run.begin_run(tmp_path / "good", settings, ["a", "b"], {})["start"] == 2
+    assert (
+        run.find_run("good", str(tmp_path))
+        and run.begin_run(tmp_path / "good", settings, ["a", "b"], {})["start"] == 2
+    )
 
 
 def test_only_its_own_launch_continues_a_run_without_resume(tmp_path, monkeypatch):
-    mine, other = finished_run(tmp_path / "mine", 1, launch="me"), finished_run(tmp_path / "other", 2, launch="someone")
+    mine, other = (
+        finished_run(tmp_path / "mine", 1, launch="me"),
+        finished_run(tmp_path / "other", 2, launch="someone"),
+    )
     monkeypatch.setattr(processes, "launch_id", "me")
     assert run.find_run(False, str(tmp_path)) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -78,8 +121,13 @@ def test_only_its_own_launch_continues_a_run_without_resume(tmp_path, monkeypatc
 def holder(folder):
     """A process that holds a run's lock until its standard input ends."""
     code = f"from utils import run; run.lock({str(folder)!r}); print('held', flush=True); input()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env={**environment(), "PYTHONPATH": os.getcwd()})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**environment(), "PYTHONPATH": os.getcwd()},
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -118,8 +166,13 @@ def test_nothing_in_a_folder_leads_a_write_out_of_it(tmp_path):
         (folder / name).symlink_to(tmp_path / "outside")
     save_text(folder / "history.csv", "figures")
     save_tensors(folder / "weights.pth", {"a": torch.ones(2)})
-    assert (tmp_path / "outside").read_text() == "mine" and (folder / "history.csv").read_text() == "figures"
-    assert not (folder / "history.csv").is_symlink() and torch.load(folder / "weights.pth", weights_only=True)["a"].sum() == 2
+    assert (tmp_path / "outside").read_text() == "mine" and (
+        folder / "history.csv"
+    ).read_text() == "figures"
+    assert (
+        not (folder / "history.csv").is_symlink()
+        and torch.load(folder / "weights.pth", weights_only=True)["a"].sum() == 2
+    )
 
 
 def test_drafts_of_killed_programs_are_cleared(tmp_path):
@@ -136,19 +189,28 @@ def test_drafts_of_killed_programs_are_cleared(tmp_path):
 
 def test_early_stop_and_what_follows(tmp_path):
     """Killed right after the commit of the epoch that ends it, it trains no further; without early_stop it does."""
-    folder = make_project(tmp_path, early_stop=2, UnFreeze_Epoch=30, best_by="'-top5'")  # always the same: the first epoch is the best
+    folder = make_project(
+        tmp_path, early_stop=2, UnFreeze_Epoch=30, best_by="'-top5'"
+    )  # always the same: the first epoch is the best
     make_data(folder, train=24, test=6)
     train(folder)
     whole = run_of(folder)
-    assert len(history(whole)) == 3 and not json.loads((whole / "config.json").read_text())["finished"]
+    assert (
+        len(history(whole)) == 3 and not json.loads((whole / "config.json").read_text())["finished"]
+    )
     end = weights(whole)
     text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(text.replace(
-        "    told = [", "    if epoch == 2:\n        import os\n        os._exit(77)\n    told = [", 1))
+    (folder / "utils/fit.py").write_text(
+        text.replace(
+            "    told = [",
+            "    if epoch == 2:\n        import os\n        os._exit(77)\n    told = [",
+            1,
+        )
+    )
     train(folder, "--save_dir", "killed", code=77)
     (folder / "utils/fit.py").write_text(text)
     out, _ = train(folder, "--save_dir", "killed", "--resume", True)
-    killed, = (folder / "killed").iterdir()
+    (killed,) = (folder / "killed").iterdir()
     assert "best" in out and len(history(killed)) == 3 and same(weights(killed), end)
     out, _ = train(folder, "--resume", whole.name)
     assert "(epoch 1)" in out.splitlines()[-1] and len(history(whole)) == 3
@@ -162,12 +224,20 @@ def test_what_makes_scores_incomparable(tmp_path):
     make_data(folder, train=24, test=6)
     train(folder)
     epoch = 1
-    for word, value in (("--val_crop", 0.5), ("--input_shape", "[40,40]"), ("--best_by", "val_loss")):
+    for word, value in (
+        ("--val_crop", 0.5),
+        ("--input_shape", "[40,40]"),
+        ("--best_by", "val_loss"),
+    ):
         epoch += 1
-        out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", epoch, word, value)
+        out, _ = train(
+            folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", epoch, word, value
+        )
         assert "the best epoch is sought anew" in out and f"(epoch {epoch})" in out.splitlines()[-1]
         edit(folder, **{word.strip("-"): repr(value) if word == "--best_by" else value})
-    out, _ = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", epoch + 1, "--momentum", 0.5)
+    out, _ = train(
+        folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", epoch + 1, "--momentum", 0.5
+    )
     assert "sought anew" not in out
 
 
@@ -181,7 +251,8 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
 
 
 def test_a_day_is_no_end_of_the_time_left(capsys):
-    from utils.processes import ProgressLine
+    from utils.plumbing.console import ProgressLine
+
     line = ProgressLine("epoch 1/2", 1000)
     line.begin -= 100  # seconds ago
     line.show(1, 8, lambda: "", due=True)
@@ -193,11 +264,21 @@ def test_nothing_is_left_behind(tmp_path):
     folder = make_project(tmp_path / "project", UnFreeze_Epoch=1, num_workers=1)
     make_data(folder, train=16, test=6)
     text = (folder / "train.py").read_text()
-    (folder / "train.py").write_text(text.replace("worker_init_fn=ignore_signals", "worker_init_fn=ignore_signals, "
-                                                  "multiprocessing_context='forkserver'"))
+    (folder / "train.py").write_text(
+        text.replace(
+            "worker_init_fn=ignore_signals",
+            "worker_init_fn=ignore_signals, multiprocessing_context='forkserver'",
+        )
+    )
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # a short path: it holds sockets
-        result = subprocess.run([sys.executable, "train.py"], cwd=folder, env={**environment(), "TMPDIR": temporary},
-                                capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            [sys.executable, "train.py"],
+            cwd=folder,
+            env={**environment(), "TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert result.returncode == 0 and result.stderr == "", result.stderr
         assert not os.listdir(temporary)
 
@@ -207,7 +288,14 @@ def test_an_average_that_is_turned_on_or_off(tmp_path, before, after):
     folder = make_project(tmp_path, UnFreeze_Epoch=1, ema_decay=before)
     make_data(folder, train=24, test=6)
     train(folder)
-    _, err = train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", 2, "--ema_decay", after, code=1)
-    assert f"ema_decay was {before > 0} and is now {after > 0}" in err and len(history(run_of(folder))) == 1
-    train(folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", 2, "--ema_decay", 0.8 * before)
+    _, err = train(
+        folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", 2, "--ema_decay", after, code=1
+    )
+    assert (
+        f"ema_decay was {before > 0} and is now {after > 0}" in err
+        and len(history(run_of(folder))) == 1
+    )
+    train(
+        folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", 2, "--ema_decay", 0.8 * before
+    )
     assert len(history(run_of(folder))) == 2

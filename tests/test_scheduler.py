@@ -4,15 +4,19 @@ import pytest
 import torch
 
 from nets import get_model, head_layers
-from utils.recipe import get_optimizer
-from utils.run import describe_rates
-from utils.scheduler import fit_lr, get_lr_scheduler, set_optimizer_lr
+from utils.optimizer import get_optimizer
+from utils.optimizer import describe_rates
+from utils.optimizer import fit_lr, get_lr_scheduler, set_optimizer_lr
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 20, 100, 200, 400])
 def test_cosine(total):
     lr, low = 0.01, 0.0001
-    warm, hold, start = min(max(0.05 * total, 1), 3), min(max(0.05 * total, 1), 15), max(0.1 * lr, 1e-6)
+    warm, hold, start = (
+        min(max(0.05 * total, 1), 3),
+        min(max(0.05 * total, 1), 15),
+        max(0.1 * lr, 1e-6),
+    )
     curve = get_lr_scheduler("cos", lr, low, total)
     for epoch in range(total):
         if epoch <= warm:
@@ -20,13 +24,17 @@ def test_cosine(total):
         elif epoch >= total - hold:
             expected = low
         else:
-            expected = low + (lr - low) / 2 * (1 + math.cos((epoch - warm) / (total - warm - hold) * math.pi))
+            expected = low + (lr - low) / 2 * (
+                1 + math.cos((epoch - warm) / (total - warm - hold) * math.pi)
+            )
         assert curve(epoch) == pytest.approx(expected, rel=1e-12)
 
 
 def test_step():
     curve = get_lr_scheduler("step", 0.1, 0.001, 50)
-    assert [curve(e) for e in range(50)] == pytest.approx([0.1 * (0.01 ** (1 / 9)) ** (e // 5) for e in range(50)])
+    assert [curve(e) for e in range(50)] == pytest.approx(
+        [0.1 * (0.01 ** (1 / 9)) ** (e // 5) for e in range(50)]
+    )
     assert curve(49) == pytest.approx(0.001)
 
 
@@ -58,14 +66,19 @@ def test_groups_keep_their_ratio_and_decay():
 def test_every_optimizer_decays_and_matches_the_plain_one(kind, channels_last):
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)).to(memory_format=layout)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)
+    ).to(memory_format=layout)
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = get_optimizer(model, {"2"}, kind, 0.9, 0.1)
     plain = [torch.nn.Parameter(p.clone()) for p in start]
-    other = {"sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
-             "adam": lambda ps: torch.optim.Adam(ps, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1),
-             "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1)}[kind](
-        [{"params": plain[::2]}, {"params": plain[1::2], "weight_decay": 0.0}])
+    other = {
+        "sgd": lambda ps: torch.optim.SGD(
+            ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1
+        ),
+        "adam": lambda ps: torch.optim.Adam(ps, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1),
+        "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1),
+    }[kind]([{"params": plain[::2]}, {"params": plain[1::2], "weight_decay": 0.0}])
     set_optimizer_lr(optimizer, lambda epoch: 0.1, 0)
     for step in range(3):
         for p, q in zip(model.parameters(), plain):
@@ -78,21 +91,45 @@ def test_every_optimizer_decays_and_matches_the_plain_one(kind, channels_last):
 
 
 def settings_of(**changes):
-    return {**dict(Init_lr=0.05, Min_lr=0.0005, optimizer_type="sgd", lr_decay_type="cos", Unfreeze_batch_size=32, Freeze_batch_size=64,
-                   Freeze_Train=False, Freeze_Epoch=5, UnFreeze_Epoch=10, Init_Epoch=0), **changes}
+    return {
+        **dict(
+            Init_lr=0.05,
+            Min_lr=0.0005,
+            optimizer_type="sgd",
+            lr_decay_type="cos",
+            Unfreeze_batch_size=32,
+            Freeze_batch_size=64,
+            Freeze_Train=False,
+            Freeze_Epoch=5,
+            UnFreeze_Epoch=10,
+            Init_Epoch=0,
+        ),
+        **changes,
+    }
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({}, "sgd, cos, lr 0.025 to 0.00025"), (dict(accumulate=2), "sgd, cos, lr 0.05 to 0.0005"),
-    (dict(Freeze_Train=True), "sgd, cos, lr 0.05 to 0.0005, then lr 0.025 to 0.00025"),
-    (dict(Freeze_Train=True, Init_Epoch=5), "sgd, cos, lr 0.025 to 0.00025"),
-    (dict(Freeze_Train=True, UnFreeze_Epoch=5), "sgd, cos, lr 0.05 to 0.0005"),
-    (dict(Freeze_Train=True, Freeze_batch_size=32), "sgd, cos, lr 0.025 to 0.00025"),
-    (dict(optimizer_type="adamw", Init_lr=2e-5, Min_lr=2e-7, Unfreeze_batch_size=8), "adamw, cos, lr 0.0001 to 1e-06 (Init_lr and "
-     "Min_lr ask for 2.5e-06 to 2.5e-08; the limits stand in utils/recipe.py)"),
-    (dict(Init_lr=0.01, Min_lr=0.01, Unfreeze_batch_size=64), "sgd, cos, lr 0.01 to 0.001 (Init_lr and Min_lr ask for 0.01 to 0.01; "
-     "the limits stand in utils/recipe.py)"),
-    (dict(Init_lr=0.001, Min_lr=0.001, Unfreeze_batch_size=64), "sgd, cos, lr 0.001 to 0.001")])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, "sgd, cos, lr 0.025 to 0.00025"),
+        (dict(accumulate=2), "sgd, cos, lr 0.05 to 0.0005"),
+        (dict(Freeze_Train=True), "sgd, cos, lr 0.05 to 0.0005, then lr 0.025 to 0.00025"),
+        (dict(Freeze_Train=True, Init_Epoch=5), "sgd, cos, lr 0.025 to 0.00025"),
+        (dict(Freeze_Train=True, UnFreeze_Epoch=5), "sgd, cos, lr 0.05 to 0.0005"),
+        (dict(Freeze_Train=True, Freeze_batch_size=32), "sgd, cos, lr 0.025 to 0.00025"),
+        (
+            dict(optimizer_type="adamw", Init_lr=2e-5, Min_lr=2e-7, Unfreeze_batch_size=8),
+            "adamw, cos, lr 0.0001 to 1e-06 (Init_lr and "
+            "Min_lr ask for 2.5e-06 to 2.5e-08; the limits stand in utils/recipe.py)",
+        ),
+        (
+            dict(Init_lr=0.01, Min_lr=0.01, Unfreeze_batch_size=64),
+            "sgd, cos, lr 0.01 to 0.001 (Init_lr and Min_lr ask for 0.01 to 0.01; "
+            "the limits stand in utils/recipe.py)",
+        ),
+        (dict(Init_lr=0.001, Min_lr=0.001, Unfreeze_batch_size=64), "sgd, cos, lr 0.001 to 0.001"),
+    ],
+)
 def test_the_rates_that_train_are_said(changes, expected):
     assert describe_rates(settings_of(**changes), False) == expected
 

@@ -1,4 +1,5 @@
 """What each setting may be, the command line, and what must hold between settings: every mistake is one sentence that names it."""
+
 import os
 import re
 
@@ -8,9 +9,9 @@ from hypothesis import given, settings, strategies as st
 
 import train as trainer
 from tests.helpers import history, make_data, make_project, run_of, train
-from utils import settings as rules
-from utils.errors import UserError
-from utils.fit import check_best_by
+from utils.plumbing import settings as rules
+from utils.plumbing.errors import UserError
+from utils.rehearsal import check_best_by
 from utils.recipe import Recipe
 
 NAMES = {*rules.TEXTS, *rules.BOUNDS, *rules.CHOICES}
@@ -23,41 +24,92 @@ def settings_with(**changes):
 
 def given_words(*words, **constants):
     """All settings after a command line, for a script whose constants are train.py's or these."""
-    values = {**CONSTANTS, "__file__": trainer.__file__, "__doc__": trainer.__doc__, "Cuda": False, "torch": torch, "os": os, **constants}
+    values = {
+        **CONSTANTS,
+        "__file__": trainer.__file__,
+        "__doc__": trainer.__doc__,
+        "Cuda": False,
+        "torch": torch,
+        "os": os,
+        **constants,
+    }
     result = rules.command_line(values, list(map(str, words)))
     assert result == {name: values[name] for name in CONSTANTS}
     return result
 
 
 WRONG = [
-    (dict(optimizer_type="sdg"), "'sgd', 'adam', 'adamw'.*did you mean 'sgd'"), (dict(lr_decay_type="cosine"), "'cos', 'step'"),
-    (dict(Unfreeze_batch_size=0), "Unfreeze_batch_size = 0 must be"), (dict(Freeze_batch_size=-4), "Freeze_batch_size"),
-    (dict(UnFreeze_Epoch=0), "UnFreeze_Epoch"), (dict(Init_Epoch=10, UnFreeze_Epoch=10), "must be below"),
-    (dict(Freeze_Train=True, Freeze_Epoch=30), "Freeze_Epoch = 30"), (dict(Min_lr=1.0), "Min_lr = 1.0 must be at most"),
-    (dict(Init_lr=0), "Init_lr = 0 must be a number from 1e-09 to 1,000"), (dict(Init_lr=float("nan")), "Init_lr"),
-    (dict(Init_lr=float("inf")), "Init_lr = inf"), (dict(Init_lr=True), "Init_lr = True"), (dict(Init_lr="0.1"), "Init_lr = '0.1'"),
-    (dict(momentum=1.0), "momentum"), (dict(weight_decay=-1), "weight_decay"), (dict(input_shape=[64]), r"\[height, width\], each a whole"),
-    (dict(input_shape=64), "input_shape"), (dict(input_shape=[0, 64]), "input_shape"), (dict(input_shape=[True, 64]), "input_shape"),
-    (dict(input_shape=[64.0, 64]), "input_shape"), (dict(input_shape="64"), "input_shape"), (dict(backbone=18), "backbone = 18 must be a name"),
-    (dict(fp16=1), "fp16 = 1 must be one of True, False, 'auto'"), (dict(fp16="yes"), "True, False, 'auto'"),
-    (dict(num_workers=-1), "num_workers"), (dict(num_workers=1.5), "num_workers"), (dict(num_workers=10 ** 6), "from 0 to 1,000"),
-    (dict(save_period=0), "save_period"), (dict(seed=-1), "seed"), (dict(augmentation="flop"), "did you mean 'flip'"),
-    (dict(label_smoothing=1.0), "label_smoothing"), (dict(random_erasing=2), "random_erasing"), (dict(mixup_alpha=-1), "mixup_alpha"),
-    (dict(class_weights=True), "class_weights"), (dict(ema_decay=1), "ema_decay"), (dict(accumulate=0), "accumulate"),
-    (dict(early_stop=-1), "early_stop"), (dict(val_crop=0), "val_crop"), (dict(crop_scale=2), "crop_scale"),
-    (dict(seed=2 ** 63), "seed = 9223372036854775808 must be"), (dict(mixup_alpha=1e-300), "0, or a number from 0.01 to 1,000"),
-    (dict(clip_grad_norm=1e-300), "clip_grad_norm"), (dict(UnFreeze_Epoch=10 ** 400), "UnFreeze_Epoch = 1000"),
-    (dict(UnFreeze_Epoch=10 ** 5000), "thousands of digits"), (dict(optimizer_type=10 ** 5000), "thousands of digits"),
-    (dict(weight_decay=10 ** 400), "weight_decay"), (dict(save_dir="a\udc80"), "in UTF-8"), (dict(save_dir="a\0b"), "save_dir"),
-    (dict(resume=3), "resume = 3 must be False, True, or"), (dict(resume=""), "resume"), (dict(save_dir=""), "save_dir"),
-    (dict(sync_bn=True), "set sync_bn = False"), (dict(distributed=True), "torchrun"), (dict(classes_path=None), "classes_path"),
-    (dict(model_path=None), "model_path"), (dict(pretrained="no"), "pretrained = 'no' must be one of True, False"), (dict(Cuda=0), "Cuda = 0"),
-    (dict(mean=[123.7, 116.3, 103.5]), r"mean = .* \[red, green, blue\], each a number from 0 to 1"), (dict(mean=0.5), "mean"),
-    (dict(std=[0.5, 0.5, 0]), "std"), (dict(std=[0.5, 0.5]), "std"), (dict(std=[0.5, 0.5, float("nan")]), "std"),
+    (dict(optimizer_type="sdg"), "'sgd', 'adam', 'adamw'.*did you mean 'sgd'"),
+    (dict(lr_decay_type="cosine"), "'cos', 'step'"),
+    (dict(Unfreeze_batch_size=0), "Unfreeze_batch_size = 0 must be"),
+    (dict(Freeze_batch_size=-4), "Freeze_batch_size"),
+    (dict(UnFreeze_Epoch=0), "UnFreeze_Epoch"),
+    (dict(Init_Epoch=10, UnFreeze_Epoch=10), "must be below"),
+    (dict(Freeze_Train=True, Freeze_Epoch=30), "Freeze_Epoch = 30"),
+    (dict(Min_lr=1.0), "Min_lr = 1.0 must be at most"),
+    (dict(Init_lr=0), "Init_lr = 0 must be a number from 1e-09 to 1,000"),
+    (dict(Init_lr=float("nan")), "Init_lr"),
+    (dict(Init_lr=float("inf")), "Init_lr = inf"),
+    (dict(Init_lr=True), "Init_lr = True"),
+    (dict(Init_lr="0.1"), "Init_lr = '0.1'"),
+    (dict(momentum=1.0), "momentum"),
+    (dict(weight_decay=-1), "weight_decay"),
+    (dict(input_shape=[64]), r"\[height, width\], each a whole"),
+    (dict(input_shape=64), "input_shape"),
+    (dict(input_shape=[0, 64]), "input_shape"),
+    (dict(input_shape=[True, 64]), "input_shape"),
+    (dict(input_shape=[64.0, 64]), "input_shape"),
+    (dict(input_shape="64"), "input_shape"),
+    (dict(backbone=18), "backbone = 18 must be a name"),
+    (dict(fp16=1), "fp16 = 1 must be one of True, False, 'auto'"),
+    (dict(fp16="yes"), "True, False, 'auto'"),
+    (dict(num_workers=-1), "num_workers"),
+    (dict(num_workers=1.5), "num_workers"),
+    (dict(num_workers=10**6), "from 0 to 1,000"),
+    (dict(save_period=0), "save_period"),
+    (dict(seed=-1), "seed"),
+    (dict(augmentation="flop"), "did you mean 'flip'"),
+    (dict(label_smoothing=1.0), "label_smoothing"),
+    (dict(random_erasing=2), "random_erasing"),
+    (dict(mixup_alpha=-1), "mixup_alpha"),
+    (dict(class_weights=True), "class_weights"),
+    (dict(ema_decay=1), "ema_decay"),
+    (dict(accumulate=0), "accumulate"),
+    (dict(early_stop=-1), "early_stop"),
+    (dict(val_crop=0), "val_crop"),
+    (dict(crop_scale=2), "crop_scale"),
+    (dict(seed=2**63), "seed = 9223372036854775808 must be"),
+    (dict(mixup_alpha=1e-300), "0, or a number from 0.01 to 1,000"),
+    (dict(clip_grad_norm=1e-300), "clip_grad_norm"),
+    (dict(UnFreeze_Epoch=10**400), "UnFreeze_Epoch = 1000"),
+    (dict(UnFreeze_Epoch=10**5000), "thousands of digits"),
+    (dict(optimizer_type=10**5000), "thousands of digits"),
+    (dict(weight_decay=10**400), "weight_decay"),
+    (dict(save_dir="a\udc80"), "in UTF-8"),
+    (dict(save_dir="a\0b"), "save_dir"),
+    (dict(resume=3), "resume = 3 must be False, True, or"),
+    (dict(resume=""), "resume"),
+    (dict(save_dir=""), "save_dir"),
+    (dict(sync_bn=True), "set sync_bn = False"),
+    (dict(distributed=True), "torchrun"),
+    (dict(classes_path=None), "classes_path"),
+    (dict(model_path=None), "model_path"),
+    (dict(pretrained="no"), "pretrained = 'no' must be one of True, False"),
+    (dict(Cuda=0), "Cuda = 0"),
+    (
+        dict(mean=[123.7, 116.3, 103.5]),
+        r"mean = .* \[red, green, blue\], each a number from 0 to 1",
+    ),
+    (dict(mean=0.5), "mean"),
+    (dict(std=[0.5, 0.5, 0]), "std"),
+    (dict(std=[0.5, 0.5]), "std"),
+    (dict(std=[0.5, 0.5, float("nan")]), "std"),
 ]
 
 
-@pytest.mark.parametrize("change, sentence", WRONG, ids=lambda v: str(next(iter(v))) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    "change, sentence", WRONG, ids=lambda v: str(next(iter(v))) if isinstance(v, dict) else ""
+)
 def test_settings(change, sentence):
     rules.check_settings(settings_with())
     with pytest.raises(UserError, match=sentence) as caught:
@@ -65,8 +117,21 @@ def test_settings(change, sentence):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [dict(Min_lr=0), dict(mixup_alpha=0), dict(clip_grad_norm=0), dict(model_path=""), dict(resume=True),
-                                    dict(seed=2 ** 63 - 1), dict(input_shape=(64, 48)), dict(std=(1, 1, 1)), dict(Min_lr=0.05), dict(save_dir="ä 猫")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(Min_lr=0),
+        dict(mixup_alpha=0),
+        dict(clip_grad_norm=0),
+        dict(model_path=""),
+        dict(resume=True),
+        dict(seed=2**63 - 1),
+        dict(input_shape=(64, 48)),
+        dict(std=(1, 1, 1)),
+        dict(Min_lr=0.05),
+        dict(save_dir="ä 猫"),
+    ],
+)
 def test_good_settings(change):
     rules.check_settings(settings_with(**change))
 
@@ -80,7 +145,13 @@ def test_cuda_without_a_gpu():
 @pytest.fixture
 def launched(monkeypatch):
     """As torchrun starts a process of four."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "4"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "1"),
+    ):
         monkeypatch.setenv(name, value)
 
 
@@ -126,44 +197,118 @@ def test_several_gpus_of_one_process(monkeypatch):
 
 
 def test_command_line():
-    values = given_words("--Init_lr", "0.02", "--backbone=resnet50", "--input_shape", "[96, 128]", "--Freeze_Train", "True",
-                         "--resume", "logs/2026_01_01", "--save_dir", "123")
-    assert values["Init_lr"] == 0.02 and values["Min_lr"] == pytest.approx(0.0002) and values["backbone"] == "resnet50"
-    assert values["input_shape"] == [96, 128] and values["Freeze_Train"] is True and values["resume"] == "logs/2026_01_01"
+    values = given_words(
+        "--Init_lr",
+        "0.02",
+        "--backbone=resnet50",
+        "--input_shape",
+        "[96, 128]",
+        "--Freeze_Train",
+        "True",
+        "--resume",
+        "logs/2026_01_01",
+        "--save_dir",
+        "123",
+    )
+    assert (
+        values["Init_lr"] == 0.02
+        and values["Min_lr"] == pytest.approx(0.0002)
+        and values["backbone"] == "resnet50"
+    )
+    assert (
+        values["input_shape"] == [96, 128]
+        and values["Freeze_Train"] is True
+        and values["resume"] == "logs/2026_01_01"
+    )
     assert values["save_dir"] == "123" and values["momentum"] == 0.9
     assert given_words("--resume", "2026_11_24_21_45_25")["resume"] == "2026_11_24_21_45_25"
-    assert [given_words("--fp16", word)["fp16"] for word in ("auto", "True", "False")] == ["auto", True, False]
-    assert given_words("--backbone", "'resnet18'", "--augmentation", "none")["backbone"] == "resnet18"
+    assert [given_words("--fp16", word)["fp16"] for word in ("auto", "True", "False")] == [
+        "auto",
+        True,
+        False,
+    ]
+    assert (
+        given_words("--backbone", "'resnet18'", "--augmentation", "none")["backbone"] == "resnet18"
+    )
     assert given_words("--save_dir", "it's 'mine'")["save_dir"] == "it's 'mine'"
     assert given_words("--local-rank=0", "--best_by=-mae")["best_by"] == "-mae"
-    assert given_words("--seed", "3", "--seed=4")["seed"] == 4  # the last one counts, as in a script that ends with "$@"
+    assert (
+        given_words("--seed", "3", "--seed=4")["seed"] == 4
+    )  # the last one counts, as in a script that ends with "$@"
 
 
 def test_one_spelling_of_lists_and_paths(monkeypatch):
     """A tuple is a list and '~' the home folder, wherever they are written."""
     monkeypatch.setenv("HOME", "/home/me")
-    for values in (given_words("--input_shape=96,128", "--save_dir=~/x", "--model_path=~/w.pth", "--resume=~/logs/1"),
-                   given_words(input_shape=(96, 128), save_dir="~/x", model_path="~/w.pth", resume="~/logs/1")):
-        assert values["input_shape"] == [96, 128] and values["save_dir"] == "/home/me/x" and values["resume"] == "/home/me/logs/1"
-        assert values["model_path"] == "/home/me/w.pth" and values["classes_path"] == "model_data/cls_classes.txt"
+    for values in (
+        given_words(
+            "--input_shape=96,128", "--save_dir=~/x", "--model_path=~/w.pth", "--resume=~/logs/1"
+        ),
+        given_words(input_shape=(96, 128), save_dir="~/x", model_path="~/w.pth", resume="~/logs/1"),
+    ):
+        assert (
+            values["input_shape"] == [96, 128]
+            and values["save_dir"] == "/home/me/x"
+            and values["resume"] == "/home/me/logs/1"
+        )
+        assert (
+            values["model_path"] == "/home/me/w.pth"
+            and values["classes_path"] == "model_data/cls_classes.txt"
+        )
     assert given_words("--save_dir=./~/x", "--backbone=~")["save_dir"] == "./~/x"
 
 
-@pytest.mark.parametrize("words, sentence", [
-    ("--Init_lrr 1", "did you mean 'Init_lr'"), ("Init_lr", "'Init_lr' is no setting"), ("--seed", "--seed: expected one argument"),
-    ("--seed --Cuda False", "--seed: expected one"), ("--best_by -mae", "write --name=value"), ("--seed a", "seed = 'a' must be"),
-    ("--Cuda yes", "True, False"), ("--seed " + "9" * 5000, "seed = "), 
-    ("--Init_lr 1e400", "Init_lr = inf"), ("--Init_lr nan", "Init_lr = 'nan'"), ("--Init_lr=-1", "Init_lr = -1 must"), ("--Init_lr -1", "Init_lr = -1 must"),
-    ("--Init_lr True", "Init_lr = True"),
-    ("--no-pretrained", "did you mean 'pretrained'"), ("--no-Cuda", "did you mean 'Cuda'"), ("--input_shape [224, 224]", "'224\\]' is no setting.*quotes"),
-    ("--input_shape 224x224", "must be \\[height, width\\]"), ("--input_shape=['a','b']", "input_shape"), ("--seed １２", "seed = '１２'"),
-    ("--seed=", "seed = '' must be"), ("--save_dir=", "save_dir = '' must be"), ("-- --seed 3", "no setting"), ("-b 32", "'-b' is no setting"),
-    ("--=3", "'--=3' is no setting"), ("--Init_lr (((((((", "Init_lr = "), ("--seed 1e3", "seed = 1000.0"), ("--seed None", "seed = None"),
-    ("--help-me", "no setting"), ("--Init", "did you mean"), ("--save_dir a\udc80", "in UTF-8"), ("--init_lr 3", "did you mean 'Init_lr'"),
-    *((f"--{word} 3", f"did you mean .*'{name}'") for word, name in dict(
-        lr="Init_lr", epochs="UnFreeze_Epoch", epoch="UnFreeze_Epoch", batch_size="Unfreeze_batch_size", workers="num_workers",
-        model="model_path", weights="weight_decay", optimizer="optimizer_type", LR="Init_lr").items()),
-    ("--batch-size=3", "did you mean .*'Unfreeze_batch_size'")])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--Init_lrr 1", "did you mean 'Init_lr'"),
+        ("Init_lr", "'Init_lr' is no setting"),
+        ("--seed", "--seed: expected one argument"),
+        ("--seed --Cuda False", "--seed: expected one"),
+        ("--best_by -mae", "write --name=value"),
+        ("--seed a", "seed = 'a' must be"),
+        ("--Cuda yes", "True, False"),
+        ("--seed " + "9" * 5000, "seed = "),
+        ("--Init_lr 1e400", "Init_lr = inf"),
+        ("--Init_lr nan", "Init_lr = 'nan'"),
+        ("--Init_lr=-1", "Init_lr = -1 must"),
+        ("--Init_lr -1", "Init_lr = -1 must"),
+        ("--Init_lr True", "Init_lr = True"),
+        ("--no-pretrained", "did you mean 'pretrained'"),
+        ("--no-Cuda", "did you mean 'Cuda'"),
+        ("--input_shape [224, 224]", "'224\\]' is no setting.*quotes"),
+        ("--input_shape 224x224", "must be \\[height, width\\]"),
+        ("--input_shape=['a','b']", "input_shape"),
+        ("--seed １２", "seed = '１２'"),
+        ("--seed=", "seed = '' must be"),
+        ("--save_dir=", "save_dir = '' must be"),
+        ("-- --seed 3", "no setting"),
+        ("-b 32", "'-b' is no setting"),
+        ("--=3", "'--=3' is no setting"),
+        ("--Init_lr (((((((", "Init_lr = "),
+        ("--seed 1e3", "seed = 1000.0"),
+        ("--seed None", "seed = None"),
+        ("--help-me", "no setting"),
+        ("--Init", "did you mean"),
+        ("--save_dir a\udc80", "in UTF-8"),
+        ("--init_lr 3", "did you mean 'Init_lr'"),
+        *(
+            (f"--{word} 3", f"did you mean .*'{name}'")
+            for word, name in dict(
+                lr="Init_lr",
+                epochs="UnFreeze_Epoch",
+                epoch="UnFreeze_Epoch",
+                batch_size="Unfreeze_batch_size",
+                workers="num_workers",
+                model="model_path",
+                weights="weight_decay",
+                optimizer="optimizer_type",
+                LR="Init_lr",
+            ).items()
+        ),
+        ("--batch-size=3", "did you mean .*'Unfreeze_batch_size'"),
+    ],
+)
 def test_mistakes_on_the_command_line(words, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         given_words(*words.split(" "))
@@ -179,23 +324,42 @@ def test_help(capsys):
     for title in dict.fromkeys(title for _, _, title in constants.values()):
         assert f"\n{title}:\n" in out
     flat = re.sub(r"\s+", " ", out)
-    assert flat.count("default: ") == len(constants) and '--input_shape "[64, 64]" ' in flat and "default: 'model_data/cls_train.txt'" in flat and flat.count("'adamw'") == 1
-    assert all(f"python -m utils.{name}" in flat for name in ("annotation", "evaluate", "predict", "export"))
+    assert (
+        flat.count("default: ") == len(constants)
+        and '--input_shape "[64, 64]" ' in flat
+        and "default: 'model_data/cls_train.txt'" in flat
+        and flat.count("'adamw'") == 1
+    )
+    assert all(
+        f"python -m utils.{name}" in flat
+        for name in ("annotation", "evaluate", "predict", "export")
+    )
 
 
 def test_choices_that_a_fork_adds_are_in_help(monkeypatch, capsys):
     monkeypatch.setitem(rules.CHOICES, "lr_decay_type", ("cos", "step", "linear"))
     with pytest.raises(SystemExit):
         given_words("--help")
-    assert re.search(r"'cos',\s+'step':[^;]*;\s+or\s+'linear';\s+default:\s+'cos'", capsys.readouterr().out)
+    assert re.search(
+        r"'cos',\s+'step':[^;]*;\s+or\s+'linear';\s+default:\s+'cos'", capsys.readouterr().out
+    )
 
 
 def test_every_constant_has_a_rule_a_line_and_a_comment():
     constants = rules.constants(trainer.__file__)
-    assert set(constants) == NAMES and all(comment and title != "Settings" for _, comment, title in constants.values())
+    assert set(constants) == NAMES and all(
+        comment and title != "Settings" for _, comment, title in constants.values()
+    )
 
 
-VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(-1, 300) | st.floats(), max_size=3)
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers(-1, 300) | st.floats(), max_size=3)
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -208,7 +372,15 @@ def test_random_settings(changes):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["--Init_lr", "--seed", "--resume", "--x", "--", "-", "--mean=", "--save_dir="]) | st.text(max_size=6), max_size=4))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["--Init_lr", "--seed", "--resume", "--x", "--", "-", "--mean=", "--save_dir="]
+        )
+        | st.text(max_size=6),
+        max_size=4,
+    )
+)
 def test_random_command_lines(words):
     if not {"-h", "--help"} & set(words) and not any(word.startswith("-h") for word in words):
         try:
@@ -246,15 +418,61 @@ def test_settings_of_ones_own(tmp_path, monkeypatch):
         script = {"__file__": str(path), "__doc__": ""}
         exec(SCRIPT, script)
         return rules.command_line(script, [str(word) for word in words])
-    assert own_words() == {"gamma": 2.0, "steps": 3, "name": "a", "free": None, "size": [1, 2], "half": 1.0, "on": False, "home_dir": ".",
-                           "low": 1, "high": 1, "table": {}}
-    found = own_words("--gamma", 3, "--free", "[1]", "--size", "(4,)", "--name", 5, "--on", "True", "--home_dir=~",
-                      "--high", 2, "--table", "{1: 2}")
-    assert found == {"gamma": 3, "steps": 3, "name": "5", "free": [1], "size": [4], "half": 1.5, "on": True, "home_dir": "/home/me",
-                     "low": 1, "high": 2, "table": {1: 2}}
+
+    assert own_words() == {
+        "gamma": 2.0,
+        "steps": 3,
+        "name": "a",
+        "free": None,
+        "size": [1, 2],
+        "half": 1.0,
+        "on": False,
+        "home_dir": ".",
+        "low": 1,
+        "high": 1,
+        "table": {},
+    }
+    found = own_words(
+        "--gamma",
+        3,
+        "--free",
+        "[1]",
+        "--size",
+        "(4,)",
+        "--name",
+        5,
+        "--on",
+        "True",
+        "--home_dir=~",
+        "--high",
+        2,
+        "--table",
+        "{1: 2}",
+    )
+    assert found == {
+        "gamma": 3,
+        "steps": 3,
+        "name": "5",
+        "free": [1],
+        "size": [4],
+        "half": 1.5,
+        "on": True,
+        "home_dir": "/home/me",
+        "low": 1,
+        "high": 2,
+        "table": {1: 2},
+    }
     assert own_words("--name=", "--free", "True")["free"] is True
-    for words in (("--gamma", "abc"), ("--gamma", "True"), ("--gamma", "1e400"), ("--steps", 2.5), ("--steps", "True"), ("--size", 3),
-                  ("--on", 1), ("--name", "\udc80")):
+    for words in (
+        ("--gamma", "abc"),
+        ("--gamma", "True"),
+        ("--gamma", "1e400"),
+        ("--steps", 2.5),
+        ("--steps", "True"),
+        ("--size", 3),
+        ("--on", 1),
+        ("--name", "\udc80"),
+    ):
         with pytest.raises(UserError, match=f"{words[0][2:]} = .* must be "):
             own_words(*words)
     assert [title for _, _, title in rules.constants(path).values()] == ["First"] * 2 + ["Then"] * 9
@@ -270,7 +488,10 @@ def test_a_rule_whose_constant_is_gone_is_passed_over():
 
 
 def test_best_by():
-    model, batch = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7)), (torch.zeros(3, 3, 2, 2).byte(), torch.arange(3))
+    model, batch = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7)),
+        (torch.zeros(3, 3, 2, 2).byte(), torch.arange(3)),
+    )
     for good in ("val_loss", "top1", "top5", "-top1", "-val_loss"):
         check_best_by(good, model, batch, False, Recipe())
     for bad in ("top_1", "-", "", "--top1", "- top1", "loss"):
@@ -280,7 +501,9 @@ def test_best_by():
 
 def test_a_launch_says_which_limit_changed_the_rate(tmp_path):
     """What the header shows is what trains, and what the history has."""
-    folder = make_project(tmp_path, optimizer_type="'adamw'", Init_lr=2e-5, UnFreeze_Epoch=1, Freeze_batch_size=7)
+    folder = make_project(
+        tmp_path, optimizer_type="'adamw'", Init_lr=2e-5, UnFreeze_Epoch=1, Freeze_batch_size=7
+    )
     make_data(folder, train=24, test=6)
     out, _ = train(folder)
     assert "adamw, cos, lr 0.0001 to 1e-06 (Init_lr and Min_lr ask for 2.5e-06 to 2.5e-08" in out

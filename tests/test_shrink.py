@@ -1,4 +1,5 @@
 """Reduced copies of large pictures: what they show, when they are made, and what is never touched."""
+
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from PIL import Image
 from tests.helpers import environment
 from tests.test_data import photo
 from utils.annotation import main as annotate
-from utils.errors import UserError
+from utils.plumbing.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +35,19 @@ def large():
 
 
 def listed():
-    return {line.partition(";")[2] for name in ("train", "test") for line in Path(f"model_data/cls_{name}.txt").read_text().splitlines()}
+    return {
+        line.partition(";")[2]
+        for name in ("train", "test")
+        for line in Path(f"model_data/cls_{name}.txt").read_text().splitlines()
+    }
 
 
 def snapshot(folder):
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_copies(capsys):
@@ -48,7 +57,10 @@ def test_copies(capsys):
     save("photos/cat/a.JPG", photo(400, 300), exif=exif)
     save("photos/cat/b.png", photo(300, 400, 1).convert("RGBA"))
     save("photos/cat/b.png.jpg", photo(300, 400, 2))
-    save("photos/cat/deep er/c.tif", Image.fromarray((np.asarray(photo(200, 210).convert("L")).astype(np.uint16) * 257)))
+    save(
+        "photos/cat/deep er/c.tif",
+        Image.fromarray((np.asarray(photo(200, 210).convert("L")).astype(np.uint16) * 257)),
+    )
     save("photos/dog/small.jpg", photo(90, 79))
     save("photos/dog/tiny.png", photo(20, 10))
     save("photos/dog/wide.jpg", photo(800, 100))
@@ -57,16 +69,43 @@ def test_copies(capsys):
     before = snapshot("photos")
     annotate(["photos", "--shrink", "64"])
     assert snapshot("photos") == before
-    copies = {"cat/a.JPG.jpg": (64, 85), "cat/b.png.jpg": (64, 85), "cat/b.png.jpg.jpg": (64, 85), "cat/deep er/c.tif.jpg": (64, 67),
-              "dog/wide.jpg.jpg": (512, 64)}
-    assert listed() == {f"photos-shrunk-64/{name}" for name in copies} | {"photos/dog/small.jpg", "photos/dog/tiny.png"}
+    copies = {
+        "cat/a.JPG.jpg": (64, 85),
+        "cat/b.png.jpg": (64, 85),
+        "cat/b.png.jpg.jpg": (64, 85),
+        "cat/deep er/c.tif.jpg": (64, 67),
+        "dog/wide.jpg.jpg": (512, 64),
+    }
+    assert listed() == {f"photos-shrunk-64/{name}" for name in copies} | {
+        "photos/dog/small.jpg",
+        "photos/dog/tiny.png",
+    }
     for name, size in copies.items():
         with Image.open(f"photos-shrunk-64/{name}") as copy:
-            assert copy.size == size and copy.mode == "RGB" and copy.format == "JPEG" and copy.getexif().get(0x0112) is None
-    original = photo(400, 300).transpose(Image.Transpose.ROTATE_270).resize((64, 85), Image.Resampling.BICUBIC)
-    assert np.abs(np.asarray(original, float) - np.asarray(Image.open("photos-shrunk-64/cat/a.JPG.jpg"), float)).mean() < 4
+            assert (
+                copy.size == size
+                and copy.mode == "RGB"
+                and copy.format == "JPEG"
+                and copy.getexif().get(0x0112) is None
+            )
+    original = (
+        photo(400, 300)
+        .transpose(Image.Transpose.ROTATE_270)
+        .resize((64, 85), Image.Resampling.BICUBIC)
+    )
+    assert (
+        np.abs(
+            np.asarray(original, float)
+            - np.asarray(Image.open("photos-shrunk-64/cat/a.JPG.jpg"), float)
+        ).mean()
+        < 4
+    )
     out = capsys.readouterr().out
-    assert "unreadable: photos/dog/cut.jpg" in out and "unreadable: photos/dog/text.png" in out and "5 of 9 pictures" in out
+    assert (
+        "unreadable: photos/dog/cut.jpg" in out
+        and "unreadable: photos/dog/text.png" in out
+        and "5 of 9 pictures" in out
+    )
     assert not [*Path("photos-shrunk-64").rglob(".*")]
 
     old = snapshot("photos-shrunk-64")
@@ -76,7 +115,9 @@ def test_copies(capsys):
     annotate(["photos", "--shrink", "64"])
     new = snapshot("photos-shrunk-64")
     changed = {path.as_posix() for path in new if new[path] != old.get(path) and path.suffix}
-    assert changed == {f"photos-shrunk-64/{name}.jpg" for name in ("cat/b.png", "dog/new.jpg", "dog/wide.jpg")}
+    assert changed == {
+        f"photos-shrunk-64/{name}.jpg" for name in ("cat/b.png", "dog/new.jpg", "dog/wide.jpg")
+    }
 
 
 def test_another_picture_with_the_same_time_and_size():
@@ -87,12 +128,22 @@ def test_another_picture_with_the_same_time_and_size():
     save("new.bmp", photo(200, 150, 7))
     os.utime("new.bmp", ns=(old.st_atime_ns, old.st_mtime_ns))
     os.replace("new.bmp", "photos/cat/a.bmp")
-    assert (os.stat("photos/cat/a.bmp").st_mtime_ns, os.path.getsize("photos/cat/a.bmp")) == (old.st_mtime_ns, old.st_size)
+    assert (os.stat("photos/cat/a.bmp").st_mtime_ns, os.path.getsize("photos/cat/a.bmp")) == (
+        old.st_mtime_ns,
+        old.st_size,
+    )
     annotate(["photos", "--shrink", "64"])
     after = snapshot("photos-shrunk-64")
-    assert {path.as_posix() for path in after if after[path] != before[path]} == {"photos-shrunk-64/cat/a.bmp.jpg"}
+    assert {path.as_posix() for path in after if after[path] != before[path]} == {
+        "photos-shrunk-64/cat/a.bmp.jpg"
+    }
     shown = np.asarray(Image.open("photos-shrunk-64/cat/a.bmp.jpg"), float)
-    assert np.abs(shown - np.asarray(photo(200, 150, 7).resize((85, 64), Image.Resampling.BICUBIC), float)).mean() < 6
+    assert (
+        np.abs(
+            shown - np.asarray(photo(200, 150, 7).resize((85, 64), Image.Resampling.BICUBIC), float)
+        ).mean()
+        < 6
+    )
 
 
 @pytest.mark.parametrize("target", ["cat", "cat/deep", "cat/a.jpg.jpg", "cat/deep/er/c.jpg.jpg"])
@@ -140,11 +191,16 @@ def test_another_size_has_another_folder():
     large()
     for size in (64, 32):
         annotate(["photos/", "--shrink", str(size)])
-        assert listed() == {f"photos-shrunk-{size}/{name}.jpg.jpg" for name in ("cat/a", "cat/b", "dog/a", "dog/b")}
+        assert listed() == {
+            f"photos-shrunk-{size}/{name}.jpg.jpg" for name in ("cat/a", "cat/b", "dog/a", "dog/b")
+        }
         assert Image.open(f"photos-shrunk-{size}/cat/a.jpg.jpg").height == size
     os.chdir("photos")
     annotate([".", "--shrink", "16"])
-    assert listed() == {str(Path(f"../photos-shrunk-16/{name}.jpg.jpg").resolve()) for name in ("cat/a", "cat/b", "dog/a", "dog/b")}
+    assert listed() == {
+        str(Path(f"../photos-shrunk-16/{name}.jpg.jpg").resolve())
+        for name in ("cat/a", "cat/b", "dog/a", "dog/b")
+    }
 
 
 def test_a_folder_that_cannot_be_made():
@@ -170,7 +226,10 @@ def test_small_pictures_are_decoded_as_well(capsys):
         save(f"photos/{name}.jpg", photo(60, 60, 3))
     Path("photos/cat/c.jpg").write_bytes(Path("photos/cat/c.jpg").read_bytes()[:1200])
     annotate(["photos", "--shrink", "64"])
-    assert listed() == {f"photos/{name}.jpg" for name in ("cat/a", "cat/b", "dog/a", "dog/b")} and "unreadable: photos/cat/c.jpg" in capsys.readouterr().out
+    assert (
+        listed() == {f"photos/{name}.jpg" for name in ("cat/a", "cat/b", "dog/a", "dog/b")}
+        and "unreadable: photos/cat/c.jpg" in capsys.readouterr().out
+    )
 
 
 def test_stopped_and_continued():
@@ -182,14 +241,23 @@ def test_stopped_and_continued():
     words = [sys.executable, "-m", "utils.annotation", "photos", "--shrink", "32"]
     root = Path(__file__).resolve().parent.parent
     with open("out.txt", "w") as out:
-        process = subprocess.Popen(words, env={**environment(), "PYTHONPATH": str(root)}, stdout=out, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            words,
+            env={**environment(), "PYTHONPATH": str(root)},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     while len(list(Path("photos-shrunk-32").rglob("*.jpg"))) < 3:
         assert process.poll() is None, Path("out.txt").read_text()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(10) == -signal.SIGINT and Path("out.txt").read_text() == ""
-    early = {path: file for path, file in snapshot("photos-shrunk-32").items() if not path.parts[1].startswith(".")}
+    early = {
+        path: file
+        for path, file in snapshot("photos-shrunk-32").items()
+        if not path.parts[1].startswith(".")
+    }
     assert len(early) < 60 and not os.path.exists("model_data/cls_train.txt")
     for path in early:
         Image.open(path).load()

@@ -1,4 +1,5 @@
 """A step that the scaler skips because its gradients overflow leaves weights and state as if it had never been made."""
+
 import copy
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from utils.fit import optimizer_step
-from utils.recipe import OPTIMIZERS, get_optimizer, restore_optimizer
+from utils.optimizer import OPTIMIZERS, get_optimizer, restore_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,11 @@ def empty_memory_is_nan():
 def setting(optimizer_type):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    return model, get_optimizer(model, ["2"], optimizer_type, 0.9, 5e-4), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return (
+        model,
+        get_optimizer(model, ["2"], optimizer_type, 0.9, 5e-4),
+        torch.amp.GradScaler("cpu", init_scale=1024.0),
+    )
 
 
 def step(model, optimizer, scaler, number, overflow=False, **clip):

@@ -1,4 +1,5 @@
 """README's batch script in a real Slurm: what goes back into the queue, what does not, and how it ends."""
+
 import os
 import re
 import time
@@ -9,12 +10,19 @@ import torch
 from tests.helpers import ROOT, make_data, make_project, same, torchrun, train, weights
 from tests.slurm import NODES, Slurm, missing
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())}"),
+]
 
 # jobs of the partition 'first' preempt those of the other one, which have a minute to end
-PREEMPTION = dict(extra="PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE", partitions=(
-    "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60\n"
-    "PartitionName=first Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF"))
+PREEMPTION = dict(
+    extra="PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE",
+    partitions=(
+        "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60\n"
+        "PartitionName=first Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF"
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +31,10 @@ def project(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("project"), UnFreeze_Epoch=8)
     make_data(folder)
     blocks = (ROOT / "utils/README.md").read_text(encoding="utf-8").split("\n```\n")
-    script, = (block for block in blocks if "#SBATCH" in block)
+    (script,) = (block for block in blocks if "#SBATCH" in block)
     assert script.startswith("#!/bin/bash\n") and script.count("--nproc_per_node=8") == 1
     train(folder, "--save_dir", "alone", launcher=torchrun(), timeout=300)
-    run, = (folder / "alone").iterdir()
+    (run,) = (folder / "alone").iterdir()
     return folder, script.replace("--nproc_per_node=8", "--nproc_per_node=1") + "\n", weights(run)
 
 
@@ -50,18 +58,22 @@ class Job:
         self.slurm.until(lambda: text in self.output(), f"{text!r} was never printed", 240)
 
     def run(self):
-        run, = (self.folder / "logs" / str(self.id)).iterdir()
+        (run,) = (self.folder / "logs" / str(self.id)).iterdir()
         return run
 
     def ends(self, state, restarts, timeout=300):
-        fields = self.slurm.wait(self.id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout)
+        fields = self.slurm.wait(
+            self.id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout
+        )
         assert (fields["JobState"], fields["Restarts"]) == (state, str(restarts)), self.output()
         return fields["ExitCode"]
 
     def ends_as(self, reference, restarts):
         assert self.ends("COMPLETED", restarts) == "0:0"
         out = self.output()
-        assert out.count(f"continuing logs/{self.id}/") == restarts and out.count("best top-1") == 1, out
+        assert (
+            out.count(f"continuing logs/{self.id}/") == restarts and out.count("best top-1") == 1
+        ), out
         assert same(weights(self.run()), reference)
 
 
@@ -87,7 +99,9 @@ def test_a_job_that_makes_room(slurm, project, by):
     job = Job(slurm, folder, script)
     job.until_it_prints("epoch 3/8:")
     if by == "another job":
-        other = slurm.submit(folder, "#!/bin/bash\nsleep 1\n", "--partition=first", "--nodes=2", "--exclusive")
+        other = slurm.submit(
+            folder, "#!/bin/bash\nsleep 1\n", "--partition=first", "--nodes=2", "--exclusive"
+        )
         slurm.wait(other, "COMPLETED")
     else:
         slurm.command("scontrol", "requeue", job.id)
@@ -129,7 +143,9 @@ def test_a_wrong_setting_is_not_tried_again(slurm, project):
     folder, script, _ = project
     job = Job(slurm, folder, script.replace("train.py", "train.py --Init_lrr 0.1"))
     assert job.ends("FAILED", restarts=0) == "1:0"
-    assert job.output().count("error: ") - job.output().count("srun: error: ") <= len(NODES)  # once a machine
+    assert job.output().count("error: ") - job.output().count("srun: error: ") <= len(
+        NODES
+    )  # once a machine
     assert "did you mean 'Init_lr'" in job.output() and not (folder / "logs" / str(job.id)).exists()
 
 

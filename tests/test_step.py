@@ -1,4 +1,5 @@
 """A step as train.py makes it, with train.py's own settings: nothing of it stays behind."""
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,21 +8,34 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train as trainer
 from utils.fit import backward, optimizer_step
-from utils.recipe import Recipe, get_optimizer
+from utils.recipe import Recipe
+from utils.optimizer import get_optimizer
 
-SETTINGS = {name: value for name, value in vars(trainer).items() if type(value) in (bool, int, float, str, list)}
+SETTINGS = {
+    name: value
+    for name, value in vars(trainer).items()
+    if type(value) in (bool, int, float, str, list)
+}
 
 
 @pytest.fixture
 def one_process_group(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
 
 
 def make_step(model_train, model, optimizer, recipe):
@@ -36,7 +50,9 @@ def make_step(model_train, model, optimizer, recipe):
 
 def get_parts():
     model = network()
-    optimizer = get_optimizer(model, ["4"], SETTINGS["optimizer_type"], SETTINGS["momentum"], SETTINGS["weight_decay"])
+    optimizer = get_optimizer(
+        model, ["4"], SETTINGS["optimizer_type"], SETTINGS["momentum"], SETTINGS["weight_decay"]
+    )
     return model, optimizer, Recipe(SETTINGS, model, 3)
 
 
@@ -55,8 +71,12 @@ def test_a_step_is_not_recorded_by_autograd():
     model, optimizer, recipe = get_parts()
     assert SETTINGS["clip_ratio"] > 0
     assert graph_size(make_step(model, model, optimizer, recipe)) == 0
-    assert not any(state.requires_grad for part in optimizer.state.values() for state in part.values()
-                   if isinstance(state, torch.Tensor))
+    assert not any(
+        state.requires_grad
+        for part in optimizer.state.values()
+        for state in part.values()
+        if isinstance(state, torch.Tensor)
+    )
 
 
 def test_the_graph_behind_ddp_s_gradients_does_not_grow(one_process_group):

@@ -1,5 +1,6 @@
 """All that resuming needs, as one file that is the commit; the files that people read follow it. Before each step the
 processes agree on one number, so that none enters a step that another one leaves out."""
+
 import signal
 import time
 from collections import Counter
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils import processes
-from utils.errors import NOT_FINITE, UserError
-from utils.files import save_tensors
-from utils.processes import rank, say
-from utils.recipe import restore_optimizer
+from utils.optimizer import restore_optimizer
+from utils.plumbing import processes
+from utils.plumbing.console import say
+from utils.plumbing.errors import NOT_FINITE, UserError
+from utils.plumbing.files import save_tensors
+from utils.plumbing.processes import rank
 
 LAST = "last_checkpoint.pth"
 GO_ON, SAVE = 0, 1  # what a process wishes for the next step; 128 + a signal's number: save and end
@@ -23,9 +25,12 @@ GO_ON, SAVE = 0, 1  # what a process wishes for the next step; 128 + a signal's 
 @dataclass
 class Position:
     """How far this process is in an epoch's training, or in its validation."""
+
     epoch: int
     step: int = 0  # global batches done
-    sums: Counter = field(default_factory=Counter)  # of recipe.sums_of, whose update() adds; on the device, so no step waits
+    sums: Counter = field(
+        default_factory=Counter
+    )  # of recipe.sums_of, whose update() adds; on the device, so no step waits
     unreadable: int = 0
 
     def totals(self):
@@ -44,11 +49,22 @@ class Checkpoint:
     """
 
     def __init__(self, run, parts, save_minutes=0, scored_on=""):
-        self.run, self.parts, self.save_minutes, self.scored_on = run, parts, save_minutes, scored_on
-        self.best, self.best_is_new = None, False  # the best epoch's weights, on the CPU: one story with the history
+        self.run, self.parts, self.save_minutes, self.scored_on = (
+            run,
+            parts,
+            save_minutes,
+            scored_on,
+        )
+        self.best, self.best_is_new = (
+            None,
+            False,
+        )  # the best epoch's weights, on the CPU: one story with the history
         self.position, self.order, self.resumed = Position(0), "", {}
         self.signal, self.signalled_at, self.saved_at = 0, 0, time.monotonic()
-        self.asked = torch.tensor([GO_ON]), None  # the last wish, and its journey to the other processes
+        self.asked = (
+            torch.tensor([GO_ON]),
+            None,
+        )  # the last wish, and its journey to the other processes
 
     def load(self, state):
         """Give every part its own back, taking it out of `state`: it would fill memory for the rest of the run."""
@@ -61,7 +77,9 @@ class Checkpoint:
             self.best = None
             if rank() == 0:
                 self.parts["history"].seek_best_anew()
-            say("  the best epoch is sought anew: the test pictures, how they are read or best_by changed")
+            say(
+                "  the best epoch is sought anew: the test pictures, how they are read or best_by changed"
+            )
         self.resumed, self.position = state, Position(state["epoch"], state["step"])
 
     def begin(self, epoch, order):
@@ -69,24 +87,45 @@ class Checkpoint:
         kept, self.position, self.order = self.resumed, Position(epoch), order
         interrupted = kept.get("epoch") == epoch and kept["step"]
         if interrupted and kept["order"] != order:
-            say(f"  epoch {epoch + 1} begins again, as the training pictures, how they are read or their order changed")
+            say(
+                f"  epoch {epoch + 1} begins again, as the training pictures, how they are read or their order changed"
+            )
         elif interrupted:
             self.position.step = kept["step"]
             if rank() == 0:
                 self.position.unreadable = kept["totals"].pop("unreadable")
                 device = next(self.parts["model"].parameters()).device
-                self.position.sums.update({name: value.to(device) for name, value in kept["totals"].items()})
+                self.position.sums.update(
+                    {name: value.to(device) for name, value in kept["totals"].items()}
+                )
         return self.position
 
     def save(self, epoch, step=0, totals=None):
         """Write last_checkpoint.pth on rank 0. Collective. UserError: weights that are not finite, a full disk."""
         if rank() == 0:
             state = {name: part and part.state_dict() for name, part in self.parts.items()}
-            state.update(best=self.best, epoch=epoch, step=step, totals=totals, order=self.order, scored_on=self.scored_on)
-            for name, what in (("model", "weights are"), ("ema", "averaged weights are"), ("totals", "loss is")):
-                tensors = [value for value in (state[name] or {}).values() if isinstance(value, torch.Tensor)]
+            state.update(
+                best=self.best,
+                epoch=epoch,
+                step=step,
+                totals=totals,
+                order=self.order,
+                scored_on=self.scored_on,
+            )
+            for name, what in (
+                ("model", "weights are"),
+                ("ema", "averaged weights are"),
+                ("totals", "loss is"),
+            ):
+                tensors = [
+                    value
+                    for value in (state[name] or {}).values()
+                    if isinstance(value, torch.Tensor)
+                ]
                 if not all(tensor.isfinite().all() for tensor in tensors):
-                    raise UserError(f"the {what} not finite any more after epoch {epoch}, step {step}: {NOT_FINITE}")
+                    raise UserError(
+                        f"the {what} not finite any more after epoch {epoch}, step {step}: {NOT_FINITE}"
+                    )
             save_tensors(Path(self.run, LAST), state)
         processes.barrier()
         self.saved_at = time.monotonic()
@@ -96,7 +135,10 @@ class Checkpoint:
         best = rank() == 0 and self.parts["history"].append_loss(figures)
         if best:
             self.best_is_new = True
-            self.best = {name: value.detach().to("cpu", copy=True) for name, value in judged.state_dict().items()}
+            self.best = {
+                name: value.detach().to("cpu", copy=True)
+                for name, value in judged.state_dict().items()
+            }
         self.position = Position(figures["epoch"])
         self.save(figures["epoch"])
         self.publish(save_period, last_epoch)
@@ -114,17 +156,25 @@ class Checkpoint:
         row, weights = history.rows[-1], getattr(judged, "module", judged).state_dict()
         save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
         if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:
-            name = "ep%03d-loss%.3f-val_loss%.3f.pth" % (row["epoch"], row["train_loss"], row["val_loss"])
+            name = "ep%03d-loss%.3f-val_loss%.3f.pth" % (
+                row["epoch"],
+                row["train_loss"],
+                row["val_loss"],
+            )
             save_tensors(Path(self.run, name), weights)
 
     def catch_signals(self):
         """From now on SIGTERM, Ctrl-C and SIGHUP are noted and obeyed before the next step; a second Ctrl-C ends at once."""
+
         def note(number, frame):
-            if self.signal and number == signal.SIGINT and time.monotonic() - self.signalled_at > 1:  # torchrun repeats the first
+            if (
+                self.signal and number == signal.SIGINT and time.monotonic() - self.signalled_at > 1
+            ):  # torchrun repeats the first
                 say(f"\nended at once: {self.run} is as it was saved last")
                 processes.end(128 + number)
             if not self.signal:
                 self.signal, self.signalled_at = number, time.monotonic()
+
         for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
                 signal.signal(number, note)
@@ -146,10 +196,21 @@ class Checkpoint:
             epoch, step = self.position.epoch, self.position.step
             self.save(epoch, step, self.position.totals())
         if wish > 128:
-            say(f"\n{signal.Signals(int(wish) - 128).name}: saved at epoch {epoch + 1}, step {step}; continue with "
-                f"resume = {self.run!r} (or resume = True), the other settings as they are")
+            say(
+                f"\n{signal.Signals(int(wish) - 128).name}: saved at epoch {epoch + 1}, step {step}; continue with "
+                f"resume = {self.run!r} (or resume = True), the other settings as they are"
+            )
             processes.barrier()
             processes.end(int(wish))
-        due = self.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * self.save_minutes
+        due = (
+            self.save_minutes
+            and rank() == 0
+            and time.monotonic() - self.saved_at > 60 * self.save_minutes
+        )
         wish = torch.tensor([128 + self.signal if self.signal else SAVE if due else GO_ON])
-        self.asked = wish, dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True) if processes.connected() else None
+        self.asked = (
+            wish,
+            dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True)
+            if processes.connected()
+            else None,
+        )

@@ -2,6 +2,7 @@
 
 Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, its place in the epoch, index) alone.
 """
+
 import math
 import random
 import re
@@ -13,12 +14,18 @@ import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
-from utils.errors import UserError
-from utils.formats import BROKEN, why
-from utils.lists import AnnotationLines, target_of
 from utils.pictures import MEAN, centre_box, random_box, read_crop
+from utils.plumbing.errors import UserError
+from utils.plumbing.formats import BROKEN, failure_reason
+from utils.plumbing.lists import AnnotationLines
+from utils.task import read_label
 
-POLICIES = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment, "auto": v2.AutoAugment, "aug_mix": v2.AugMix}
+POLICIES = {
+    "trivial": v2.TrivialAugmentWide,
+    "rand": v2.RandAugment,
+    "auto": v2.AutoAugment,
+    "aug_mix": v2.AugMix,
+}
 FIXED = ("none", "flip")  # augmentations whose crop of a picture is the same in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
 
@@ -40,14 +47,32 @@ class DataGenerator(Dataset):
     cache_mb (10⁶ bytes): where all crops fit and are the same in every epoch, each process keeps what it has read (in_memory).
     """
 
-    def __init__(self, annotation_lines, input_shape, random=True, augmentation="flip", random_erasing=0.0,
-                 crop_scale=0.08, val_crop=1.0, seed=0, num_classes=None, cache_mb=0, mean=MEAN):
-        lines = isinstance(annotation_lines, list) and all(isinstance(line, str) for line in annotation_lines)
+    def __init__(
+        self,
+        annotation_lines,
+        input_shape,
+        random=True,
+        augmentation="flip",
+        random_erasing=0.0,
+        crop_scale=0.08,
+        val_crop=1.0,
+        seed=0,
+        num_classes=None,
+        cache_mb=0,
+        mean=MEAN,
+    ):
+        lines = isinstance(annotation_lines, list) and all(
+            isinstance(line, str) for line in annotation_lines
+        )
         self.source = AnnotationLines(annotation_lines) if lines else annotation_lines
         self.input_shape, self.random, self.augmentation = tuple(input_shape), random, augmentation
         self.seed, self.num_classes = seed, num_classes
         fixed = not random or augmentation in FIXED
-        self.choose_box = partial(centre_box, self.input_shape, val_crop) if fixed else partial(random_box, crop_scale)
+        self.choose_box = (
+            partial(centre_box, self.input_shape, val_crop)
+            if fixed
+            else partial(random_box, crop_scale)
+        )
         self.in_memory = fixed and len(self) * math.prod(self.input_shape) * 3 <= cache_mb * 1e6
         self.kept = {}  # index → what read() has found
         self.transforms = [POLICIES[augmentation]()] if random and augmentation in POLICIES else []
@@ -59,19 +84,27 @@ class DataGenerator(Dataset):
 
     def name(self, index):
         """How messages name a picture: by its annotation line, or its number."""
-        return self.source.line(index) if isinstance(self.source, AnnotationLines) else f"picture {index} of the data set"
+        return (
+            self.source.line(index)
+            if isinstance(self.source, AnnotationLines)
+            else f"picture {index} of the data set"
+        )
 
     def target(self, index, label):
         """What lists.target_of makes of a picture's label."""
         try:
-            return target_of(label.tolist() if hasattr(label, "tolist") else label, self.num_classes)
+            return read_label(
+                label.tolist() if hasattr(label, "tolist") else label, self.num_classes
+            )
         except UserError as error:
             raise UserError(f"{self.name(index)}: {error}") from None
 
     def class_ids(self):
         """Every target, int64 (N,) of class ids: from torchvision's `targets`, unless a transform may change them."""
         labels = getattr(self.source, "targets", None)
-        if labels is None or any(getattr(self.source, name, None) for name in ("transforms", "target_transform")):
+        if labels is None or any(
+            getattr(self.source, name, None) for name in ("transforms", "target_transform")
+        ):
             labels = (self.source[index][1] for index in range(len(self)))
         return np.array([self.target(index, label) for index, label in enumerate(labels)])
 
@@ -82,11 +115,17 @@ class DataGenerator(Dataset):
             content = self.source.text.numpy()
         else:  # `targets`, and eight pictures or a few more, small
             data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
-            some = detection_collate([data[index] for index in range(0, len(data), max(1, len(data) // 8))])
+            some = detection_collate(
+                [data[index] for index in range(0, len(data), max(1, len(data) // 8))]
+            )
             targets = np.asarray(getattr(self.source, "targets", ()), object)
             content = repr([part.tolist() for part in (targets, *some[:2])]).encode()
         parts = {**vars(self), "source": f"{len(self)} pictures, {zlib.crc32(content):08x}"}
-        return {name: re.sub(" at 0x[0-9a-f]+", "", str(part)) for name, part in parts.items() if name not in ("kept", "in_memory")}
+        return {
+            name: re.sub(" at 0x[0-9a-f]+", "", str(part))
+            for name, part in parts.items()
+            if name not in ("kept", "in_memory")
+        }
 
     def read(self, index):
         """(uint8 (H, W, 3) that nobody may change, target); raises one of BROKEN for a picture that cannot be read."""
@@ -100,22 +139,31 @@ class DataGenerator(Dataset):
 
     def __getitem__(self, item):
         if self.random and not (isinstance(item, tuple) and len(item) == 3):
-            raise UserError(f"a training picture is asked for by (epoch, place, index), not {item!r}: derive your sampler from "
-                            f"EpochSampler, with another order()")
+            raise UserError(
+                f"a training picture is asked for by (epoch, place, index), not {item!r}: derive your sampler from "
+                f"EpochSampler, with another order()"
+            )
         epoch, place, index = item if isinstance(item, tuple) else (0, 0, item)
-        rng, unreadable = random.Random(f"{self.seed} {epoch} {place} {index}"), []  # a text seeds well mixed
+        rng, unreadable = (
+            random.Random(f"{self.seed} {epoch} {place} {index}"),
+            [],
+        )  # a text seeds well mixed
         if self.random:
-            torch.default_generator.manual_seed(rng.getrandbits(63))  # torch.manual_seed would walk through every device
+            torch.default_generator.manual_seed(
+                rng.getrandbits(63)
+            )  # torch.manual_seed would walk through every device
         while True:
             try:
                 image, target = self.read(index)
                 break
             except BROKEN as error:
-                unreadable.append((index, why(error)))
+                unreadable.append((index, failure_reason(error)))
             if not self.random:
                 return None, None, unreadable
             if len(unreadable) == 100:
-                raise UserError(f"100 pictures in a row cannot be read, the last one: {self.name(index)} ({unreadable[-1][1]})")
+                raise UserError(
+                    f"100 pictures in a row cannot be read, the last one: {self.name(index)} ({unreadable[-1][1]})"
+                )
             index = rng.randrange(len(self))
         if self.random and self.augmentation != "none" and rng.random() < 0.5:
             image = image.flip(1)  # v2's flip wants (3, H, W) and takes three times as long
@@ -128,14 +176,16 @@ def detection_collate(batch):
     """Items → (uint8 (N, 3, H, W) in channels_last memory, (N, …) targets, int64 of class ids, [(index, reason)])."""
     # default_collate stacks tensors in shared memory; of plain numbers it would make float64, and of lists columns
     readable = [(image, torch.as_tensor(target)) for image, target, _ in batch if image is not None]
-    images, targets = default_collate(readable) if readable else (torch.empty(0, 1, 1, 3).byte(), torch.empty(0).long())
-    return images.permute(0, 3, 1, 2), targets, [bad for *_, unreadable in batch for bad in unreadable]
-
-
-def note(images):
-    """A line to print before a training of which uint8 (N, 3, H, W) are pictures, where they are nearly black, or ''."""
-    return "NOTE: the pictures look nearly black, no value of most of them is above 16 of 255. So do greys of 12 bits in 16-bit " \
-           "files, where white is 65535: multiply them by 16\n" if images.amax((1, 2, 3)).median() <= 16 else ""
+    images, targets = (
+        default_collate(readable)
+        if readable
+        else (torch.empty(0, 1, 1, 3).byte(), torch.empty(0).long())
+    )
+    return (
+        images.permute(0, 3, 1, 2),
+        targets,
+        [bad for *_, unreadable in batch for bad in unreadable],
+    )
 
 
 class EpochSampler(Sampler):
@@ -146,7 +196,12 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, number, batch_size, rank=0, world_size=1, shuffle=True, seed=0):
-        self.number, self.batch_size, self.rank, self.world_size = number, batch_size, rank, world_size
+        self.number, self.batch_size, self.rank, self.world_size = (
+            number,
+            batch_size,
+            rank,
+            world_size,
+        )
         self.shuffle, self.seed, self.epoch, self.first_step = shuffle, seed, 0, 0
         self.left_out = number % batch_size if shuffle else 0
 
@@ -157,11 +212,20 @@ class EpochSampler(Sampler):
         """The epoch's number - left_out indices over all processes; another way of sampling is another order."""
         if not self.shuffle:
             return np.arange(self.number)
-        turned = np.roll(np.random.default_rng((self.seed, 0)).permutation(self.number), self.epoch * self.left_out)
-        return np.random.default_rng((self.seed, 1, self.epoch)).permutation(turned[:self.number - self.left_out])
+        turned = np.roll(
+            np.random.default_rng((self.seed, 0)).permutation(self.number),
+            self.epoch * self.left_out,
+        )
+        return np.random.default_rng((self.seed, 1, self.epoch)).permutation(
+            turned[: self.number - self.left_out]
+        )
 
     def places(self):
-        return range(self.first_step * self.batch_size + self.rank, self.number - self.left_out, self.world_size)
+        return range(
+            self.first_step * self.batch_size + self.rank,
+            self.number - self.left_out,
+            self.world_size,
+        )
 
     def __iter__(self):
         order = self.order()

@@ -3,6 +3,7 @@
 Prints every figure of the recipe and each class's precision, recall, F1 and support; writes predictions.csv, per_class.csv,
 confusion_matrix.csv and .png, and mistakes.png (the most confident ones) into the run's folder, or --out.
 """
+
 import csv
 import io
 import os
@@ -13,13 +14,14 @@ from itertools import chain
 import numpy as np
 import torch
 
-from utils import lists, recipe
-from utils.charts import contact_sheet, drawable, matrix
+from utils import task
 from utils.dataloader import DataGenerator, own_data
-from utils.errors import UserError, plain
-from utils.files import save_image, save_text, writable
-from utils.processes import ProgressLine
-from utils.settings import check_value
+from utils.plumbing import lists
+from utils.plumbing.charts import draw_contact_sheet, draw_matrix, drawable_names
+from utils.plumbing.console import ProgressLine
+from utils.plumbing.errors import UserError, printable
+from utils.plumbing.files import save_image, save_text, writable
+from utils.plumbing.settings import check_value
 from utils.trained import TrainedRun, command
 
 
@@ -30,49 +32,78 @@ def pictures_of(run, annotation=None):
     """
     s, own = run.settings, None if annotation else own_data(run.settings)
     path, source = annotation or s["test_annotation_path"], "own_data" if own else s["classes_path"]
-    names = own[0] if own else lists.get_classes(source)[0] if os.path.exists(source) else run.class_names
+    names = (
+        own[0]
+        if own
+        else lists.get_classes(source)[0]
+        if os.path.exists(source)
+        else run.class_names
+    )
     if any(was != now for was, now in zip(run.class_names, names)):
         why = f"the classes of {run.folder} are not those of {source}, so class ids mean others"
         if not annotation:
             raise UserError(f"{why}: --annotation names a list with the run's ids")
-        print(f"WARNING: {plain(why)}; those of {plain(path)} are taken for the run's")
+        print(f"WARNING: {printable(why)}; those of {printable(path)} are taken for the run's")
     if own:
         return own[2]
     try:
-        return lists.check_lines(lists.check_text_file("annotation", path).split("\n"), path, len(run.class_names), run.folder)
+        return lists.check_lines(
+            lists.check_text_file("annotation", path).split("\n"),
+            path,
+            len(run.class_names),
+            run.folder,
+        )
     except UserError:
         if annotation:
             raise  # a run of somebody else may name any file: its words are shown only where the user names it
-        raise UserError(f"{path}, the run's test list, is none for its classes: --annotation {path} says why") from None
+        raise UserError(
+            f"{path}, the run's test list, is none for its classes: --annotation {path} says why"
+        ) from None
 
 
 def score(run, data, batch_size, num_workers=None):
     """({figure: number}, the indices of the pictures that could be read, their targets, and answers)."""
     s, sums, targets, answers, unreadable = run.settings, Counter(), [], [], []
-    criterion, progress = recipe.get_criterion(s), ProgressLine("evaluating", -(-len(data) // batch_size))
+    criterion, progress = (
+        task.get_criterion(s),
+        ProgressLine("evaluating", -(-len(data) // batch_size)),
+    )
     for step, (scores, truth, bad) in enumerate(run.scored(data, batch_size, num_workers), 1):
         for index, reason in bad:
             unreadable.append(index)
-            print(f"\nunreadable picture: {plain(data.name(index))} ({plain(reason)})")
+            print(f"\nunreadable picture: {printable(data.name(index))} ({printable(reason)})")
         if scores is not None:
-            sums.update(recipe.sums_of(criterion(scores, truth), scores, truth, s))  # adds to what each name has
+            sums.update(
+                task.batch_sums(criterion(scores, truth), scores, truth, s)
+            )  # adds to what each name has
             targets.append(truth.cpu())
-            answers += recipe.answers(scores, run.class_names)
-            progress.show(step, batch_size, lambda: ", ".join(recipe.figure_text(*f) for f in recipe.figures_of(sums, s).items()))
+            answers += task.top_predictions(scores, run.class_names)
+            progress.show(
+                step,
+                batch_size,
+                lambda: ", ".join(task.metric_text(*f) for f in task.metrics_from(sums, s).items()),
+            )
     progress.clear()
     if not targets:
         raise UserError("no picture of the list can be read, so there is no score")
     indices = np.delete(np.arange(len(data)), unreadable)
     for index, answer in zip(indices, answers):
         if isinstance(answer, str):
-            raise UserError(f"{answer}: {plain(data.name(index))}")
-    return recipe.figures_of(sums, s), indices, torch.cat(targets), answers
+            raise UserError(f"{answer}: {printable(data.name(index))}")
+    return task.metrics_from(sums, s), indices, torch.cat(targets), answers
 
 
 def per_class(truth, called, number):
     """precision, recall, F1 (0 where undefined) and support of each class, from int64 (N,) class ids, true and predicted."""
-    support, named, right = (np.bincount(ids, minlength=number) for ids in (truth, called, truth[truth == called]))
-    return right / np.maximum(named, 1), right / np.maximum(support, 1), 2 * right / np.maximum(support + named, 1), support
+    support, named, right = (
+        np.bincount(ids, minlength=number) for ids in (truth, called, truth[truth == called])
+    )
+    return (
+        right / np.maximum(named, 1),
+        right / np.maximum(support, 1),
+        2 * right / np.maximum(support + named, 1),
+        support,
+    )
 
 
 def by_class(data, names, indices, truth, answers):
@@ -84,27 +115,38 @@ def by_class(data, names, indices, truth, answers):
     seen, rows = table[3] > 0, [*zip(names, *table)]
     files = {"per_class.csv": [("class", "precision", "recall", "F1", "support"), *rows]}
     for label, weights in ((f"mean of {seen.sum()} classes", seen), ("weighted mean", table[3])):
-        rows.append((label, *(np.average(figure, weights=weights) for figure in table[:3]), len(truth)))
-    width = max(len(plain(name)) for name, *_ in rows)
+        rows.append(
+            (label, *(np.average(figure, weights=weights) for figure in table[:3]), len(truth))
+        )
+    width = max(len(printable(name)) for name, *_ in rows)
     print(f"{'class':<{width}}  precision  recall      F1  support")
     for name, precision, recall, f1, support in rows:
-        print(f"{plain(name):<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}")
+        print(
+            f"{printable(name):<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}"
+        )
     if wrong := sorted(np.flatnonzero(truth != called), key=lambda i: -answers[i][0][1])[:32]:
-        small, drawn = DataGenerator(data.source, (112, 112), random=False), drawable(names)
-        files["mistakes.png"] = contact_sheet([small[int(indices[i])][0] for i in wrong], [
-            f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong])
+        small, drawn = DataGenerator(data.source, (112, 112), random=False), drawable_names(names)
+        files["mistakes.png"] = draw_contact_sheet(
+            [small[int(indices[i])][0] for i in wrong],
+            [f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong],
+        )
     if number <= 1000:  # more take gigabytes
-        counts = np.bincount(truth * number + called, minlength=number ** 2).reshape(number, number)
-        files["confusion_matrix.csv"] = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, counts))]
-        files["confusion_matrix.png"] = matrix(counts, names)
+        counts = np.bincount(truth * number + called, minlength=number**2).reshape(number, number)
+        files["confusion_matrix.csv"] = [
+            ["true \\ predicted", *names],
+            *([name, *row] for name, row in zip(names, counts)),
+        ]
+        files["confusion_matrix.png"] = draw_matrix(counts, names)
     return files
 
 
 def save_csv(path, rows):
     """A name or path that begins as a formula does gets a quote before it: spreadsheets would compute it."""
+
     def cell(value):
         formula = re.match(r"[=@\t\r\n]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
         return f"{value:.6f}" if isinstance(value, float) else f"'{value}" if formula else value
+
     memory = io.StringIO()
     csv.writer(memory, lineterminator="\n").writerows(map(cell, row) for row in rows)
     save_text(path, memory.getvalue())
@@ -117,20 +159,44 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
     batch_size = s["Unfreeze_batch_size"] if batch_size is None else batch_size
     check_value("Unfreeze_batch_size", batch_size)
     check_value("num_workers", num_workers or 0)
-    data = DataGenerator(pictures_of(run, annotation), s["input_shape"], False, val_crop=s["val_crop"], num_classes=len(names))
+    data = DataGenerator(
+        pictures_of(run, annotation),
+        s["input_shape"],
+        False,
+        val_crop=s["val_crop"],
+        num_classes=len(names),
+    )
     out = writable(out or run.folder, "name another folder with --out")
     figures, indices, targets, answers = score(run, data, batch_size, num_workers)
     files = by_class(data, names, indices, targets, answers)
-    words = [recipe.figure_text(name, value, exact=True) for name, value in figures.items()]
-    print(*words, f"{len(indices)} pictures scored", f"{len(data) - len(indices)} unreadable", sep=", ")
-    rows = [["path", "true"] + [f"{what}{k}" for k in range(1, max(map(len, answers)) + 1) for what in recipe.ANSWER]]
+    words = [task.metric_text(name, value, exact=True) for name, value in figures.items()]
+    print(
+        *words,
+        f"{len(indices)} pictures scored",
+        f"{len(data) - len(indices)} unreadable",
+        sep=", ",
+    )
+    rows = [
+        ["path", "true"]
+        + [
+            f"{what}{k}"
+            for k in range(1, max(map(len, answers)) + 1)
+            for what in task.PREDICTION_COLUMNS
+        ]
+    ]
     for name, target, answer in zip(map(data.name, indices), targets, answers):
-        rows.append([lists.split_line(name)[1] or name, recipe.said(target, names), *chain.from_iterable(answer)])
+        rows.append(
+            [
+                lists.split_line(name)[1] or name,
+                task.target_text(target, names),
+                *chain.from_iterable(answer),
+            ]
+        )
     files["predictions.csv"] = rows
     (out / "mistakes.png").unlink(missing_ok=True)  # of weights that made some
     for name, content in files.items():
         (save_csv if name.endswith(".csv") else save_image)(out / name, content)
-    print(f"wrote {', '.join(sorted(files))} into {plain(out)}")
+    print(f"wrote {', '.join(sorted(files))} into {printable(out)}")
     return {**figures, "scored": len(indices)}
 
 

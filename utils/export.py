@@ -3,6 +3,7 @@
 RUN/model.pt2 is a torch.export program: uint8 (N, 3, H, W) pictures of the run's input_shape → (N, classes)
 probabilities; with onnx and onnxscript installed, RUN/model.onnx is the same.
 """
+
 import io
 import json
 from importlib.util import find_spec
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from utils import recipe
-from utils.errors import plain
-from utils.files import save_file
+from utils import task
 from utils.pictures import normalize
+from utils.plumbing.errors import printable
+from utils.plumbing.files import save_file
 from utils.trained import TrainedRun, command
 
 
@@ -25,25 +26,38 @@ class Program(torch.nn.Module):
         self.model, self.settings = model, settings
 
     def forward(self, images):
-        return recipe.probabilities(self.model(normalize(images, images.device, self.settings)))
+        return task.probabilities(self.model(normalize(images, images.device, self.settings)))
 
 
 def export(run, weights=None):
     """Write RUN/model.pt2, and RUN/model.onnx where its packages are installed; returns the paths."""
     run = TrainedRun(run, weights)
     module = Program(run.model.cpu().to(memory_format=torch.contiguous_format), run.settings).eval()
-    example, sizes = torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8), ({0: torch.export.Dim("batch")},)
+    example, sizes = (
+        torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8),
+        ({0: torch.export.Dim("batch")},),
+    )
     memory = io.BytesIO()  # on a full disk PyTorch's own writer aborts
-    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=sizes), memory,
-                      extra_files={"class_names.json": json.dumps(run.class_names)})
+    torch.export.save(
+        torch.export.export(module, (example,), dynamic_shapes=sizes),
+        memory,
+        extra_files={"class_names.json": json.dumps(run.class_names)},
+    )
     programs = {Path(run.folder, "model.pt2"): memory.getvalue()}
     if find_spec("onnx") and find_spec("onnxscript"):
-        onnx = torch.onnx.export(module, (example,), dynamo=True, verbose=False, input_names=["images"],
-                                 output_names=["probabilities"], dynamic_shapes=sizes)
+        onnx = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=sizes,
+        )
         programs[Path(run.folder, "model.onnx")] = onnx.model_proto.SerializeToString()
     for path, program in programs.items():
         save_file(path, lambda file: file.write(program))
-        print(f"wrote {plain(path)} ({len(program) / 1e6:.1f} MB)")
+        print(f"wrote {printable(path)} ({len(program) / 1e6:.1f} MB)")
     return list(programs)
 
 

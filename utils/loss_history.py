@@ -1,12 +1,13 @@
 """The run's figures: kept for the checkpoint, and written as history.csv, epoch_loss.png and TensorBoard scalars."""
+
 import math
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
-from utils.charts import line_chart
-from utils.files import save_image, save_text
-from utils.recipe import figure_text
+from utils.plumbing.charts import draw_line_chart
+from utils.plumbing.files import save_image, save_text
+from utils.task import metric_text
 
 
 class LossHistory:
@@ -19,6 +20,7 @@ class LossHistory:
         self.best_since = 0  # rows before this one were scored otherwise
         try:
             from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(log_dir)
         except ImportError:  # its files are all that is missing then
             self.writer = SimpleNamespace(add_scalar=lambda *words: None, close=lambda: None)
@@ -32,13 +34,21 @@ class LossHistory:
 
     def best(self):
         """The best epoch's figures, or None."""
-        rows = [row for row in self.rows[self.best_since:] if math.isfinite(row.get(self.best_by, math.nan))]
+        rows = [
+            row
+            for row in self.rows[self.best_since :]
+            if math.isfinite(row.get(self.best_by, math.nan))
+        ]
         return max(rows, key=lambda row: self.sign * row[self.best_by], default=None)
 
     def describe_best(self):
         """The best epoch as the last line of a training says it."""
         best = self.best()
-        return f"{figure_text(self.best_by, best[self.best_by])} (epoch {best['epoch']})" if best else "epoch: none yet"
+        return (
+            f"{metric_text(self.best_by, best[self.best_by])} (epoch {best['epoch']})"
+            if best
+            else "epoch: none yet"
+        )
 
     def seek_best_anew(self):
         self.best_since = len(self.rows)
@@ -57,12 +67,23 @@ class LossHistory:
 
     def loss_plot(self):
         """The curves of the loss, and of the figure that decides which epoch is best."""
+
         def curves(name, validation):
-            return {label: [(row["epoch"], row[key]) for row in self.rows if math.isfinite(row.get(key, math.nan))]
-                    for label, key in (("training", f"train_{name}"), ("validation", validation))}
+            return {
+                label: [
+                    (row["epoch"], row[key])
+                    for row in self.rows
+                    if math.isfinite(row.get(key, math.nan))
+                ]
+                for label, key in (("training", f"train_{name}"), ("validation", validation))
+            }
+
         name = "top1" if self.best_by == "val_loss" else self.best_by
         panels = [("loss", curves("loss", "val_loss")), (name, curves(name, name))]
-        save_image(Path(self.log_dir, "epoch_loss.png"), line_chart([panel for panel in panels if any(panel[1].values())]))
+        save_image(
+            Path(self.log_dir, "epoch_loss.png"),
+            draw_line_chart([panel for panel in panels if any(panel[1].values())]),
+        )
 
     def state_dict(self):
         return {"rows": self.rows, "best_since": self.best_since}

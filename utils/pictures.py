@@ -1,4 +1,5 @@
 """Pictures as the network gets them: decoded no larger than needed, cropped, normalised; shared by all."""
+
 import math
 from contextlib import suppress
 from functools import cache
@@ -10,12 +11,15 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from utils.errors import UserError
-from utils.formats import BROKEN, REDUCIBLE, opened, orientation, upright
+from utils.plumbing.errors import UserError
+from utils.plumbing.formats import BROKEN, REDUCIBLE, open_picture, orientation, upright
 
 # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
 decode_jpeg = getattr(getattr(torchvision, "io", None), "decode_jpeg", None)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # of ImageNet, as torchvision's weights expect
 
 # 255 times each channel's figure, float32 (3, 1, 1): made once, as copying it would make each step wait for a GPU
 constants = cache(lambda figures, device: 255 * torch.tensor(figures, device=device)[:, None, None])
@@ -25,8 +29,13 @@ def normalize(images, device, settings={}):
     """uint8 (N, 3, H, W) from the loader → float32 on `device`, (image / 255 - mean) / std, in the same memory format: the one
     place that does it. settings: train.py's, or nothing for MEAN and STD."""
     images = images.to(device, non_blocking=True).to(torch.float32)
-    made = constants.__wrapped__ if torch.compiler.is_compiling() else constants  # a traced tensor is no value to keep
-    mean, std = (made(tuple(settings.get(name, usual)), images.device) for name, usual in (("mean", MEAN), ("std", STD)))
+    made = (
+        constants.__wrapped__ if torch.compiler.is_compiling() else constants
+    )  # a traced tensor is no value to keep
+    mean, std = (
+        made(tuple(settings.get(name, usual)), images.device)
+        for name, usual in (("mean", MEAN), ("std", STD))
+    )
     return images.sub_(mean).div_(std)
 
 
@@ -38,7 +47,7 @@ def read_crop(source, input_shape, choose_box):
     UserError: any other source; one of BROKEN: a file that is no whole picture.
     """
     try:
-        return crop(opened(source), tuple(input_shape), choose_box)
+        return crop(open_picture(source), tuple(input_shape), choose_box)
     except (UserError, MemoryError, *BROKEN):
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
@@ -50,19 +59,37 @@ def crop(image, input_shape, choose_box):
     turn, file = orientation(image), getattr(image, "fp", None)
     width, height = image.size[::-1] if turn >= 5 else image.size
     top, left, box_height, box_width = choose_box(height, width)
-    if decode_jpeg and file and image.format in REDUCIBLE and turn == 1 and height * width < 16 * math.prod(input_shape):
+    if (
+        decode_jpeg
+        and file
+        and image.format in REDUCIBLE
+        and turn == 1
+        and height * width < 16 * math.prod(input_shape)
+    ):
         # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
         with suppress(RuntimeError):  # of a broken file, which Pillow names
-            whole = decode_jpeg(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), "RGB")
-            box = whole.permute(1, 2, 0)[None, top:top + box_height, left:left + box_width].contiguous().permute(0, 3, 1, 2)
+            whole = decode_jpeg(
+                torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), "RGB"
+            )
+            box = (
+                whole.permute(1, 2, 0)[None, top : top + box_height, left : left + box_width]
+                .contiguous()
+                .permute(0, 3, 1, 2)
+            )
             # in channels_last memory, which the decoder wrote, it takes half the time
-            return F.interpolate(box, input_shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+            return F.interpolate(box, input_shape, mode="bilinear", antialias=True)[0].permute(
+                1, 2, 0
+            )
     shrink = max(1, min(box_height // input_shape[0], box_width // input_shape[1]))
-    image.draft(image.mode, (image.width // shrink, image.height // shrink))  # does nothing but to a JPEG
+    image.draft(
+        image.mode, (image.width // shrink, image.height // shrink)
+    )  # does nothing but to a JPEG
     image = upright(image, turn)
     x, y = image.width / width, image.height / height  # below 1 where the decoder reduced
     box = left * x, top * y, (left + box_width) * x, (top + box_height) * y
-    return torch.from_numpy(np.array(image.resize(input_shape[::-1], Image.Resampling.BILINEAR, box=box)))
+    return torch.from_numpy(
+        np.array(image.resize(input_shape[::-1], Image.Resampling.BILINEAR, box=box))
+    )
 
 
 def centre_box(input_shape, share, height, width):
@@ -74,4 +101,6 @@ def centre_box(input_shape, share, height, width):
 
 def random_box(smallest, height, width):
     """Random resized crop ("Going Deeper with Convolutions"): `smallest` to all of the area, proportions 3:4 to 4:3."""
-    return RandomResizedCrop.get_params(torch.empty(1, 1, 1).expand(3, height, width), [smallest, 1.0], [3 / 4, 4 / 3])
+    return RandomResizedCrop.get_params(
+        torch.empty(1, 1, 1).expand(3, height, width), [smallest, 1.0], [3 / 4, 4 / 3]
+    )

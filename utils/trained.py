@@ -1,4 +1,5 @@
 """A finished run, loaded once: the part that evaluate, predict and export share."""
+
 import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -9,17 +10,27 @@ from torch.utils.data import DataLoader
 from nets import get_model, lay_out
 from nets._weights import check_numbers, load_weights
 from utils.dataloader import detection_collate
-from utils.errors import UserError
 from utils.fit import score_batch
 from utils.pictures import MEAN, STD
-from utils.processes import cores, ignore_signals, one_sentence_errors
-from utils.run import read_config
-from utils.sample_data import DEFAULT_PATHS, PATH_SETTINGS
-from utils.settings import check_value
+from utils.plumbing.console import one_sentence_errors
+from utils.plumbing.errors import UserError
+from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS
+from utils.plumbing.processes import cores, ignore_signals
+from utils.plumbing.run import read_config
+from utils.plumbing.settings import check_value
 
 # What commands read of train.py's settings, with a value where a run may lack it
-USED = {"backbone": None, "input_shape": None, "val_crop": 1.0, "mean": MEAN, "std": STD, "Cuda": False, "fp16": False,
-        "Unfreeze_batch_size": 32, **dict(zip(PATH_SETTINGS, DEFAULT_PATHS))}
+USED = {
+    "backbone": None,
+    "input_shape": None,
+    "val_crop": 1.0,
+    "mean": MEAN,
+    "std": STD,
+    "Cuda": False,
+    "fp16": False,
+    "Unfreeze_batch_size": 32,
+    **dict(zip(PATH_SETTINGS, DEFAULT_PATHS)),
+}
 
 
 class TrainedRun:
@@ -27,12 +38,16 @@ class TrainedRun:
 
     def __init__(self, run, weights=None):
         """run: its folder, or its name in logs/; weights: a file other than its best. UserError: no run, other weights."""
-        self.folder = run if os.path.exists(run) or not Path("logs", run).exists() else Path("logs", run)
+        self.folder = (
+            run if os.path.exists(run) or not Path("logs", run).exists() else Path("logs", run)
+        )
         config = read_config(self.folder)
         self.settings, self.class_names = {**USED, **config["settings"]}, config["class_names"]
         for name in USED:
             check_value(name, self.settings[name])
-        backbone, input_shape, Cuda, fp16 = (self.settings[name] for name in ("backbone", "input_shape", "Cuda", "fp16"))
+        backbone, input_shape, Cuda, fp16 = (
+            self.settings[name] for name in ("backbone", "input_shape", "Cuda", "fp16")
+        )
         self.Cuda = Cuda and torch.cuda.is_available()
         # 'auto' where training has not decided yet; float16's stand-in on a CPU would give other figures
         self.fp16 = (self.Cuda if fp16 == "auto" else fp16) and self.Cuda == Cuda
@@ -43,8 +58,10 @@ class TrainedRun:
             check_numbers(self.model.state_dict(), state, f"--weights: {path}")
             self.model.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"--weights: {path} holds the weights of another network than {backbone} with "
-                            f"{len(self.class_names)} classes at {input_shape}") from error
+            raise UserError(
+                f"--weights: {path} holds the weights of another network than {backbone} with "
+                f"{len(self.class_names)} classes at {input_shape}"
+            ) from error
         self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu")
 
     def scored(self, data, batch_size, num_workers=None):
@@ -52,17 +69,29 @@ class TrainedRun:
 
         Scores and targets are on the model's device; scores are None where none of the batch's pictures can be read.
         """
-        loader = DataLoader(data, batch_size, num_workers=cores() if num_workers is None else num_workers, pin_memory=self.Cuda,
-                            collate_fn=detection_collate, worker_init_fn=ignore_signals)
+        loader = DataLoader(
+            data,
+            batch_size,
+            num_workers=cores() if num_workers is None else num_workers,
+            pin_memory=self.Cuda,
+            collate_fn=detection_collate,
+            worker_init_fn=ignore_signals,
+        )
         for images, targets, unreadable in loader:
-            read = score_batch(self.model, images, targets, self.Cuda, self.fp16, self.settings) if len(images) else (None, targets)
+            read = (
+                score_batch(self.model, images, targets, self.Cuda, self.fp16, self.settings)
+                if len(images)
+                else (None, targets)
+            )
             yield *read, unreadable
 
 
 def command(name, document):
     """The parser of utils.<name>, a command on a run; every error from here on is one sentence, Ctrl-C ends at once."""
     one_sentence_errors()
-    parser = ArgumentParser(f"python -m utils.{name}", description=document, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        f"python -m utils.{name}", description=document, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="a run's folder, logs/…, or its name there")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
     return parser

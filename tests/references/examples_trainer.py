@@ -2,6 +2,7 @@
 
 (Its steps of 30 stand for 90 epochs.) --plain leaves its random resized crop out.
 """
+
 import time
 
 import torch
@@ -16,13 +17,25 @@ def main():
     torch.manual_seed(args.seed)
     model = models.resnet18(num_classes=10)
     criterion = nn.CrossEntropyLoss()
-    optimizer = optim.SGD(model.parameters(), 0.1 * args.batch / 256, momentum=0.9, weight_decay=1e-4)
-    scheduler = optim.lr_scheduler.StepLR(optimizer, step_size=max(1, round(args.epochs / 3)), gamma=0.1)
+    optimizer = optim.SGD(
+        model.parameters(), 0.1 * args.batch / 256, momentum=0.9, weight_decay=1e-4
+    )
+    scheduler = optim.lr_scheduler.StepLR(
+        optimizer, step_size=max(1, round(args.epochs / 3)), gamma=0.1
+    )
     side = (args.size, args.size)
-    tensor = [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    tensor = [
+        transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
     shape = transforms.Resize(side) if args.plain else transforms.RandomResizedCrop(side)
-    train_set = datasets.ImageFolder(f"{args.data}/train", transforms.Compose([shape, transforms.RandomHorizontalFlip(), *tensor]))
-    test_set = datasets.ImageFolder(f"{args.data}/test", transforms.Compose([transforms.Resize(side), *tensor]))
+    train_set = datasets.ImageFolder(
+        f"{args.data}/train",
+        transforms.Compose([shape, transforms.RandomHorizontalFlip(), *tensor]),
+    )
+    test_set = datasets.ImageFolder(
+        f"{args.data}/test", transforms.Compose([transforms.Resize(side), *tensor])
+    )
     train_loader = DataLoader(train_set, batch_size=args.batch, shuffle=True, num_workers=2)
     test_loader = DataLoader(test_set, batch_size=args.batch, num_workers=2)
     for _ in range(args.epochs):
@@ -31,7 +44,9 @@ def main():
         for images, target in train_loader:
             output = model(images)
             loss = criterion(output, target)
-            output.topk(5, 1)[1].t().eq(target).float().sum().item()  # its meters read loss and top-1, -5 at every step
+            output.topk(5, 1)[1].t().eq(
+                target
+            ).float().sum().item()  # its meters read loss and top-1, -5 at every step
             loss.item()
             optimizer.zero_grad()
             loss.backward()

@@ -1,4 +1,5 @@
 """Reading pictures in the usual way, on one core, as in a data-loader worker: a round for each line of standard input."""
+
 import json
 import sys
 
@@ -16,9 +17,16 @@ class Usual(Dataset):
     """The usual torchvision pipeline: Pillow, a random or a centre crop of 224, float32, normalised."""
 
     def __init__(self, paths, random):
-        first = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()] if random else [v2.Resize(256), v2.CenterCrop(224)]
+        first = (
+            [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
+            if random
+            else [v2.Resize(256), v2.CenterCrop(224)]
+        )
         self.paths = paths
-        self.transform = v2.Compose(first + [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+        self.transform = v2.Compose(
+            first
+            + [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        )
 
     def __len__(self):
         return len(self.paths)
@@ -30,9 +38,10 @@ class Usual(Dataset):
 def work(kind, paths):
     """What a round does: 'training', 'evaluation', or decoding alone by 'pillow' or 'torchvision'."""
     usual = Usual(paths, kind == "training")
-    return {"pillow": lambda: [Image.open(path).load() for path in paths],
-            "torchvision": lambda: [decode_jpeg(read_file(path), ImageReadMode.RGB) for path in paths]}.get(
-                kind, lambda: default_collate([usual[i] for i in range(len(paths))]))
+    return {
+        "pillow": lambda: [Image.open(path).load() for path in paths],
+        "torchvision": lambda: [decode_jpeg(read_file(path), ImageReadMode.RGB) for path in paths],
+    }.get(kind, lambda: default_collate([usual[i] for i in range(len(paths))]))
 
 
 if __name__ == "__main__":

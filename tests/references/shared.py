@@ -1,4 +1,5 @@
 """What the reference scripts share: their command line, and how they report. They know nothing of this project."""
+
 import argparse
 import json
 import sys
@@ -11,7 +12,9 @@ def arguments():
     parser.add_argument("data")
     for name, kind in (("epochs", int), ("seed", int), ("batch", int), ("size", int)):
         parser.add_argument(f"--{name}", type=kind, required=True)
-    parser.add_argument("--plain", action="store_true", help="only resize and flip, as the other side does")
+    parser.add_argument(
+        "--plain", action="store_true", help="only resize and flip, as the other side does"
+    )
     return parser.parse_args()
 
 
@@ -25,11 +28,23 @@ class Clock:
         self.pictures += pictures
         self.training += seconds
         self.top1.append(top1)
-        print(f"epoch {len(self.top1)}: top-1 {top1:.2%}, {pictures / seconds:.0f} pictures/s", flush=True)
+        print(
+            f"epoch {len(self.top1)}: top-1 {top1:.2%}, {pictures / seconds:.0f} pictures/s",
+            flush=True,
+        )
 
     def report(self):
-        print(json.dumps({"top1": self.top1[-1], "best_top1": max(self.top1), "seconds": time.perf_counter() - self.begin,
-                          "images_per_second": self.pictures / self.training}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "top1": self.top1[-1],
+                    "best_top1": max(self.top1),
+                    "seconds": time.perf_counter() - self.begin,
+                    "images_per_second": self.pictures / self.training,
+                }
+            ),
+            flush=True,
+        )
 
 
 def serve(work):

@@ -1,5 +1,6 @@
 """timm by its own parts, set as its train.py sets them by default: crops, colour jitter, label smoothing 0.1, five epochs of
 warm-up. --plain: only a flip, and one epoch of warm-up followed at every step, which suits a short training better."""
+
 import time
 
 import timm
@@ -17,18 +18,30 @@ def main():
     random_seed(args.seed)
     device = torch.device("cpu")
     model = timm.create_model("resnet18", num_classes=10).to(device)
-    train_set = create_dataset("", root=args.data, split="train", is_training=True, batch_size=args.batch, seed=args.seed)
+    train_set = create_dataset(
+        "", root=args.data, split="train", is_training=True, batch_size=args.batch, seed=args.seed
+    )
     test_set = create_dataset("", root=args.data, split="test", batch_size=args.batch)
-    common = dict(input_size=(3, args.size, args.size), batch_size=args.batch, num_workers=2, device=device)
+    common = dict(
+        input_size=(3, args.size, args.size), batch_size=args.batch, num_workers=2, device=device
+    )
     own = dict(interpolation="random")
     if args.plain:
         own = dict(interpolation="bilinear", scale=(1.0, 1.0), ratio=(1.0, 1.0), color_jitter=0.0)
     loader = create_loader(train_set, is_training=True, **common, **own)
     test_loader = create_loader(test_set, crop_pct=1.0, **common)
-    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1 * args.batch / 256, weight_decay=2e-5, momentum=0.9)
+    optimizer = create_optimizer_v2(
+        model, opt="sgd", lr=0.1 * args.batch / 256, weight_decay=2e-5, momentum=0.9
+    )
     scheduler, epochs = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=args.epochs, warmup_lr=1e-5, warmup_epochs=1 if args.plain else 5,
-        step_on_epochs=not args.plain, updates_per_epoch=len(loader))
+        optimizer,
+        sched="cosine",
+        num_epochs=args.epochs,
+        warmup_lr=1e-5,
+        warmup_epochs=1 if args.plain else 5,
+        step_on_epochs=not args.plain,
+        updates_per_epoch=len(loader),
+    )
     criterion, updates = LabelSmoothingCrossEntropy(0.1), 0
     scheduler.step_update(0) if args.plain else scheduler.step(0)
     for epoch in range(epochs):

@@ -2,6 +2,7 @@
 
 Its random resized crop, made for photos, is kept out with --plain.
 """
+
 import time
 
 import torch
@@ -37,15 +38,23 @@ def evaluate(model, loader):
 def main():
     args, clock = arguments(), Clock()
     torch.manual_seed(args.seed)
-    side, last = (args.size, args.size), [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    first = [v2.Resize(side) if args.plain else v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]
+    side, last = (
+        (args.size, args.size),
+        [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)],
+    )
+    first = [
+        v2.Resize(side) if args.plain else v2.RandomResizedCrop(side),
+        v2.RandomHorizontalFlip(),
+    ]
     train = ImageFolder(f"{args.data}/train", v2.Compose(first + last))
     test = ImageFolder(f"{args.data}/test", v2.Compose([v2.Resize(side), *last]))
     loader = DataLoader(train, args.batch, shuffle=True, num_workers=2)
     test_loader = DataLoader(test, args.batch, num_workers=2)
     model = torchvision.models.resnet18(num_classes=len(train.classes))
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1 * args.batch / 256, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.1 * args.batch / 256, momentum=0.9, weight_decay=1e-4
+    )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     for _ in range(args.epochs):
         begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 Its defaults are AdamW by itself, crops, RandAugment, erasing, EMA, one OpenMP thread. --plain: only a flip.
 """
+
 import os
 import tempfile
 import time
@@ -24,19 +25,51 @@ head:
 
 def main():
     args, clock = arguments(), Clock()
-    settings.update({name: False for name in ("sync", "tensorboard", "wandb", "mlflow", "comet", "clearml", "neptune")
-                     if name in settings})
+    settings.update(
+        {
+            name: False
+            for name in ("sync", "tensorboard", "wandb", "mlflow", "comet", "clearml", "neptune")
+            if name in settings
+        }
+    )
     network = Path(scratch.name, "resnet18-cls.yaml")
     network.write_text(NETWORK)
     begun, trained = [], []
     model = YOLO(str(network), task="classify")
     model.add_callback("on_train_epoch_start", lambda trainer: begun.append(time.perf_counter()))
     model.add_callback("on_train_epoch_end", lambda trainer: trained.append(time.perf_counter()))
-    model.add_callback("on_fit_epoch_end", lambda trainer: len(trained) > len(clock.top1) and clock.epoch(
-        len(trainer.train_loader.dataset), trained[-1] - begun[-1], trainer.metrics["metrics/accuracy_top1"]))
-    plain = dict(auto_augment=None, erasing=0.0, scale=0.0, hsv_h=0.0, hsv_s=0.0, hsv_v=0.0) if args.plain else {}
-    model.train(data=args.data, epochs=args.epochs, batch=args.batch, imgsz=args.size, seed=args.seed, device="cpu", workers=2,
-                amp=False, plots=False, pretrained=False, project=scratch.name, name="run", split="test", **plain)
+    model.add_callback(
+        "on_fit_epoch_end",
+        lambda trainer: (
+            len(trained) > len(clock.top1)
+            and clock.epoch(
+                len(trainer.train_loader.dataset),
+                trained[-1] - begun[-1],
+                trainer.metrics["metrics/accuracy_top1"],
+            )
+        ),
+    )
+    plain = (
+        dict(auto_augment=None, erasing=0.0, scale=0.0, hsv_h=0.0, hsv_s=0.0, hsv_v=0.0)
+        if args.plain
+        else {}
+    )
+    model.train(
+        data=args.data,
+        epochs=args.epochs,
+        batch=args.batch,
+        imgsz=args.size,
+        seed=args.seed,
+        device="cpu",
+        workers=2,
+        amp=False,
+        plots=False,
+        pretrained=False,
+        project=scratch.name,
+        name="run",
+        split="test",
+        **plain,
+    )
     clock.report()
 
 

@@ -1,4 +1,5 @@
 """Folders of pictures: what is found in them, where links lead, and what is passed over."""
+
 import os
 import re
 from collections import Counter
@@ -8,16 +9,25 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.formats import FORMATS, REDUCIBLE
+from utils.plumbing.formats import FORMATS, REDUCIBLE
 
-LEFT_BEHIND = {"@eadir", "@recycle", "#recycle", "$recycle.bin"}  # thumbnails and deleted pictures; in lower case
+LEFT_BEHIND = {
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "$recycle.bin",
+}  # thumbnails and deleted pictures; in lower case
 
 
 @cache
 def endings():
     """The usual file endings of FORMATS, in lower case with their dot."""
     Image.init()
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, *REDUCIBLE)}
+    return {
+        ending
+        for ending, kind in Image.registered_extensions().items()
+        if kind in (*FORMATS, *REDUCIBLE)
+    }
 
 
 def walk(root):
@@ -37,16 +47,25 @@ def walk(root):
         try:
             for entry in os.scandir(folder):
                 link, path = entry.is_symlink(), Path(entry.path).as_posix()
-                ending, is_file = os.path.splitext(path)[1].lower(), os.path.isfile(path) if link else entry.is_file()
+                ending, is_file = (
+                    os.path.splitext(path)[1].lower(),
+                    os.path.isfile(path) if link else entry.is_file(),
+                )
                 if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
                     continue
-                if os.path.isdir(path) if link else entry.is_dir():  # which asks the disk about links alone
+                if (
+                    os.path.isdir(path) if link else entry.is_dir()
+                ):  # which asks the disk about links alone
                     heappush(waiting, (link, (*names, entry.name), path))
-                elif is_file and ending in endings() and not re.search("[\n\r\ud800-\udfff]", path):  # which no list can hold
+                elif (
+                    is_file and ending in endings() and not re.search("[\n\r\ud800-\udfff]", path)
+                ):  # which no list can hold
                     lies = os.path.realpath(path) if link else os.path.join(real, entry.name)
                     pictures.append((link, names, path, lies))
                 else:
-                    left_out[f"files ({ending or 'no ending'}) that are not read (JPEG and PNG are)"] += 1
+                    left_out[
+                        f"files ({ending or 'no ending'}) that are not read (JPEG and PNG are)"
+                    ] += 1
         except OSError:
             left_out["folders that cannot be read"] += 1
     return pictures, left_out

@@ -1,4 +1,5 @@
 """Ranks, what processes tell each other and the user, and how one begins and ends; all of it also works in one process."""
+
 import atexit
 import contextlib
 import ctypes
@@ -7,15 +8,14 @@ import os
 import signal
 import sys
 import time
-import traceback
 import uuid
 
 import torch
 import torch.distributed as dist
 
-from utils.errors import LOST, plain, sentence
-
-launch_id = uuid.uuid4().hex  # the same for all processes of one launch, also after torchrun has restarted them
+launch_id = (
+    uuid.uuid4().hex
+)  # the same for all processes of one launch, also after torchrun has restarted them
 
 
 def rank():
@@ -39,9 +39,13 @@ def connect(Cuda):
     if Cuda:
         torch.cuda.set_device(local_rank)
     hook = sys.excepthook
-    backend = "cpu:gloo,cuda:nccl" if Cuda else "gloo"  # small facts travel over gloo, gradients of GPUs over nccl
+    backend = (
+        "cpu:gloo,cuda:nccl" if Cuda else "gloo"
+    )  # small facts travel over gloo, gradients of GPUs over nccl
     dist.init_process_group(backend, store=group_store(), rank=rank(), world_size=world_size())
-    sys.excepthook = hook  # torch's own would keep our sentence in memory until a return that never comes
+    sys.excepthook = (
+        hook  # torch's own would keep our sentence in memory until a return that never comes
+    )
     return local_rank
 
 
@@ -50,7 +54,9 @@ def describe_device(Cuda):
     if not Cuda:
         return f"CPU, {torch.get_num_threads()} threads"
     number = world_size() if connected() else torch.cuda.device_count()
-    return f"{number} × {torch.cuda.get_device_name()}" + " (torchrun is faster)" * (number > 1 and not connected())
+    return f"{number} × {torch.cuda.get_device_name()}" + " (torchrun is faster)" * (
+        number > 1 and not connected()
+    )
 
 
 def group_store():
@@ -60,7 +66,9 @@ def group_store():
     global launch_id
     launchers, _, _ = next(dist.rendezvous("env://"))
     named = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's --rdzv_id
-    launch_id = named if named != "none" else launchers.compare_set("launch", "", launch_id).decode()
+    launch_id = (
+        named if named != "none" else launchers.compare_set("launch", "", launch_id).decode()
+    )
     mine = uuid.uuid4().hex
     if rank():
         launchers.set(f"ask {rank()}", mine)
@@ -106,82 +114,38 @@ def barrier():
         dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would go to a GPU
 
 
-def say(text, everyone=False, as_it_is=False, **options):
-    """Print on rank 0 or everyone's, at once, plain but for line ends. A closed pipe or full disk decides nothing."""
-    if rank() == 0 or everyone:
-        with contextlib.suppress(OSError, ValueError):
-            print(text if as_it_is else "\n".join(map(plain, text.split("\n"))), **options, flush=True)
-
-
-class ProgressLine:
-    """One line, redrawn in place twice a second on a terminal, printed every half minute into a log."""
-
-    def __init__(self, title, steps, first_step=0, stream=None):
-        self.title, self.steps, self.first_step, self.stream = title, steps, first_step, stream or sys.stdout
-        self.terminal = getattr(self.stream, "isatty", bool)()
-        self.begin = self.shown = time.monotonic()
-
-    def show(self, step, images, describe, due=False):
-        """images: to a step. describe() reads figures off the device, so it is only called when the line is due."""
-        now = time.monotonic()
-        if rank() or not due and now - self.shown < (0.5 if self.terminal else 30):
-            return
-        self.shown, done, seconds = now, step - self.first_step, max(now - self.begin, 1e-3)
-        minutes, left = divmod(round(seconds / done * (self.steps - step)), 60)
-        text = (f"{self.title} {step}/{self.steps} {describe()} {images * done / seconds:.0f} images/s "
-                f"{minutes // 60:02}:{minutes % 60:02}:{left:02} left")
-        say(f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", file=self.stream, as_it_is=True)
-
-    def clear(self):
-        if self.terminal:
-            say("\r\033[K", end="", file=self.stream, as_it_is=True)
-
-
 def ignore_signals(worker_id):
     """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.excepthook = lambda *error: None  # its errors travel to the loader; a thread of its own has nothing else to say
-    if sys.platform == "linux":  # die with the process: a group that torchrun restarts would connect to an orphan's sockets
+    sys.excepthook = lambda *error: (
+        None
+    )  # its errors travel to the loader; a thread of its own has nothing else to say
+    if (
+        sys.platform == "linux"
+    ):  # die with the process: a group that torchrun restarts would connect to an orphan's sockets
         pr_set_pdeathsig = 1  # of linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        parent, server = multiprocessing.parent_process(), multiprocessing.get_start_method() == "forkserver"
-        if not parent.is_alive() if server else os.getppid() != parent.pid:  # it ended before this was asked for
+        parent, server = (
+            multiprocessing.parent_process(),
+            multiprocessing.get_start_method() == "forkserver",
+        )
+        if (
+            not parent.is_alive() if server else os.getppid() != parent.pid
+        ):  # it ended before this was asked for
             os._exit(1)
 
 
 def stop_workers():
     """Kill this process's workers; the standard library would send them the SIGTERM that they ignore, and wait."""
-    signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    signal.signal(
+        getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL
+    )  # torch's handler raises where a worker is killed
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 atexit.register(stop_workers)  # for a program of one's own that returns from its last line
-
-
-def one_sentence_errors():
-    """Show every error of this program that a user can mend as one sentence; Ctrl-C ends it without words."""
-    sys.excepthook = show_error
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup stays in force
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    multiprocessing.util.get_temp_dir()  # one folder for this process and its workers, which cannot remove theirs when killed
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # odd file names must not break a print on an ASCII terminal
-            stream.reconfigure(errors="backslashreplace")
-
-
-def show_error(kind, error, trace):
-    """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback."""
-    with contextlib.suppress(RuntimeError):  # torch's handler raises what it finds of dead workers, also in here
-        signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    told, other = sentence(error), int(os.environ.get("LOCAL_RANK", 0)) > 0
-    # a machine's first process speaks at once; others, and who only knows that another one has ended, wait for the launcher
-    time.sleep(2 * other + 5 * bool(told and told.startswith(LOST)))
-    whose = f"[rank {rank()}] " if other else ""
-    print(f"{whose}error: {plain(told)}" if told else whose + "".join(traceback.format_exception(kind, error, trace)), file=sys.stderr)
-    end(1)
 
 
 def end(code):

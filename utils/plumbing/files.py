@@ -1,4 +1,5 @@
 """Atomic writing and checked reading: what a run writes is whole, and what it reads is what was written."""
+
 import contextlib
 import copy
 import io
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UserError
+from utils.plumbing.errors import UserError
 
 
 @contextlib.contextmanager
@@ -56,8 +57,10 @@ def save_file(path, write):
 
 
 def not_written(path, error):
-    return UserError(f"{path} could not be written ({error.strerror or error}); the files saved before it are intact. "
-                     f"Free some space or choose another folder (a training continues with resume = True)")
+    return UserError(
+        f"{path} could not be written ({error.strerror or error}); the files saved before it are intact. "
+        f"Free some space or choose another folder (a training continues with resume = True)"
+    )
 
 
 def save_text(path, text):
@@ -92,7 +95,9 @@ def writable(folder, remedy):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be written ({getattr(error, 'strerror', None) or error}): {remedy}") from None
+        raise UserError(
+            f"{folder} cannot be written ({getattr(error, 'strerror', None) or error}): {remedy}"
+        ) from None
     return Path(folder)
 
 
@@ -101,10 +106,22 @@ def check_regular(path, name):
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
-        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        problem = (
+            "does not exist"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read ({error})"
+        )
     else:
-        whole = stat.S_ISREG(found.st_mode) and found.st_size  # a file of the kernel without an end says that it is empty
-        problem = "is a folder, not a file" if stat.S_ISDIR(found.st_mode) else None if whole else "is empty, or no regular file"
+        whole = (
+            stat.S_ISREG(found.st_mode) and found.st_size
+        )  # a file of the kernel without an end says that it is empty
+        problem = (
+            "is a folder, not a file"
+            if stat.S_ISDIR(found.st_mode)
+            else None
+            if whole
+            else "is empty, or no regular file"
+        )
     if problem:
         raise UserError(f"{name}: {str(path)!r} {problem}")
 
@@ -121,11 +138,16 @@ def load_tensors(path, name="model_path", check_sums=False):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(f"{name}: {str(path)!r} is refused: it is no file of weights, or holds code, which is never run"
-                        + (f" ({found[1]})" if found else "") + ". Save a plain model.state_dict() with torch.save") from None
+        raise UserError(
+            f"{name}: {str(path)!r} is refused: it is no file of weights, or holds code, which is never run"
+            + (f" ({found[1]})" if found else "")
+            + ". Save a plain model.state_dict() with torch.save"
+        ) from None
     except Exception as error:  # a broken archive can raise nearly anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{name}: {str(path)!r} cannot be read, it may be damaged or cut short ({reason})") from None
+        raise UserError(
+            f"{name}: {str(path)!r} cannot be read, it may be damaged or cut short ({reason})"
+        ) from None
     if not isinstance(state, dict):
         raise UserError(f"{name}: {str(path)!r} holds a {type(state).__name__}, not a state_dict")
     return state

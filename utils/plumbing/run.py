@@ -1,4 +1,5 @@
 """A run is a folder: which one to continue, how a new one is made, and its config.json."""
+
 import json
 import os
 import platform
@@ -17,12 +18,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from utils import processes
 from utils.checkpoint import LAST
-from utils.errors import UserError, plain, shown
-from utils.files import check_regular, clear_drafts, load_tensors, save_text, writable
-from utils.processes import say, world_size
-from utils.scheduler import NBS, fit_lr, phases
+from utils.optimizer import phases
+from utils.plumbing import processes
+from utils.plumbing.console import say
+from utils.plumbing.errors import UserError, printable, short_repr
+from utils.plumbing.files import check_regular, clear_drafts, load_tensors, save_text, writable
+from utils.plumbing.processes import world_size
 
 
 def read_config(run):
@@ -30,17 +32,25 @@ def read_config(run):
     path = Path(run, "config.json")
     try:
         check_regular(path, "config.json")
-        config = {"start": 0, **json.loads(path.read_text(encoding="utf-8"))}  # 0: of before starts were counted
+        config = {
+            "start": 0,
+            **json.loads(path.read_text(encoding="utf-8")),
+        }  # 0: of before starts were counted
         kinds = {"settings": dict, "class_names": list, "finished": bool, "start": int}
-        if not all(type(config[key]) is kind for key, kind in kinds.items()) or {*map(type, config["class_names"])} != {str}:
+        if not all(type(config[key]) is kind for key, kind in kinds.items()) or {
+            *map(type, config["class_names"])
+        } != {str}:
             raise ValueError("settings, class_names, finished or start are of another kind")
         return config
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        raise UserError(f"{str(run)!r} is not a run's folder: {plain(error)[:200]}") from None
+        raise UserError(f"{str(run)!r} is not a run's folder: {printable(error)[:200]}") from None
 
 
 def write_config(run, config):
-    save_text(Path(run, "config.json"), json.dumps(config, indent=1, ensure_ascii=False, default=str) + "\n")
+    save_text(
+        Path(run, "config.json"),
+        json.dumps(config, indent=1, ensure_ascii=False, default=str) + "\n",
+    )
 
 
 def load_checkpoint(run):
@@ -50,13 +60,25 @@ def load_checkpoint(run):
         return None
     try:
         state = load_tensors(path, "resume", check_sums=True)
-        kinds = {"epoch": int, "step": int, "model": dict, "optimizer": dict, "history": dict, "order": str, "scored_on": str}
+        kinds = {
+            "epoch": int,
+            "step": int,
+            "model": dict,
+            "optimizer": dict,
+            "history": dict,
+            "order": str,
+            "scored_on": str,
+        }
         if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-            raise UserError(f"resume: {str(path)!r} is no checkpoint of this version of the program")
+            raise UserError(
+                f"resume: {str(path)!r} is no checkpoint of this version of the program"
+            )
         return state
     except UserError as error:
-        raise UserError(f"{error}: start anew with resume = False, perhaps from model_path = "
-                        f"{str(Path(run, 'last_epoch_weights.pth'))!r}") from None
+        raise UserError(
+            f"{error}: start anew with resume = False, perhaps from model_path = "
+            f"{str(Path(run, 'last_epoch_weights.pth'))!r}"
+        ) from None
 
 
 def runs_in(save_dir, damaged=False):
@@ -66,40 +88,69 @@ def runs_in(save_dir, damaged=False):
         try:
             found.append((read_config(path.parent), str(path.parent)))
         except UserError as error:
-            if not damaged and Path(path.parent, LAST).exists():  # else another program's config.json
-                raise UserError(f"{error}. It may be the newest run: name the run to continue with resume = '…', or move "
-                                f"{str(path.parent)!r} away") from None
+            if (
+                not damaged and Path(path.parent, LAST).exists()
+            ):  # else another program's config.json
+                raise UserError(
+                    f"{error}. It may be the newest run: name the run to continue with resume = '…', or move "
+                    f"{str(path.parent)!r} away"
+                ) from None
     return sorted(found, key=lambda run: run[0]["start"], reverse=True)
 
 
 def lock(run, seconds=0):
     """Take the run for this process's life; UserError when another one still trains it after so many seconds."""
     try:
-        number = os.open(Path(run, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        number = os.open(
+            Path(run, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666
+        )
     except OSError as error:  # it may be another user's run
-        raise UserError(f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})") from None
+        raise UserError(
+            f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})"
+        ) from None
     end = time.monotonic() + seconds
     while fcntl:
         try:
-            return fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the file stays open, as closing it would end the lock
+            return fcntl.lockf(
+                number, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the file stays open, as closing it would end the lock
         except OSError as error:
-            if not isinstance(error, (BlockingIOError, PermissionError)):  # a file system without locks
+            if not isinstance(
+                error, (BlockingIOError, PermissionError)
+            ):  # a file system without locks
                 return None
         if time.monotonic() >= end:
-            raise UserError(f"{run} is being trained by another process, and cannot be continued before that has ended "
-                            f"(resume = False begins a new run)")
+            raise UserError(
+                f"{run} is being trained by another process, and cannot be continued before that has ended "
+                f"(resume = False begins a new run)"
+            )
         time.sleep(0.5)
 
 
 def find_run(resume, save_dir):
     """The folder of the run to continue, locked, or None for a new one."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
+    again = (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        or os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
+    )
     if isinstance(resume, str):
-        found = [str(Path(save_dir, resume)) if not os.path.exists(resume) and Path(save_dir, resume).exists() else resume]
+        found = [
+            str(Path(save_dir, resume))
+            if not os.path.exists(resume) and Path(save_dir, resume).exists()
+            else resume
+        ]
         read_config(found[0])
     else:  # a group that torchrun has started anew, or that has torchrun's --rdzv_id, continues its own
-        found = [run for config, run in runs_in(save_dir) if not config["finished"]
-                 and (resume or config.get("launch") == processes.launch_id)] if resume or again else []
+        found = (
+            [
+                run
+                for config, run in runs_in(save_dir)
+                if not config["finished"]
+                and (resume or config.get("launch") == processes.launch_id)
+            ]
+            if resume or again
+            else []
+        )
     empty = None  # a start that ended before it had saved anything: its folder will do when nothing else is there
     for run in found:
         lock(run, seconds=30 if again else 0)
@@ -131,8 +182,13 @@ def continued_run(resume, save_dir, settings, class_names):
     config, state, last = read_config(run), load_checkpoint(run), settings["UnFreeze_Epoch"]
     old = config["settings"]
     if state:
-        check_same(run, {**old, "ema_decay": bool(state["ema"])}, {**settings, "ema_decay": bool(settings.get("ema_decay"))},
-                   config["class_names"], class_names)
+        check_same(
+            run,
+            {**old, "ema_decay": bool(state["ema"])},
+            {**settings, "ema_decay": bool(settings.get("ema_decay"))},
+            config["class_names"],
+            class_names,
+        )
     if settings["fp16"] == "auto" and old.get("Cuda") == settings["Cuda"]:
         settings["fp16"] = old.get("fp16", "auto")
     done = state["epoch"] + bool(state["step"]) if state else 0
@@ -141,45 +197,58 @@ def continued_run(resume, save_dir, settings, class_names):
         raise UserError(f"{run} has {so_far}: raise UnFreeze_Epoch (now {last}) to train on")
     clear_drafts(run)
     place = f"epoch {state['epoch'] + 1}, step {state['step'] + 1}" if state else "its beginning"
-    changed = [f"{name}: {shown(old[name])} → {shown(value)}" for name, value in json.loads(json.dumps(settings)).items()
-               if name in old and old[name] != value and name not in ("resume", "Init_Epoch")]
+    changed = [
+        f"{name}: {short_repr(old[name])} → {short_repr(value)}"
+        for name, value in json.loads(json.dumps(settings)).items()
+        if name in old and old[name] != value and name not in ("resume", "Init_Epoch")
+    ]
     say(f"continuing {run} at {place}" + "".join(f"\n  changed since: {c}" for c in changed))
     return run, state
 
 
 def check_same(run, old, new, was, now):
     """UserError where a checkpoint cannot go on, as settings (old, new) or class names (was, now) are others."""
-    pairs = [(name, old.get(name, new[name]), new[name]) for name in ("backbone", "optimizer_type", "ema_decay")]
+    pairs = [
+        (name, old.get(name, new[name]), new[name])
+        for name in ("backbone", "optimizer_type", "ema_decay")
+    ]
     pairs += [(f"class {number}", *names) for number, names in enumerate(zip_longest(was, now))]
-    others = [f"{name} was {shown(before)} and is now {shown(after)}" for name, before, after in pairs if before != after]
+    others = [
+        f"{name} was {short_repr(before)} and is now {short_repr(after)}"
+        for name, before, after in pairs
+        if before != after
+    ]
     if others:
         raise UserError(f"{run} cannot be continued: {others[0]} (give what it was started with)")
 
 
-def describe_rates(s, transformer):
-    """For the header: the optimizer, each phase's highest and lowest rate as they train, and what limits have changed."""
-    told = []
-    for name in phases(s):
-        batch_size = s[name] * s.get("accumulate", 1)
-        fitted = fit_lr(batch_size, s["Init_lr"], s["Min_lr"], s["optimizer_type"], transformer)
-        asked = tuple(batch_size / NBS[transformer] * s[rate] for rate in ("Init_lr", "Min_lr"))
-        limits = " (Init_lr and Min_lr ask for {:.3g} to {:.3g}; the limits stand in utils/recipe.py)".format(*asked)
-        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}" + limits * (fitted != asked))
-    return f"{s['optimizer_type']}, {s['lr_decay_type']}, {', then '.join(dict.fromkeys(told))}"
-
-
 def begin_run(run, s, class_names, facts):
     """Print what is about to be trained, `facts` before rows of the settings s; write and return what config.json holds."""
-    rows = {"run": run, **facts, "input_shape": s["input_shape"],
-            "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}"
-                      + (f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""),
-            "batch_size": f"{', then '.join(str(s[name]) for name in phases(s))} over {world_size()} processes, "
-                          f"{s.get('accumulate', 1)} to a step"}
+    rows = {
+        "run": run,
+        **facts,
+        "input_shape": s["input_shape"],
+        "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}"
+        + (f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""),
+        "batch_size": f"{', then '.join(str(s[name]) for name in phases(s))} over {world_size()} processes, "
+        f"{s.get('accumulate', 1)} to a step",
+    }
     say("\n".join(f"  {name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()))
-    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL)}}
+    versions = {
+        "python": platform.python_version(),
+        **{m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL)},
+    }
     # clocks and names do not tell which run is the newest: each start counts on
-    number = 1 + max((config["start"] for config, _ in runs_in(Path(run).parent, damaged=True)), default=0)
-    config = {"settings": s, "class_names": class_names, "launch": processes.launch_id, "start": number, "finished": False,
-              "versions": versions}
+    number = 1 + max(
+        (config["start"] for config, _ in runs_in(Path(run).parent, damaged=True)), default=0
+    )
+    config = {
+        "settings": s,
+        "class_names": class_names,
+        "launch": processes.launch_id,
+        "start": number,
+        "finished": False,
+        "versions": versions,
+    }
     write_config(run, config)
     return config

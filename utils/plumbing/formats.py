@@ -1,4 +1,5 @@
 """Picture files: which formats are read, and any of them as an upright RGB image."""
+
 import errno
 import io
 import os
@@ -8,15 +9,43 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from utils.errors import UserError, plain
+from utils.plumbing.errors import UserError, printable
 
 # What is opened, by content, whatever a file is called. Raster formats that Pillow decodes itself: for some others it starts
 # another program. Pillow opens MPO (a JPEG with a second one behind it) as JPEG; TGA has no mark to know it by, so it is last.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "PCX", "SGI", "ICO", "TGA")
-BROKEN = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a file that is no whole picture
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "QOI",
+    "PCX",
+    "SGI",
+    "ICO",
+    "TGA",
+)
+BROKEN = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)  # what Pillow raises for a file that is no whole picture
 REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quarter, an eighth
 # What Pillow calls the EXIF orientations from 2 on
-TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
+TURNS = (
+    "FLIP_LEFT_RIGHT",
+    "ROTATE_180",
+    "FLIP_TOP_BOTTOM",
+    "TRANSPOSE",
+    "ROTATE_270",
+    "TRANSVERSE",
+    "ROTATE_90",
+)
 
 
 def to_rgb(image):
@@ -31,8 +60,10 @@ def to_rgb(image):
             peak = raw.max(initial=0, where=np.isfinite(raw))
             white = next((white for white in (1, 255, 65535) if peak < 2 * white), peak)
         grey = raw * (255 / white)
-        if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's photometric interpretation "white is zero", which Pillow minds
-            grey = 255 - grey                           # in 8 bits alone
+        if (
+            getattr(image, "tag_v2", {}).get(262) == 0
+        ):  # TIFF's photometric interpretation "white is zero", which Pillow minds
+            grey = 255 - grey  # in 8 bits alone
         grey = np.nan_to_num(grey).clip(0, 255).round()
         grey[raw == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -58,14 +89,14 @@ def upright(image, turn):
     return image.transpose(Image.Transpose[TURNS[turn - 2]]) if turn > 1 else image
 
 
-def why(error):
+def failure_reason(error):
     """One line of the reason for an unreadable picture; what the machine lacks is not the picture's fault, and raised again."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
-    return plain(f"{type(error).__name__}: {error}")
+    return printable(f"{type(error).__name__}: {error}")
 
 
-def opened(source):
+def open_picture(source):
     """What read_crop takes → a Pillow image, of a file not decoded yet, that may be changed. Raises what read_crop does."""
     if isinstance(source, Image.Image):
         image = source.copy()
@@ -74,8 +105,10 @@ def opened(source):
     data = source
     if isinstance(source, (str, os.PathLike)):
         size = os.path.getsize(source)
-        if size > 2 ** 31 or not os.path.isfile(source):
-            raise OSError(f"{os.fspath(source)!r} is a folder without pictures, no regular file, or larger than 2 GiB")
+        if size > 2**31 or not os.path.isfile(source):
+            raise OSError(
+                f"{os.fspath(source)!r} is a folder without pictures, no regular file, or larger than 2 GiB"
+            )
         with open(source, "rb") as file:
             data = file.read(size)  # devices have no end, and kernel files without one say 0
     if not isinstance(data, (bytes, bytearray, memoryview)):
@@ -83,19 +116,38 @@ def opened(source):
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # whose own words name the place of the bytes in memory
-        raise UnidentifiedImageError("none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
-                                     "PNG" if data else "an empty file") from None
-    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.format == "PNG" and image.tile[0][3])
-    if scale and "transparency" in image.info:  # Pillow scales a PNG's pixels to 8 bits, but not its transparent value
-        image.info["transparency"] = np.multiply(image.info["transparency"], scale).astype(int).tolist()
+        raise UnidentifiedImageError(
+            "none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
+            "PNG"
+            if data
+            else "an empty file"
+        ) from None
+    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(
+        image.format == "PNG" and image.tile[0][3]
+    )
+    if (
+        scale and "transparency" in image.info
+    ):  # Pillow scales a PNG's pixels to 8 bits, but not its transparent value
+        image.info["transparency"] = (
+            np.multiply(image.info["transparency"], scale).astype(int).tolist()
+        )
     return image
 
 
 def pixels(source):
     """A uint8 array or tensor (H, W), (H, W, 1) or (H, W, 3) → an array as Pillow takes it; UserError for anything else."""
-    shape, dtype = tuple(getattr(source, "shape", ())), str(getattr(source, "dtype", type(source).__name__))
-    if not dtype.endswith("uint8") or 0 in shape or not (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3)):
-        raise UserError("a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape (H, W), "
-                        f"(H, W, 1) or (H, W, 3), not {dtype}" + (f" of shape {shape}" if shape else ""))
+    shape, dtype = (
+        tuple(getattr(source, "shape", ())),
+        str(getattr(source, "dtype", type(source).__name__)),
+    )
+    if (
+        not dtype.endswith("uint8")
+        or 0 in shape
+        or not (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3))
+    ):
+        raise UserError(
+            "a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape (H, W), "
+            f"(H, W, 1) or (H, W, 3), not {dtype}" + (f" of shape {shape}" if shape else "")
+        )
     array = np.asarray(source.cpu() if isinstance(source, torch.Tensor) else source)
     return array[..., 0] if shape[2:] == (1,) else array

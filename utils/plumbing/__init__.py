@@ -1,0 +1,1 @@
+"""The plumbing: settings, lists, files, processes and messages. A student need not enter it."""

@@ -9,12 +9,16 @@ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py
 import os
 from itertools import islice
 
+from utils.plumbing.start import start_program
+
+if __name__ == "__main__":
+    start_program()  # before torch is imported, which reads the OpenMP setting once
+
 import numpy as np
 import torch
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
 
-import utils  # noqa: F401 before torch, for its OpenMP setting
 from nets import get_model, head_layers, is_transformer, lay_out, load_file, profile
 from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
@@ -27,10 +31,10 @@ from utils.optimizer import (
     get_optimizer,
     set_optimizer_lr,
 )
-from utils.plumbing import console, lists, processes
+from utils.plumbing import lists, processes
 from utils.plumbing.charts import draw_contact_sheet, drawable_names
 from utils.plumbing.command_line import command_line
-from utils.plumbing.console import say
+from utils.plumbing.console import say, show_errors_as_sentences
 from utils.plumbing.files import save_image
 from utils.plumbing.processes import ignore_signals, rank, world_size
 from utils.plumbing.run import begin_run, continued_run, new_run, write_config
@@ -103,7 +107,7 @@ save_minutes = 5  # also save inside long epochs: a crash loses no more than tha
 resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 
 if __name__ == "__main__":
-    console.one_sentence_errors()
+    show_errors_as_sentences()
     settings = command_line(globals())
     check_settings(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
@@ -149,7 +153,7 @@ if __name__ == "__main__":
     lists.check_same_everywhere(train_data, val_data)
     if train_data.in_memory:
         num_workers = 0  # loader processes would take more from a CPU that trains than they save
-    run, state = processes.on_rank_0(lambda: continued_run(resume, save_dir, settings, class_names))
+    run, state = processes.on_rank_0(continued_run, resume, save_dir, settings, class_names)
 
     # The network
     torch.manual_seed(seed)
@@ -183,14 +187,12 @@ if __name__ == "__main__":
     )
     say(note(batch[0]), end="")
     check_best_by(best_by, model, batch, Cuda, recipe)
-    settings["fp16"], tried = processes.on_rank_0(
-        lambda: choose_precision(settings, model, batch, recipe)
-    )
+    settings["fp16"], tried = processes.on_rank_0(choose_precision, settings, model, batch, recipe)
     fp16 = settings["fp16"]
     scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
 
     # The run
-    save_dir = processes.on_rank_0(lambda: run or new_run(save_dir))
+    save_dir = run or processes.on_rank_0(new_run, save_dir)
     loss_history = (
         LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
     )
@@ -330,5 +332,4 @@ if __name__ == "__main__":
             save_dir, {**config, "finished": loss_history.rows[-1]["epoch"] == UnFreeze_Epoch}
         )  # no early stop
         say(f"best {loss_history.describe_best()} in {save_dir}")
-    processes.barrier()
-    processes.end(0)
+    processes.finish()

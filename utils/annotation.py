@@ -5,6 +5,12 @@ python -m utils.annotation DATASETS --test-share 0.2        DATASETS/<class>/…
 python -m utils.annotation DATASETS --shrink 512        lists copies of the large ones, in DATASETS-shrunk-512/
 """
 
+from utils.plumbing.start import start_program
+
+if __name__ == "__main__":
+    start_program()
+
+
 import argparse
 import os
 import random
@@ -13,7 +19,7 @@ from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
-from utils.plumbing.console import one_sentence_errors, say
+from utils.plumbing.console import say, show_errors_as_sentences
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_text, writable
 from utils.plumbing.folders import walk
@@ -156,7 +162,7 @@ def main(arguments=None):
         help="how the names of the three files begin (model_data/cls)",
     )
     options = parser.parse_args(arguments)
-    one_sentence_errors()
+    show_errors_as_sentences()
     if not 0 < options.test_share < 1 or options.shrink < 0:
         raise UserError("--test-share must be between 0 and 1, --shrink 1 or more")
     paths = tuple(f"{options.out}_{part}.txt" for part in ("classes", "train", "test"))

@@ -1,6 +1,7 @@
 """All that resuming needs, as one file that is the commit; the files that people read follow it. Before each step the
 processes agree on one number, so that none enters a step that another one leaves out."""
 
+import atexit
 import signal
 import time
 from collections import Counter
@@ -49,6 +50,7 @@ class Checkpoint:
     """
 
     def __init__(self, run, parts, save_minutes=0, scored_on=""):
+        atexit.register(processes.stop_workers)  # Python would wait for workers that ignore SIGTERM
         self.run, self.parts, self.save_minutes, self.scored_on = (
             run,
             parts,

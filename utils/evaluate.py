@@ -4,6 +4,12 @@ Prints every figure of the recipe and each class's precision, recall, F1 and sup
 confusion_matrix.csv and .png, and mistakes.png (the most confident ones) into the run's folder, or --out.
 """
 
+from utils.plumbing.start import start_program
+
+if __name__ == "__main__":
+    start_program()
+
+
 import csv
 import io
 import os

@@ -4,6 +4,12 @@ RUN/model.pt2 is a torch.export program: uint8 (N, 3, H, W) pictures of the run'
 probabilities; with onnx and onnxscript installed, RUN/model.onnx is the same.
 """
 
+from utils.plumbing.start import start_program
+
+if __name__ == "__main__":
+    start_program()
+
+
 import io
 import json
 from importlib.util import find_spec

@@ -3,6 +3,12 @@
 From Python: from utils.predict import Classifier; classify = Classifier("logs/…"); classify("picture.jpg")
 """
 
+from utils.plumbing.start import start_program
+
+if __name__ == "__main__":
+    start_program()
+
+
 import json
 import os
 import re

@@ -12,7 +12,7 @@ from nets._weights import check_numbers, load_weights
 from utils.dataloader import detection_collate
 from utils.fit import score_batch
 from utils.pictures import MEAN, STD
-from utils.plumbing.console import one_sentence_errors
+from utils.plumbing.console import show_errors_as_sentences
 from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS
 from utils.plumbing.processes import cores, ignore_signals
@@ -88,7 +88,7 @@ class TrainedRun:
 
 def command(name, document):
     """The parser of utils.<name>, a command on a run; every error from here on is one sentence, Ctrl-C ends at once."""
-    one_sentence_errors()
+    show_errors_as_sentences()
     parser = ArgumentParser(
         f"python -m utils.{name}", description=document, formatter_class=RawDescriptionHelpFormatter
     )

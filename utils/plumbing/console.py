@@ -1,5 +1,6 @@
 """What the user sees: messages, the progress line, and errors as one sentence."""
 
+import builtins
 import contextlib
 import multiprocessing.util
 import os
@@ -13,80 +14,95 @@ from utils.plumbing.processes import end, rank
 
 
 def say(text, everyone=False, as_it_is=False, **options):
-    """Print on rank 0 or everyone's, at once, plain but for line ends. A closed pipe or full disk decides nothing."""
-    if rank() == 0 or everyone:
-        with contextlib.suppress(OSError, ValueError):
-            print(
-                text if as_it_is else "\n".join(map(printable, text.split("\n"))),
-                **options,
-                flush=True,
-            )
+    """Print a message on rank 0, or on every rank, at once; control characters are escaped.
+
+    A closed pipe or a full disk is no error here: printing never decides what is saved.
+    """
+    if rank() > 0 and not everyone:
+        return
+    if not as_it_is:
+        text = "\n".join(map(printable, text.split("\n")))
+    with contextlib.suppress(OSError, ValueError):
+        print(text, **options, flush=True)
 
 
 class ProgressLine:
-    """One line, redrawn in place twice a second on a terminal, printed every half minute into a log."""
+    """One line, redrawn twice a second on a terminal, printed every half minute in a log."""
 
     def __init__(self, title, steps, first_step=0, stream=None):
-        self.title, self.steps, self.first_step, self.stream = (
-            title,
-            steps,
-            first_step,
-            stream or sys.stdout,
-        )
-        self.terminal = getattr(self.stream, "isatty", bool)()
-        self.begin = self.shown = time.monotonic()
+        self.title = title
+        self.steps = steps
+        self.first_step = first_step
+        self.stream = stream or sys.stdout
+        self.terminal = hasattr(self.stream, "isatty") and self.stream.isatty()
+        self.seconds_between = 0.5 if self.terminal else 30
+        self.begin = self.last = time.monotonic()
 
     def show(self, step, images, describe, due=False):
-        """images: to a step. describe() reads figures off the device, so it is only called when the line is due."""
+        """Show the line if it is due. images: in a step.
+
+        describe() → text reads numbers off the device, so it is called only when the line is due.
+        """
         now = time.monotonic()
-        if rank() or not due and now - self.shown < (0.5 if self.terminal else 30):
+        if rank() > 0 or (now - self.last < self.seconds_between and not due):
             return
-        self.shown, done, seconds = now, step - self.first_step, max(now - self.begin, 1e-3)
-        minutes, left = divmod(round(seconds / done * (self.steps - step)), 60)
-        text = (
-            f"{self.title} {step}/{self.steps} {describe()} {images * done / seconds:.0f} images/s "
-            f"{minutes // 60:02}:{minutes % 60:02}:{left:02} left"
+        self.last = now
+        steps_done = step - self.first_step
+        seconds = max(now - self.begin, 1e-3)
+        seconds_left = round(seconds / steps_done * (self.steps - step))
+        self.write(
+            f"{self.title} {step}/{self.steps} {describe()} "
+            f"{images * steps_done / seconds:.0f} images/s {clock(seconds_left)} left"
         )
-        say(
-            f"\r{text}\033[K" if self.terminal else text,
-            end="" if self.terminal else "\n",
-            file=self.stream,
-            as_it_is=True,
-        )
+
+    def write(self, text):
+        if self.terminal:
+            say(f"\r{text}\033[K", end="", file=self.stream, as_it_is=True)
+        else:
+            say(text, file=self.stream, as_it_is=True)
 
     def clear(self):
         if self.terminal:
-            say("\r\033[K", end="", file=self.stream, as_it_is=True)
+            self.write("")
 
 
-def one_sentence_errors():
-    """Show every error of this program that a user can mend as one sentence; Ctrl-C ends it without words."""
+def clock(seconds):
+    """Return a duration as hh:mm:ss."""
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
+
+
+def show_errors_as_sentences():
+    """Show errors that a user can mend as one sentence; Ctrl-C ends the program silently."""
     sys.excepthook = show_error
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup stays in force
+    own_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not under nohup
+    if own_handler and not hasattr(builtins, "__IPYTHON__"):  # a session outlives what it runs
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    multiprocessing.util.get_temp_dir()  # one folder for this process and its workers, which cannot remove theirs when killed
+    multiprocessing.util.get_temp_dir()  # shared with workers, which leave theirs when killed
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # odd file names must not break a print on an ASCII terminal
+        if hasattr(stream, "reconfigure"):  # odd file names must not break an ASCII terminal
             stream.reconfigure(errors="backslashreplace")
 
 
 def show_error(kind, error, trace):
-    """For sys.excepthook: what a user can mend becomes one sentence on stderr; anything else keeps its traceback."""
-    with contextlib.suppress(
-        RuntimeError
-    ):  # torch's handler raises what it finds of dead workers, also in here
+    """Print an uncaught error to stderr, as one sentence where a user can mend it, and end.
+
+    A machine's first process speaks at once. Others, and one that only knows that another process
+    has ended, wait a little for the launcher to end them.
+    """
+    with contextlib.suppress(RuntimeError):  # torch's SIGCHLD handler raises, also in here
         signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    told, other = explain(error), int(os.environ.get("LOCAL_RANK", 0)) > 0
-    # a machine's first process speaks at once; others, and who only knows that another one has ended, wait for the launcher
-    time.sleep(2 * other + 5 * bool(told and told.startswith(LOST)))
-    whose = f"[rank {rank()}] " if other else ""
-    print(
-        f"{whose}error: {printable(told)}"
-        if told
-        else whose + "".join(traceback.format_exception(kind, error, trace)),
-        file=sys.stderr,
-    )
+    first_of_machine = os.environ.get("LOCAL_RANK") in (None, "", "0")
+    sentence = explain(error)
+    if sentence:
+        text = f"error: {printable(sentence)}"
+    else:
+        text = "".join(traceback.format_exception(kind, error, trace))
+    if not first_of_machine:
+        time.sleep(2)
+        text = f"[rank {os.environ.get('RANK')}] {text}"
+    if sentence and sentence.startswith(LOST):
+        time.sleep(5)
+    print(text, file=sys.stderr)
     end(1)

@@ -1,103 +1,181 @@
-"""What a user can mend: errors of one sentence, what PyTorch's and the system's messages mean, how names are shown."""
+"""Errors that a user can mend, as one sentence, and how messages show names."""
 
 import difflib
 import errno
+import os
 import re
+import sys
+import traceback
 
-TOO_SMALL = "数据集过小,无法继续进行训练,请扩充数据集。"  # the documented words of the documented ValueError
+TOO_SMALL = "数据集过小,无法继续进行训练,请扩充数据集。"  # the documented words of a ValueError
 LOST = "another process of the launch has ended"
 NOT_FINITE = "lower Init_lr or clip_ratio; the files saved before it are intact"
+LIBRARIES = ("torch", "torchvision", "numpy", "PIL", "multiprocessing")
 
-# Words of PyTorch's and the system's messages → what a user can do. The first row that fits counts. {line}: the message's
-# first line, {all}: all of it.
+# Words in the messages of torch and the system, and what a user can do. The first row that fits
+# counts. {line} is the message's first line, {all} the whole message.
 ADVICE = (
     (
-        r"Too many open files",
+        "Too many open files",
         "too many open files: raise the limit (ulimit -n 4096), or lower num_workers",
     ),
     (
-        r"no kernel image",
-        "this PyTorch was not built for this GPU: install a build that was, or set Cuda = False ({line})",
+        "no kernel image",
+        "this PyTorch was not built for this GPU: install a build that was, or set Cuda = False "
+        "({line})",
     ),
     (
-        r"NCCL|nccl",
-        "the GPUs cannot reach each other, mostly because /dev/shm is full (docker run --shm-size=2g), another process "
-        "has ended, or the network card is another one (NCCL_SOCKET_IFNAME): {all}",
+        "driver.*(too old|insufficient)",
+        "the GPU's driver is too old for this PyTorch: update the driver, install a PyTorch for an "
+        "older CUDA, or set Cuda = False ({line})",
     ),
     (
-        r"out of memory|ALLOC_FAILED|[Cc]an't allocate memory|Unable to allocate|MemoryError",
-        "out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase, --batch-size of a command), or "
-        "input_shape ({line})",
+        "(busy or unavailable|exclusive)",
+        "another program has this GPU for itself: wait for it, choose another GPU with "
+        "CUDA_VISIBLE_DEVICES=1, or set Cuda = False ({line})",
     ),
     (
-        r"more than 1 value per channel",
+        "device-side assert|CUBLAS_STATUS_EXECUTION_FAILED",
+        "an index was out of range on the GPU, often a class id: set CUDA_LAUNCH_BLOCKING=1, or "
+        "Cuda = False, to see where ({line})",
+    ),
+    (
+        "built with NCCL|Windows.*NCCL|NCCL.*not (built|available)",
+        "this PyTorch has no NCCL, as on Windows: train on one GPU without torchrun, or set "
+        "Cuda = False ({line})",
+    ),
+    (
+        r"NCCL|\bnccl",
+        "the GPUs cannot reach each other, mostly because /dev/shm is full (docker run "
+        "--shm-size=2g), another process has ended, or the network card is another one "
+        "(NCCL_SOCKET_IFNAME): {all}",
+    ),
+    (
+        "out of memory|ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+        "|unable to find an engine|[Cc]an(no|')t allocate memory|Unable to allocate|MemoryError",
+        "out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase, "
+        "--batch-size of a command), or input_shape ({line})",
+    ),
+    (
+        "[Cc]ompiler.*not found|Failed to find C compiler|[Cc]annot find.*[Tt]riton",
+        "compile = True needs a C compiler and Triton: install them, or set compile = False "
+        "({line})",
+    ),
+    (
+        "more than 1 value per channel",
         "BatchNorm needs two pictures or more in each process, or on each GPU: raise "
         "Unfreeze_batch_size (Freeze_batch_size in the frozen phase)",
     ),
     (
         r"shared memory|torch_\w+>: No space|[Bb]us error",
-        "the data loader's workers have no shared memory left: give the container more (docker run --shm-size=2g), lower "
-        "num_workers, or set num_workers = 0",
+        "the data loader's workers have no shared memory left: give the container more (docker run "
+        "--shm-size=2g), lower num_workers, or set num_workers = 0",
     ),
     (
-        r"DataLoader worker .*(exited|killed)|EOFError|ConnectionResetError",
-        "a data-loader worker died, most likely for lack of memory: close other programs, or lower num_workers or the batch "
-        "size ({line})",
+        "DataLoader worker .*(exited|killed)|EOFError|ConnectionResetError",
+        "a data-loader worker died, most likely for lack of memory: close other programs, or lower "
+        "num_workers or the batch size ({line})",
     ),
     (
-        r"gloo|Dist\w*Error|Connection (closed|reset|refused)|Broken pipe",
-        LOST
-        + ", or did not answer within the time-out of torch.distributed: the reason stands in its own output ({line})",
+        "connectFullMesh|Gloo.*(connect|resolve|address)|makeDeviceForHostname|nable to resolve",
+        "the processes cannot reach each other: this host's name leads to an address that other "
+        "machines do not see; name the network card, as in GLOO_SOCKET_IFNAME=eth0 ({line})",
+    ),
+    (
+        r"\b[Gg]loo\b|Dist\w*Error|Connection (closed|reset|refused)|Broken pipe",
+        LOST + ", or did not answer within the time-out of torch.distributed: its own output says "
+        "why ({line})",
     ),
 )
 
 
 class UserError(ValueError):
-    """Something that the user can mend: shown as one sentence, without a traceback, exit code 1."""
-
-
-def did_you_mean(name, choices) -> str:
-    """' (did you mean …?)' for a mistyped name, or a part of one, or ''."""
-    word, known = str(name).lower()[:100], {choice.lower(): choice for choice in choices}
-    inside = [choice for choice in known if len(word) > 1 and word.rstrip("s") in choice]
-    found = inside[:4] or difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return (
-        f" (did you mean {' or '.join(repr(known[choice]) for choice in found)}?)" if found else ""
-    )
-
-
-def short_repr(value, length=80) -> str:
-    """repr(value), shortened: a message must stay one readable sentence."""
-    text = (
-        repr(value)
-        if type(value) is not int or value.bit_length() < 9999
-        else "a number of thousands of digits"
-    )
-    return text if len(text) <= length else text[:length] + "…"
-
-
-def printable(text) -> str:
-    """A name or path from somebody else as a terminal may show it: what would move the cursor or begin a line is escaped."""
-    return "".join(
-        c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
+    """Say what a user can mend: shown as one sentence, without a traceback, exit code 1."""
 
 
 def explain(error):
-    """What a user is told of an error that can be mended, or None for a programming error."""
+    """Return what a user can do about an error, as a sentence; None for a programming error."""
     text = str(error).strip()
-    if (
-        "Traceback (most recent call last)" in text
-    ):  # a loader worker's error brings its own, the message last
+    if "Traceback (most recent call last)" in text:  # from a loader worker; the message is last
         text = text.splitlines()[-1]
     if isinstance(error, UserError) or TOO_SMALL in text:
         return text.rpartition("UserError: ")[2]
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
         return f"the output cannot be written ({error.strerror})"
-    if isinstance(error, (RuntimeError, ValueError, OSError, EOFError, MemoryError)):
-        for words, advice in ADVICE:
-            if re.search(words, f"{type(error).__name__}: {text}"):
-                line = (text.splitlines() or [type(error).__name__])[0]
-                return advice.format(line=line[:300], all=" ".join(text.split()))
+    if not comes_from_library(error):
+        return None
+    line = (text.splitlines() or [type(error).__name__])[0][:300]
+    for words, advice in ADVICE:
+        if re.search(words, f"{type(error).__name__}: {text}"):
+            return advice.format(line=line, all=" ".join(text.split()))
     return None
+
+
+def comes_from_library(error):
+    """Return whether torch or the system raised an error, and not a `raise` in somebody's own code.
+
+    A fork's own ValueError("unknown class 'igloo'") must keep its traceback.
+    """
+    place = place_of(error)
+    in_library = place is None or in_libraries(place[0])
+    if not in_library and re.search(r"\braise\b", place[1]):
+        return False
+    if isinstance(error, OSError):
+        of_the_machine = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        return of_the_machine or isinstance(error, ConnectionError)
+    if isinstance(error, (RuntimeError, MemoryError)):
+        return True
+    return in_library and isinstance(error, (ValueError, EOFError))
+
+
+def place_of(error):
+    """Return (path, source line) of where an error was raised, or None where that is not known.
+
+    An error in a loader worker is raised again by torch; its message holds the worker's traceback.
+    """
+    worker = re.findall(r'File "(.+)", line \d+, in .+\n +(.+)', str(error))
+    if worker:
+        return worker[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return None
+    return frames[-1].filename, frames[-1].line or ""
+
+
+def in_libraries(path):
+    """Return whether a source file belongs to one of LIBRARIES."""
+    modules = [sys.modules[name] for name in LIBRARIES if name in sys.modules]
+    return any(path.startswith(os.path.dirname(module.__file__)) for module in modules)
+
+
+def did_you_mean(name, choices) -> str:
+    """Return ' (did you mean …?)' for a mistyped name, or a part of one, or ''."""
+    word = str(name).lower()[:100]
+    known = {choice.lower(): choice for choice in choices}
+    near = []
+    if len(word) > 1:
+        near = [choice for choice in known if word.rstrip("s") in choice][:4]
+    near = near or difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if not near:
+        return ""
+    return f" (did you mean {' or '.join(repr(known[choice]) for choice in near)}?)"
+
+
+def short_repr(value, length=80) -> str:
+    """Return repr(value), cut to `length` characters: a message stays one readable sentence."""
+    if type(value) is int and value.bit_length() > 9999:
+        return "a number of thousands of digits"
+    text = repr(value)
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def printable(text) -> str:
+    """Return somebody else's name or path with all escaped that would move a terminal's cursor."""
+    return "".join(map(printable_character, str(text)))
+
+
+def printable_character(character) -> str:
+    is_undecoded_byte = "\udc80" <= character <= "\udcff"
+    if character.isprintable() or is_undecoded_byte:
+        return character
+    return character.encode("unicode_escape").decode()

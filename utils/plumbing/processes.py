@@ -1,6 +1,8 @@
-"""Ranks, what processes tell each other and the user, and how one begins and ends; all of it also works in one process."""
+"""Ranks, what the processes of a launch tell each other, and how a process ends.
 
-import atexit
+All of it also works in one process.
+"""
+
 import contextlib
 import ctypes
 import multiprocessing.util
@@ -13,149 +15,218 @@ import uuid
 import torch
 import torch.distributed as dist
 
-launch_id = (
-    uuid.uuid4().hex
-)  # the same for all processes of one launch, also after torchrun has restarted them
+from utils.plumbing.errors import UserError
+
+launch_id = uuid.uuid4().hex  # of all processes of one launch, also after torchrun restarts them
+
+
+def number_from_launcher(name, default):
+    """Return a whole number from an environment variable that torchrun sets."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(
+            f"the environment variable {name} = {text!r} is not a whole number: start with "
+            f"torchrun, which sets it, or remove it (unset {name})"
+        )
+    return int(text)
 
 
 def rank():
-    """This process's number among all of the launch, known before they are connected."""
-    return int(os.environ.get("RANK", 0))
+    """Return this process's number among all of the launch, known before they are connected."""
+    return number_from_launcher("RANK", 0)
+
+
+def local_rank():
+    """Return this process's number among those of its machine."""
+    return number_from_launcher("LOCAL_RANK", 0)
 
 
 def world_size():
-    """The number of processes of the launch on all nodes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Return the number of processes of the launch on all machines."""
+    return number_from_launcher("WORLD_SIZE", 1)
+
+
+def local_world_size():
+    """Return the number of the launch's processes on this machine."""
+    return number_from_launcher("LOCAL_WORLD_SIZE", 1)
 
 
 def cores():
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def connect(Cuda):
-    """Join the launcher's processes; returns the documented local_rank."""
-    local_rank = int(os.environ["LOCAL_RANK"])
+    """Join the launcher's processes; return the documented local_rank."""
     if Cuda:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank())
+    # Python objects travel over gloo, gradients of GPUs over nccl
+    backend = "cpu:gloo,cuda:nccl" if Cuda else "gloo"
     hook = sys.excepthook
-    backend = (
-        "cpu:gloo,cuda:nccl" if Cuda else "gloo"
-    )  # small facts travel over gloo, gradients of GPUs over nccl
     dist.init_process_group(backend, store=group_store(), rank=rank(), world_size=world_size())
-    sys.excepthook = (
-        hook  # torch's own would keep our sentence in memory until a return that never comes
-    )
-    return local_rank
-
-
-def describe_device(Cuda):
-    """What trains, for people."""
-    if not Cuda:
-        return f"CPU, {torch.get_num_threads()} threads"
-    number = world_size() if connected() else torch.cuda.device_count()
-    return f"{number} × {torch.cuda.get_device_name()}" + " (torchrun is faster)" * (
-        number > 1 and not connected()
-    )
+    sys.excepthook = hook  # torch's own would print every error once more
+    return local_rank()
 
 
 def group_store():
-    """The launcher's store, under a name that only the living processes know: torchrun keeps it over a restart, with the addresses
-    of dead processes in it, and each node counts restarts for itself. So each process asks under a name that it draws, and rank 0
-    answers with the group's until everyone is here."""
+    """Return the launcher's store under a prefix that only the living processes know.
+
+    torchrun's store outlives a restart and holds dead processes' addresses, and each machine counts
+    restarts for itself. So each process asks under a name that it draws, and rank 0 answers with
+    the group's prefix until everyone is here.
+    """
     global launch_id
-    launchers, _, _ = next(dist.rendezvous("env://"))
-    named = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's --rdzv_id
-    launch_id = (
-        named if named != "none" else launchers.compare_set("launch", "", launch_id).decode()
-    )
-    mine = uuid.uuid4().hex
-    if rank():
-        launchers.set(f"ask {rank()}", mine)
-        group = launchers.get(f"answer {mine}").decode()
-        launchers.set(f"{group} {rank()}", "here")
-        return dist.PrefixStore(group, launchers)
+    store, _, _ = next(dist.rendezvous("env://"))
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's --rdzv_id
+    if run_id == "none":
+        run_id = store.compare_set("launch", "", launch_id).decode()
+    launch_id = run_id
+    own_name = uuid.uuid4().hex
+    if rank() > 0:
+        store.set(f"ask {rank()}", own_name)
+        group = store.get(f"answer {own_name}").decode()
+        store.set(f"{group} {rank()}", "here")
+        return dist.PrefixStore(group, store)
     for other in range(1, world_size()):
-        while not launchers.check([f"{mine} {other}"]):
-            if launchers.check([f"ask {other}"]):
-                launchers.set("answer " + launchers.get(f"ask {other}").decode(), mine)
+        while not store.check([f"{own_name} {other}"]):
+            if store.check([f"ask {other}"]):
+                name = store.get(f"ask {other}").decode()
+                store.set(f"answer {name}", own_name)
             time.sleep(0.01)
-    return dist.PrefixStore(mine, launchers)
+    return dist.PrefixStore(own_name, store)
 
 
 def connected():
+    """Return whether this process has joined a group."""
     return dist.is_available() and dist.is_initialized()
 
 
+def describe_device(Cuda):
+    """Return the name of what trains, for the header."""
+    if not Cuda:
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    if connected():
+        return f"{world_size()} × {torch.cuda.get_device_name()}"
+    number = torch.cuda.device_count()
+    advice = " (torchrun is faster)" if number > 1 else ""
+    return f"{number} × {torch.cuda.get_device_name()}{advice}"
+
+
 def gather_objects(item):
-    """Every process's `item`, in the order of ranks. Collective."""
-    everyone = [item] * world_size()
+    """Return every process's `item`, in the order of ranks. Collective."""
+    items = [item] * world_size()
     if connected():
-        dist.all_gather_object(everyone, item)
-    return everyone
+        dist.all_gather_object(items, item)
+    return items
 
 
-def on_rank_0(work):
-    """work() on rank 0 alone; its result on every process. Collective."""
-    answer = [work() if rank() == 0 else None]
+def on_rank_0(function, *arguments):
+    """Return function(*arguments), called on rank 0 alone, on every process. Collective."""
+    result = [function(*arguments) if rank() == 0 else None]
     if connected():
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 def sync_buffers(model):
-    """Rank 0's buffers (BatchNorm statistics) to every process, as DistributedDataParallel does before a step."""
-    for buffer in model.buffers() if connected() else ():
-        dist.broadcast(buffer, src=0)
+    """Copy rank 0's buffers (BatchNorm statistics) to every process. Collective."""
+    if connected():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def barrier():
+    """Wait for all processes. Collective."""
     if connected():
-        dist.all_reduce(torch.zeros(1))  # not dist.barrier(), which would go to a GPU
+        dist.all_reduce(torch.zeros(1))  # dist.barrier() would go to a GPU
 
 
 def ignore_signals(worker_id):
-    """worker_init_fn: a signal to the whole process group must not take the workers from a process that is saving."""
+    """Prepare a loader worker (DataLoader's worker_init_fn).
+
+    A signal to the whole process group must not take the workers from a process that is saving.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.excepthook = lambda *error: (
-        None
-    )  # its errors travel to the loader; a thread of its own has nothing else to say
-    if (
-        sys.platform == "linux"
-    ):  # die with the process: a group that torchrun restarts would connect to an orphan's sockets
-        pr_set_pdeathsig = 1  # of linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        parent, server = (
-            multiprocessing.parent_process(),
-            multiprocessing.get_start_method() == "forkserver",
-        )
-        if (
-            not parent.is_alive() if server else os.getppid() != parent.pid
-        ):  # it ended before this was asked for
-            os._exit(1)
+    sys.excepthook = show_nothing  # its errors travel to the loader
+    if sys.platform == "linux":
+        die_with_parent()
+
+
+def show_nothing(kind, error, trace):
+    """Show nothing of an uncaught error in a loader worker's threads."""
+
+
+def die_with_parent():
+    """Let the kernel kill this worker when its process ends.
+
+    A group that torchrun restarts would otherwise connect to an orphan's sockets.
+    """
+    pr_set_pdeathsig = 1  # of linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() == "forkserver":  # then the parent is the fork server
+        orphaned = not parent.is_alive()
+    else:
+        orphaned = os.getppid() != parent.pid
+    if orphaned:  # the parent ended before this was asked for
+        os._exit(1)
 
 
 def stop_workers():
-    """Kill this process's workers; the standard library would send them the SIGTERM that they ignore, and wait."""
-    signal.signal(
-        getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL
-    )  # torch's handler raises where a worker is killed
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    """Kill this process's daemons, such as loader workers, which ignore SIGTERM.
+
+    Python would send them SIGTERM at its end, and wait. Other child processes are left alone.
+    """
+    # torch's handler of SIGCHLD raises an error where a worker is killed
+    signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
-atexit.register(stop_workers)  # for a program of one's own that returns from its last line
+def stop_launcher(number):
+    """Send a signal to torchrun from its first process here, in a launch over several machines.
+
+    torchrun would otherwise restart its processes, and wait for a machine that was told to stop.
+    """
+    several_machines = local_world_size() < world_size()
+    if "TORCHELASTIC_RUN_ID" in os.environ and local_rank() == 0 and several_machines:
+        os.kill(os.getppid(), number)
+
+
+def finish():
+    """End a training that went well. Collective."""
+    barrier()
+    leave(0)
+
+
+def leave(code):
+    """End this process, at once where it belongs to a group: Python's clean-up could hang there.
+
+    Alone it ends as any program does, so that a session (IPython's %run) that runs it goes on.
+    """
+    if connected():
+        end(code)
+    stop_workers()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise SystemExit(code)
 
 
 def end(code):
-    """The one way in which training ends: without clean-up that could wait for a worker or another process, or abort, as gloo's
-    threads end in an order of chance."""
+    """End this process at once.
+
+    Python's own clean-up could wait for a worker or another process, or abort, as gloo's threads
+    end in an order of chance.
+    """
     stop_workers()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    sys.stdout = sys.stderr = None  # what clean-up would say is of no use
+    sys.stdout = sys.stderr = None  # what the clean-up below prints is of no use
     with contextlib.suppress(Exception):
         multiprocessing.util._run_finalizers()  # semaphores, the folder for temporary files
     os._exit(code)

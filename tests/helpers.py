@@ -1,4 +1,7 @@
 """What the tests share: a copy of the project with edited constants, small picture sets, and ways to run both."""
+
+import atexit
+import compileall
 import csv
 import os
 import re
@@ -7,16 +10,31 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import numpy as np
 import torch
 from PIL import Image
 
+from tests.warm import Warm
+
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(backbone="'squeezenet1_1'", input_shape=[32, 32], UnFreeze_Epoch=2, Freeze_batch_size=8, num_workers=0,
-             Unfreeze_batch_size=8, Init_lr=1e-2, fp16=False, cache_mb=0,
-             Cuda="TEST_CUDA" in os.environ)  # the switch: TEST_CUDA=1
+SMALL = dict(
+    backbone="'squeezenet1_1'",
+    input_shape=[32, 32],
+    UnFreeze_Epoch=2,
+    Freeze_batch_size=8,
+    num_workers=0,
+    Unfreeze_batch_size=8,
+    Init_lr=1e-2,
+    fp16=False,
+    cache_mb=0,
+    Cuda="TEST_CUDA" in os.environ,
+)  # the switch: TEST_CUDA=1
+PYTHON = (sys.executable,)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
@@ -32,7 +50,9 @@ def make_data(folder, train=48, test=20, classes=3, size=(32, 32), ending="png")
     rng = np.random.default_rng(0)
     data = Path(folder, "model_data")
     data.mkdir(parents=True, exist_ok=True)
-    (data / "cls_classes.txt").write_text("".join(f"class{i}\n" for i in range(classes)), encoding="utf-8")
+    (data / "cls_classes.txt").write_text(
+        "".join(f"class{i}\n" for i in range(classes)), encoding="utf-8"
+    )
     for split, number in (("train", train), ("test", test)):
         lines = []
         for i in range(number):
@@ -42,13 +62,26 @@ def make_data(folder, train=48, test=20, classes=3, size=(32, 32), ending="png")
         (data / f"cls_{split}.txt").write_text("".join(lines), encoding="utf-8")
 
 
+@cache
+def originals():
+    """A copy of train.py, nets/ and utils/ to copy from, compiled.
+
+    What is compiled is checked by its source's hash: by its date, a source that is edited twice within one second
+    would be taken for the first edit's.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="project-"))
+    atexit.register(shutil.rmtree, folder)
+    for part in ("nets", "utils"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", folder)
+    compileall.compile_dir(folder, quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
+    return folder
+
+
 def make_project(folder, **constants):
     """A copy of train.py, nets/ and utils/ in `folder`, its constants edited as a user does."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in ("nets", "utils"):
-        shutil.copytree(ROOT / part, folder / part, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train.py", folder)
+    shutil.copytree(originals(), folder, dirs_exist_ok=True)
     edit(folder, **{**SMALL, **constants})
     return folder
 
@@ -57,35 +90,70 @@ def edit(folder, **constants):
     path = Path(folder, "train.py")
     text = path.read_text(encoding="utf-8")
     for name, value in constants.items():
-        text, count = re.subn(rf"^{name} = [^\n]*?(?=  #|$)", lambda m: f"{name} = {value}", text, count=1, flags=re.M)
+        text, count = re.subn(
+            rf"^{name} = [^\n]*?(?=  #|$)", lambda m: f"{name} = {value}", text, count=1, flags=re.M
+        )
         assert count == 1, f"train.py has no constant {name}"
     path.write_text(text, encoding="utf-8")
 
 
 def write_network(nets, name, layers):
     """A network of one's own in the folder `nets`; layers: the source of nn.Sequential's arguments."""
-    Path(nets, f"{name}.py").write_text(f"from torch import nn\n\n\ndef {name}(num_classes, input_shape):\n"
-                                        f"    return nn.Sequential({layers})\n")
+    Path(nets, f"{name}.py").write_text(
+        f"from torch import nn\n\n\ndef {name}(num_classes, input_shape):\n"
+        f"    return nn.Sequential({layers})\n"
+    )
 
 
 def environment():
-    drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
-    stand_in = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(p, "fakecuda.py").is_file()]  # for CUDA
-    return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(stand_in)}
+    drop = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_RUN_ID",
+        "PYTHONUNBUFFERED",
+    )
+    stand_in = [
+        p
+        for p in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if Path(p, "fakecuda.py").is_file()
+    ]  # for CUDA
+    return {
+        **{k: v for k, v in os.environ.items() if k not in drop},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(stand_in),
+    }
 
 
-def start(folder, *words, launcher=(sys.executable,), **options):
-    """Begin `launcher train.py words…` in its own process group."""
-    return subprocess.Popen([*map(str, launcher), "train.py", *map(str, words)], cwd=folder, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
+@cache
+def warm():
+    """This process's Python that has imported torch; None where programs need a fresh one: on a GPU or its stand-in."""
+    env = environment()
+    if sys.platform != "linux" or env["PYTHONPATH"] or "TEST_CUDA" in env:
+        return None
+    return Warm(env)
 
 
-def train(folder, *words, launcher=(sys.executable,), code=0, timeout=300):
-    """Run training to its end; returns (stdout, stderr) after checking the exit code."""
-    process = start(folder, *words, launcher=launcher)
+def begin(folder, *words, launcher=PYTHON, env=None, fresh=False, **options):
+    """Begin `launcher words…` in a process group of its own.
+
+    Without a launcher it is a Python that has imported torch already, unless a fresh one is asked for.
+    """
+    words = [str(word) for word in words]
+    env = env or environment()
+    options = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    fresh = fresh or "preexec_fn" in options or tuple(launcher) != PYTHON
+    if not fresh and warm():
+        return warm().start(words, folder, env, **options)
+    words = [*map(str, launcher), *words]
+    return subprocess.Popen(words, cwd=folder, env=env, start_new_session=True, **options)
+
+
+def ended(process, code=0, timeout=300, text=None):
+    """Wait for a process's end; returns (stdout, stderr) after checking the exit code."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(text, timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"no end after {timeout} s: {process.communicate()}")
@@ -93,10 +161,61 @@ def train(folder, *words, launcher=(sys.executable,), code=0, timeout=300):
     return out, err
 
 
+def start(folder, *words, **options):
+    """Begin `launcher train.py words…`; options as begin's."""
+    return begin(folder, "train.py", *words, **options)
+
+
+def train(folder, *words, launcher=PYTHON, code=0, timeout=300):
+    """Run training to its end; returns (stdout, stderr) after checking the exit code."""
+    return ended(start(folder, *words, launcher=launcher), code, timeout)
+
+
+def command(folder, module, *words, code=0, text=None):
+    """Run `python -m module words…` with `text` on its standard input; returns (stdout, stderr), the exit code checked."""
+    stdin = subprocess.PIPE if text is not None else None
+    return ended(begin(folder, "-m", module, *words, stdin=stdin), code, text=text)
+
+
+def start_group(folder, *words, processes=2):
+    """Begin training in several connected processes, as torchrun does but without one."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = []
+    for rank in range(processes):
+        env = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "LOCAL_WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": 0,
+            "TORCHELASTIC_RUN_ID": "none",
+        }
+        env = {name: str(value) for name, value in env.items()}
+        group.append(start(folder, *words, env={**environment(), **env}))
+        group[-1].store = store  # lives as long as they do
+    return group
+
+
+def launch(folder, *words, processes=2, code=0, timeout=300):
+    """Run training in several connected processes to its end; returns (stdout, stderr) of all after checking the exit codes."""
+    group = start_group(folder, *words, processes=processes)
+    outputs = [ended(process, code, timeout) for process in group]
+    return "".join(out for out, _ in outputs), "".join(err for _, err in outputs)
+
+
+reserved = []
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port for a launcher to listen on. Kept bound, so that no other program is given it."""
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the launcher's has it as well
+    probe.bind(("127.0.0.1", 0))
+    reserved.append(probe)
+    return probe.getsockname()[1]
 
 
 def torchrun():
@@ -109,7 +228,7 @@ def runs(folder):
 
 
 def run_of(folder):
-    only, = runs(folder)
+    (only,) = runs(folder)
     return only
 
 
@@ -132,12 +251,26 @@ def make_run(folder, names, backbone="squeezenet1_1", **settings):
     import train as trainer
     from nets import get_model
     from utils.plumbing.run import write_config
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = {name: value for name, value in vars(trainer).items() if type(value) in (bool, int, float, str, list)
-              and not name.startswith("_")}
-    values.update(backbone=backbone, input_shape=[32, 32], Unfreeze_batch_size=8, fp16=False, Cuda=False, **settings)
+    values = {
+        name: value
+        for name, value in vars(trainer).items()
+        if type(value) in (bool, int, float, str, list) and not name.startswith("_")
+    }
+    values.update(
+        backbone=backbone,
+        input_shape=[32, 32],
+        Unfreeze_batch_size=8,
+        fp16=False,
+        Cuda=False,
+        **settings,
+    )
     write_config(folder, {"settings": values, "class_names": list(names), "finished": True})
     torch.manual_seed(0)
-    torch.save(get_model(backbone, len(names), values["input_shape"]).state_dict(), folder / "best_epoch_weights.pth")
+    torch.save(
+        get_model(backbone, len(names), values["input_shape"]).state_dict(),
+        folder / "best_epoch_weights.pth",
+    )
     return folder

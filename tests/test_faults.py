@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers import edit, environment, history, make_data, make_project, run_of, start, train
 from tests.test_resume import children, wait_for
-from utils.plumbing.errors import explain
+from utils.plumbing.errors import UserError, explain
 
 
 def test_disk_full(tmp_path):
@@ -283,3 +283,47 @@ def test_little_shared_memory(tmp_path):
         and "--shm-size" in result.stderr
         and "num_workers = 0" in result.stderr
     )
+
+
+MESSAGES = [  # as PyTorch and the system write them
+    (
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "out of memory",
+    ),
+    ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of memory"),
+    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED", "out of memory"),
+    ("GET was unable to find an engine to execute this computation", "out of memory"),
+    ("CUDA error: device-side assert triggered\nCUDA kernel errors might", "CUDA_LAUNCH_BLOCKING"),
+    ("CUDA error: all CUDA-capable devices are busy or unavailable", "CUDA_VISIBLE_DEVICES"),
+    ("The NVIDIA driver on your system is too old (found version 11040).", "driver"),
+    ("CUDA error: CUDA driver version is insufficient for CUDA runtime version", "driver"),
+    ("Failed to find C compiler. Please specify via CC environment variable.", "compile = False"),
+    ("No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')", "compile"),
+    ("Cannot find a working triton installation. Either the package is", "compile = False"),
+    ("Distributed package doesn't have NCCL built in", "without torchrun"),
+    ("NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:219", "NCCL_SOCKET_IFNAME"),
+    (
+        "Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144] no error",
+        "GLOO_SOCKET",
+    ),
+    ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer", "has ended"),
+]
+
+
+@pytest.mark.parametrize("text, advice", MESSAGES)
+def test_what_pytorch_s_messages_mean(text, advice):
+    sentence = explain(RuntimeError(text))
+    assert advice in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "name, value", [("RANK", "x"), ("WORLD_SIZE", "-1"), ("LOCAL_RANK", "1.5")]
+)
+def test_a_stale_environment_is_one_sentence(tmp_path, monkeypatch, name, value):
+    from utils.plumbing import processes
+
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name} = '{value}'.*unset {name}"):
+        processes.rank(), processes.world_size(), processes.local_rank()
+    monkeypatch.setenv(name, "")
+    assert (processes.rank(), processes.world_size(), processes.local_rank()) == (0, 1, 0)

@@ -40,7 +40,7 @@ ADVICE = (
         "Cuda = False, to see where ({line})",
     ),
     (
-        "built with NCCL|Windows.*NCCL|NCCL.*not (built|available)",
+        "doesn't have NCCL built in",
         "this PyTorch has no NCCL, as on Windows: train on one GPU without torchrun, or set "
         "Cuda = False ({line})",
     ),
@@ -57,7 +57,7 @@ ADVICE = (
         "--batch-size of a command), or input_shape ({line})",
     ),
     (
-        "[Cc]ompiler.*not found|Failed to find C compiler|[Cc]annot find.*[Tt]riton",
+        r"No working C\+\+ compiler|Failed to find C compiler|working triton installation",
         "compile = True needs a C compiler and Triton: install them, or set compile = False "
         "({line})",
     ),

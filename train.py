@@ -59,7 +59,10 @@ classes_path = "model_data/cls_classes.txt"  # class names, one a line
 train_annotation_path = "model_data/cls_train.txt"  # training pictures
 test_annotation_path = "model_data/cls_test.txt"  # pictures to validate on
 input_shape = [64, 64]  # [height, width] that the network sees
-augmentation = "flip"  # 'none', 'flip', 'crop', or crop and: 'trivial', 'rand', 'auto', 'aug_mix'
+resize = "crop"  # 'crop': cut to input_shape's proportions; 'squeeze': keep the whole picture
+# 'none', 'flip', 'flips' (also upside down), 'crop', or 'crop' with one of the policies 'trivial',
+# 'rand', 'auto', 'aug_mix'
+augmentation = "flip"  # 'none' if a mirror image means something else: all others mirror pictures
 crop_scale = 0.08  # smallest share of a picture's area that a random crop keeps
 mean = [0.485, 0.456, 0.406]  # mean of red, green, blue (0 to 1), for normalisation: ImageNet's
 std = [0.229, 0.224, 0.225]  # their standard deviations
@@ -145,9 +148,16 @@ if __name__ == "__main__":
         num_classes,
         cache_mb * (not Cuda),
         mean,
+        resize,
     )  # beside a GPU each loader process would keep its own
     val_data = DataGenerator(
-        val_lines, input_shape, False, val_crop=val_crop, num_classes=num_classes, cache_mb=cache_mb
+        val_lines,
+        input_shape,
+        False,
+        val_crop=val_crop,
+        num_classes=num_classes,
+        cache_mb=cache_mb,
+        resize=resize,
     )
     del train_lines, val_lines
     lists.check_same_everywhere(train_data, val_data)
@@ -185,7 +195,7 @@ if __name__ == "__main__":
     batch = detection_collate(
         [train_data[item] for item in islice(first, min(64, size // world_size()))]
     )
-    say(note(batch[0]), end="")
+    say(note(batch[0]) + train_data.describe_cut(), end="")
     check_best_by(best_by, model, batch, Cuda, recipe)
     settings["fp16"], tried = processes.on_rank_0(choose_precision, settings, model, batch, recipe)
     fp16 = settings["fp16"]

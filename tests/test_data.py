@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from tests.helpers import make_run
 from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
-from utils.rehearsal import note
-from utils.plumbing.errors import UserError
 from utils.pictures import MEAN, STD, centre_box, normalize, random_box, read_crop
+from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS
-from utils.plumbing.shapes import SHAPES, find_lists, draw_set
 from utils.plumbing.processes import ignore_signals
+from utils.plumbing.shapes import SHAPES, draw_set, find_lists
+from utils.rehearsal import note
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
@@ -331,7 +332,7 @@ def test_what_is_kept_in_memory(lines):
     size = 3 * 300 * 300 * len(lines) / 1e6
     for augmentation in AUGMENTATIONS:
         assert DataGenerator(lines, (300, 300), True, augmentation, cache_mb=size).in_memory == (
-            augmentation in ("none", "flip")
+            augmentation in ("none", "flip", "flips")
         )
         assert DataGenerator(lines, (300, 300), False, augmentation, cache_mb=size).in_memory
     assert not DataGenerator(lines, (300, 301), cache_mb=size).in_memory  # all of them, or none
@@ -469,7 +470,7 @@ def test_class_ids():
 )
 def test_targets_of_any_kind_travel(monkeypatch, workers, targets, dtype):
     monkeypatch.setattr(
-        "utils.dataloader.target_of", lambda label, num_classes: targets[int(label)]
+        "utils.dataloader.read_label", lambda label, num_classes: targets[int(label)]
     )
     data = DataGenerator([(np.zeros((9, 9), np.uint8), i) for i in range(2)], (8, 8), random=False)
     ((_, found, _),) = DataLoader(
@@ -557,6 +558,136 @@ def test_decompression_bomb(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     image, _, unreadable = DataGenerator(lines[:1], (8, 8), random=False)[0]
     assert image is None and "Bomb" in unreadable[0][1]
+
+
+def shape_of_an_l(width=96, height=48):
+    """Black; red along the left edge, green along the bottom: told by place, in any direction."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 8, 0] = 255
+    pixels[-height // 8 :, :, 1] = 255
+    return Image.fromarray(pixels)
+
+
+def corners(image):
+    """The colours of (H, W, 3)'s corners as (red, green) of: above left, above right, below left, below right."""
+    image = image.numpy() > 128
+    return [tuple(image[y, x, :2].astype(int)) for y in (0, -1) for x in (0, -1)]
+
+
+L = [(1, 0), (0, 0), (1, 1), (0, 1)]  # corners of shape_of_an_l, whole
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop", "trivial"])
+def test_squeeze_keeps_the_whole_picture(augmentation):
+    """In validation all of it; random crops have the picture's proportions, so that squares stay what they are there."""
+    picture = shape_of_an_l()
+    source = [(picture, 0)]
+    for random in (False, True):
+        data = DataGenerator(source, (32, 24), random, augmentation, resize="squeeze")
+        image = data[0, 0, 0][0]
+        assert image.shape == (32, 24, 3)
+        if not data.random_crops:
+            assert corners(image) == L
+            expected = np.asarray(picture.resize((24, 32), Image.Resampling.BILINEAR)).astype(int)
+            assert np.abs(image.numpy() - expected).max() <= 1
+    cropped = DataGenerator(source, (32, 24), False)[0][0]
+    assert corners(cropped) == [(0, 0), (0, 0), (0, 1), (0, 1)]  # the middle alone
+    torch.manual_seed(0)
+    data = DataGenerator(source, (32, 24), True, "crop", crop_scale=0.5, resize="squeeze")
+    shapes = [box[3] / box[2] for box in (data.choose_box(480, 960) for _ in range(50))]
+    assert 1.45 < min(shapes) < 1.8 and 2.2 < max(shapes) < 2.7
+    assert data.choose_box(480, 960)[2] * data.choose_box(480, 960)[3] > 0.4 * 480 * 960
+
+
+def test_val_crop_of_a_squeezed_picture():
+    data = DataGenerator([(shape_of_an_l(), 0)], (8, 8), False, val_crop=0.5, resize="squeeze")
+    assert data.choose_box(48, 96) == (12, 24, 24, 48)
+    assert corners(data[0][0]) == [(0, 0)] * 4
+
+
+@pytest.mark.parametrize("augmentation", ["none", "flip", "flips"])
+def test_flips_go_in_the_directions_that_they_name(augmentation):
+    data = DataGenerator([(shape_of_an_l(32, 32), 0)], (32, 32), True, augmentation)
+    found = [tuple(corners(data[0, place, 0][0])) for place in range(200)]
+    upright, mirrored = tuple(L), tuple(L[i] for i in (1, 0, 3, 2))
+    below, turned = tuple(L[i] for i in (2, 3, 0, 1)), tuple(L[i] for i in (3, 2, 1, 0))
+    expected = {
+        "none": {upright},
+        "flip": {upright, mirrored},
+        "flips": {upright, mirrored, below, turned},
+    }[augmentation]
+    assert set(found) == expected
+    assert all(abs(found.count(way) / 200 - 1 / len(expected)) < 0.1 for way in expected)
+
+
+def test_wide_pictures_are_noted(tmp_path):
+    """By the usual picture, from the headers alone, as they are seen."""
+    sizes = [(640, 120)] * 3 + [(64, 64)] * 2
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{i}.jpg")
+    lines = [f"0;{tmp_path / f'{i}.jpg'}" for i in range(5)]
+    text = DataGenerator(lines, (64, 64)).describe_cut()
+    assert "640×120" in text and "81%" in text and "--resize squeeze" in text
+    assert DataGenerator(lines, (64, 64), resize="squeeze").describe_cut() == ""
+    assert DataGenerator(lines[:1] + lines[3:], (64, 64)).describe_cut() == ""
+    assert DataGenerator(lines[:3], (24, 128)).describe_cut() == ""  # the pictures' own proportions
+    for i in range(3):  # cut to the header, and turned
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", (640, 120)).save(tmp_path / f"{i}.jpg", exif=exif)
+        whole_file = (tmp_path / f"{i}.jpg").read_bytes()
+        (tmp_path / f"{i}.jpg").write_bytes(whole_file[: whole_file.rindex(b"\xff\xda")])
+    assert DataGenerator(lines[:3], (128, 24)).describe_cut() == ""
+    assert "120×640" in DataGenerator(lines[:3], (64, 64)).describe_cut()
+    own = DataGenerator(
+        [(np.zeros((20, 90, 3), np.uint8), 0), (Image.new("L", (90, 20)), 0)], (9, 9)
+    )
+    assert "90×20" in own.describe_cut()
+    for i in range(5):
+        (tmp_path / f"{i}.jpg").write_bytes(b"\xff\xd8\xff" + bytes(i))
+    assert DataGenerator(lines, (64, 64)).describe_cut() == ""
+
+
+@pytest.mark.parametrize("settings", [{}, dict(resize="squeeze"), dict(val_crop=0.5)])
+def test_commands_read_pictures_as_validation_does(tmp_path, monkeypatch, settings):
+    """evaluate, its sheet of mistakes and predict; export says how pictures become its input."""
+    from utils import evaluate, export, predict
+
+    monkeypatch.chdir(tmp_path)
+    photo(120, 60).save("wide.png")
+    Path("test.txt").write_text("0;wide.png\n1;wide.png\n")
+    run = make_run("run", ["a", "b"], test_annotation_path="test.txt", **settings)
+    expected = DataGenerator(["0;wide.png"], (32, 32), False, **settings)[0][0].permute(2, 0, 1)[
+        None
+    ]
+    seen = []
+
+    def score(model, images, targets, *rest):
+        seen.append(images)
+        return torch.eye(2)[: len(images)].flip(0), targets
+
+    monkeypatch.setattr("utils.trained.score_batch", score)
+    drawn = []
+    sheet = evaluate.draw_contact_sheet
+    monkeypatch.setattr(
+        evaluate,
+        "draw_contact_sheet",
+        lambda images, *rest: drawn.extend(images) or sheet(images, *rest),
+    )
+    evaluate.evaluate(run, num_workers=0)
+    list(predict.predictions(predict.Classifier(run), ["wide.png"]))
+    assert [len(images) for images in seen] == [2, 1]
+    assert all(torch.equal(image, expected[0]) for images in seen for image in images)
+    if "resize" in settings:
+        assert torch.equal(
+            drawn[0], DataGenerator(["0;wide.png"], (112, 112), False, resize="squeeze")[0][0]
+        )
+    if settings:
+        (program, *_) = export.export(run)
+        extra = {"pictures.json": ""}
+        torch.export.load(program, extra_files=extra)
+        usual = dict(input_shape=[32, 32], resize="crop", val_crop=1.0)
+        assert json.loads(extra["pictures.json"]) == {**usual, **settings}
 
 
 def test_sample_set(tmp_path, monkeypatch):

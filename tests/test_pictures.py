@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
+from utils.pictures import read_crop
 from utils.plumbing.charts import draw_contact_sheet, draw_matrix, shorten
 from utils.plumbing.errors import UserError
 from utils.plumbing.folders import endings
 from utils.plumbing.formats import FORMATS, open_picture, to_rgb, upright
-from utils.pictures import read_crop
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 

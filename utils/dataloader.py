@@ -7,16 +7,17 @@ import math
 import random
 import re
 import zlib
-from functools import cached_property, partial
+from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
-from utils.pictures import MEAN, centre_box, random_box, read_crop
+from utils.pictures import MEAN, centre_box, describe_cut, random_box, read_crop
 from utils.plumbing.errors import UserError
-from utils.plumbing.formats import BROKEN, failure_reason
+from utils.plumbing.formats import BROKEN, failure_reason, read_size
 from utils.plumbing.lists import AnnotationLines
 from utils.task import read_label
 
@@ -26,7 +27,8 @@ POLICIES = {
     "auto": v2.AutoAugment,
     "aug_mix": v2.AugMix,
 }
-FIXED = ("none", "flip")  # augmentations whose crop of a picture is the same in every epoch
+RESIZES = ("crop", "squeeze")  # cut to input_shape's proportions, or keep the whole picture
+FIXED = ("none", "flip", "flips")  # these read the same crop of a picture in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
 
 
@@ -60,20 +62,23 @@ class DataGenerator(Dataset):
         num_classes=None,
         cache_mb=0,
         mean=MEAN,
+        resize="crop",
     ):
         lines = isinstance(annotation_lines, list) and all(
             isinstance(line, str) for line in annotation_lines
         )
         self.source = AnnotationLines(annotation_lines) if lines else annotation_lines
-        self.input_shape, self.random, self.augmentation = tuple(input_shape), random, augmentation
-        self.seed, self.num_classes = seed, num_classes
-        fixed = not random or augmentation in FIXED
-        self.choose_box = (
-            partial(centre_box, self.input_shape, val_crop)
-            if fixed
-            else partial(random_box, crop_scale)
-        )
-        self.in_memory = fixed and len(self) * math.prod(self.input_shape) * 3 <= cache_mb * 1e6
+        self.input_shape = tuple(input_shape)
+        self.random = random
+        self.augmentation = augmentation
+        self.resize = resize
+        self.crop_scale = crop_scale
+        self.val_crop = val_crop
+        self.seed = seed
+        self.num_classes = num_classes
+        self.random_crops = random and augmentation not in FIXED
+        size = len(self) * math.prod(self.input_shape) * 3
+        self.in_memory = not self.random_crops and size <= cache_mb * 1e6
         self.kept = {}  # index → what read() has found
         self.transforms = [POLICIES[augmentation]()] if random and augmentation in POLICIES else []
         if random and random_erasing:
@@ -98,6 +103,24 @@ class DataGenerator(Dataset):
             )
         except UserError as error:
             raise UserError(f"{self.name(index)}: {error}") from None
+
+    def choose_box(self, height, width):
+        """Return the (top, left, height, width) that is read of a picture of this size."""
+        squeeze = self.resize == "squeeze"
+        if self.random_crops:
+            return random_box(self.crop_scale, height, width, width / height if squeeze else 1.0)
+        shape = (height, width) if squeeze else self.input_shape
+        return centre_box(shape, self.val_crop, height, width)
+
+    def describe_cut(self):
+        """Return pictures.describe_cut's note on some of the pictures, "" where they are kept whole."""
+        if self.resize == "squeeze":
+            return ""
+        sizes = []
+        for index in range(0, len(self), max(1, len(self) // 32)):
+            with suppress(*BROKEN):
+                sizes.append(read_size(self.source[index][0]))
+        return describe_cut(sizes, self.input_shape)
 
     def class_ids(self):
         """Every target, int64 (N,) of class ids: from torchvision's `targets`, unless a transform may change them."""
@@ -167,6 +190,8 @@ class DataGenerator(Dataset):
             index = rng.randrange(len(self))
         if self.random and self.augmentation != "none" and rng.random() < 0.5:
             image = image.flip(1)  # v2's flip wants (3, H, W) and takes three times as long
+        if self.random and self.augmentation == "flips" and rng.random() < 0.5:
+            image = image.flip(0)
         for transform in self.transforms:
             image = transform(image.permute(2, 0, 1)).permute(1, 2, 0)
         return image.contiguous(), target, unreadable

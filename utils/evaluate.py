@@ -131,7 +131,8 @@ def by_class(data, names, indices, truth, answers):
             f"{printable(name):<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}"
         )
     if wrong := sorted(np.flatnonzero(truth != called), key=lambda i: -answers[i][0][1])[:32]:
-        small, drawn = DataGenerator(data.source, (112, 112), random=False), drawable_names(names)
+        small = DataGenerator(data.source, (112, 112), random=False, resize=data.resize)
+        drawn = drawable_names(names)
         files["mistakes.png"] = draw_contact_sheet(
             [small[int(indices[i])][0] for i in wrong],
             [f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong],
@@ -171,6 +172,7 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
         False,
         val_crop=s["val_crop"],
         num_classes=len(names),
+        resize=s["resize"],
     )
     out = writable(out or run.folder, "name another folder with --out")
     figures, indices, targets, answers = score(run, data, batch_size, num_workers)

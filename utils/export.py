@@ -47,7 +47,13 @@ def export(run, weights=None):
     torch.export.save(
         torch.export.export(module, (example,), dynamic_shapes=sizes),
         memory,
-        extra_files={"class_names.json": json.dumps(run.class_names)},
+        extra_files={
+            "class_names.json": json.dumps(run.class_names),
+            # how a picture becomes the program's input
+            "pictures.json": json.dumps(
+                {name: run.settings[name] for name in ("input_shape", "resize", "val_crop")}
+            ),
+        },
     )
     programs = {Path(run.folder, "model.pt2"): memory.getvalue()}
     if find_spec("onnx") and find_spec("onnxscript"):

@@ -11,15 +11,21 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from utils.plumbing.errors import UserError
-from utils.plumbing.formats import BROKEN, REDUCIBLE, open_picture, orientation, upright
+from utils.plumbing.formats import (
+    REDUCIBLE,
+    broken_as_os_error,
+    open_picture,
+    orientation,
+    upright,
+    upright_size,
+)
 
 # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
 decode_jpeg = getattr(getattr(torchvision, "io", None), "decode_jpeg", None)
-MEAN, STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # of ImageNet, as torchvision's weights expect
+# of ImageNet, as torchvision's weights expect
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+MOST_CUT = 1 / 3  # share of the usual picture's area that may be cut away without a note
 
 # 255 times each channel's figure, float32 (3, 1, 1): made once, as copying it would make each step wait for a GPU
 constants = cache(lambda figures, device: 255 * torch.tensor(figures, device=device)[:, None, None])
@@ -46,18 +52,15 @@ def read_crop(source, input_shape, choose_box):
     (H, W, 3) of input_shape. A JPEG is decoded no larger than the crop needs (libjpeg's 1/2, 1/4, 1/8), never smaller.
     UserError: any other source; one of BROKEN: a file that is no whole picture.
     """
-    try:
+    with broken_as_os_error():
         return crop(open_picture(source), tuple(input_shape), choose_box)
-    except (UserError, MemoryError, *BROKEN):
-        raise
-    except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def crop(image, input_shape, choose_box):
     """read_crop of an opened image."""
-    turn, file = orientation(image), getattr(image, "fp", None)
-    width, height = image.size[::-1] if turn >= 5 else image.size
+    turn = orientation(image)
+    file = getattr(image, "fp", None)
+    height, width = upright_size(image, turn)
     top, left, box_height, box_width = choose_box(height, width)
     if (
         decode_jpeg
@@ -99,8 +102,31 @@ def centre_box(input_shape, share, height, width):
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def random_box(smallest, height, width):
-    """Random resized crop ("Going Deeper with Convolutions"): `smallest` to all of the area, proportions 3:4 to 4:3."""
-    return RandomResizedCrop.get_params(
-        torch.empty(1, 1, 1).expand(3, height, width), [smallest, 1.0], [3 / 4, 4 / 3]
+def random_box(smallest, height, width, proportions=1.0):
+    """Return a random box ("Going Deeper with Convolutions"): `smallest` to all of the area.
+
+    Its width is 3/4 to 4/3 of `proportions` times its height.
+    """
+    image = torch.empty(1, 1, 1).expand(3, height, width)  # only its size is read
+    ratios = [3 / 4 * proportions, 4 / 3 * proportions]
+    return RandomResizedCrop.get_params(image, [smallest, 1.0], ratios)
+
+
+def describe_cut(sizes, input_shape):
+    """Return a note for people where the centre crop of the usual picture loses over a third of it, or "".
+
+    sizes: [(height, width)] of some pictures.
+    """
+    losses = []
+    for height, width in sizes:
+        _, _, box_height, box_width = centre_box(input_shape, 1.0, height, width)
+        losses.append((1 - box_height * box_width / (height * width), height, width))
+    if not losses:
+        return ""
+    loss, height, width = sorted(losses)[len(losses) // 2]
+    if loss <= MOST_CUT:
+        return ""
+    return (
+        f"NOTE: a usual picture is {width}×{height}, and the crop to input_shape = "
+        f"{list(input_shape)} cuts {loss:.0%} of it away: --resize squeeze keeps the whole picture\n"
     )

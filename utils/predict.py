@@ -43,7 +43,9 @@ class Classifier(TrainedRun):
 def predictions(run, pictures, size=32):
     """Yield (picture, recipe.answers' answer, or a text that says why there is none) in order, from `size` at a time."""
     source, s = [(picture, "") for picture in pictures], run.settings
-    data = Pictures(source, s["input_shape"], random=False, val_crop=s["val_crop"])
+    data = Pictures(
+        source, s["input_shape"], random=False, val_crop=s["val_crop"], resize=s["resize"]
+    )
     for scores, numbers, unreadable in run.scored(data, size, min(cores(), len(pictures) // size)):
         found = {number: f"unreadable picture ({why})" for number, why in unreadable}
         if scores is not None:

@@ -23,6 +23,7 @@ from utils.plumbing.settings import check_value
 USED = {
     "backbone": None,
     "input_shape": None,
+    "resize": "crop",
     "val_crop": 1.0,
     "mean": MEAN,
     "std": STD,

@@ -3,7 +3,7 @@
 import errno
 import io
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -83,6 +83,12 @@ def orientation(image):
     return 1
 
 
+def upright_size(image, turn):
+    """Return (height, width) of a Pillow image as seen, whose `orientation` is turn."""
+    width, height = image.size
+    return (width, height) if turn >= 5 else (height, width)
+
+
 def upright(image, turn):
     """A Pillow image of any mode, whose `orientation` is turn → RGB as seen."""
     image = to_rgb(image)
@@ -104,11 +110,7 @@ def open_picture(source):
         return image
     data = source
     if isinstance(source, (str, os.PathLike)):
-        size = os.path.getsize(source)
-        if size > 2**31 or not os.path.isfile(source):
-            raise OSError(
-                f"{os.fspath(source)!r} is a folder without pictures, no regular file, or larger than 2 GiB"
-            )
+        size = file_size(source)
         with open(source, "rb") as file:
             data = file.read(size)  # devices have no end, and kernel files without one say 0
     if not isinstance(data, (bytes, bytearray, memoryview)):
@@ -132,6 +134,40 @@ def open_picture(source):
             np.multiply(image.info["transparency"], scale).astype(int).tolist()
         )
     return image
+
+
+def file_size(path):
+    """Return the size in bytes of a file that may be a picture; OSError for anything else."""
+    size = os.path.getsize(path)
+    if size > 2**31 or not os.path.isfile(path):
+        raise OSError(
+            f"{os.fspath(path)!r} is a folder without pictures, no regular file, or larger than 2 GiB"
+        )
+    return size
+
+
+@contextmanager
+def broken_as_os_error():
+    """Raise OSError in place of what else Pillow's plugins raise for a broken file: nearly anything."""
+    try:
+        yield
+    except (UserError, MemoryError, *BROKEN):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def read_size(source):
+    """Return (height, width) of what read_crop takes, of a file by its header alone. Raises what read_crop does."""
+    with broken_as_os_error():
+        if not isinstance(source, (str, os.PathLike)):
+            image = open_picture(source)
+            return image.height, image.width
+        file_size(source)
+        with Image.open(source, formats=FORMATS) as image:
+            # only a JPEG has its orientation in front of the pixels for certain
+            turn = orientation(image) if image.format in REDUCIBLE else 1
+            return upright_size(image, turn)
 
 
 def pixels(source):

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from utils.dataloader import AUGMENTATIONS
+from utils.dataloader import AUGMENTATIONS, RESIZES
 from utils.optimizer import LR_DECAYS, OPTIMIZERS, phases
 from utils.plumbing.errors import TOO_SMALL, UserError, did_you_mean, short_repr
 from utils.plumbing.processes import world_size
@@ -70,6 +70,7 @@ CHOICES = {  # setting: what it may be besides texts or such numbers, or instead
     "model_path": ("",),
     "fp16": (True, False, "auto"),
     "augmentation": AUGMENTATIONS,
+    "resize": RESIZES,
     "optimizer_type": OPTIMIZERS,
     "lr_decay_type": LR_DECAYS,
     "class_weights": ("none", "balanced"),

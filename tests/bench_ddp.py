@@ -1,7 +1,9 @@
-"""DistributedDataParallel's options: what they do to a step's time and to the gradients. python -m tests.bench_ddp [rounds]
+"""DistributedDataParallel's options: what they do to a step's time and to the gradients. python -m
+tests.bench_ddp [rounds]
 
-Two processes of one thread over gloo; resnet18 at 128, 16 pictures over both. Each option's share of the time that
-train.py's setting takes, the options in turn in every round, so that a machine that slows down slows all of them.
+Two processes of one thread over gloo; resnet18 at 128, 16 pictures over both. Each option's share
+of the time that train.py's setting takes, the options in turn in every round, so that a machine
+that slows down slows all of them.
 """
 
 import contextlib

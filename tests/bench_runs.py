@@ -1,4 +1,7 @@
-"""Whole trainings as their users run them: each a process in a user's environment; kept in a file, and tabulated."""
+"""Whole trainings as their users run them.
+
+Each a process in a user's environment; kept in a file, and tabulated.
+"""
 
 import hashlib
 import io
@@ -17,7 +20,10 @@ from tests.helpers import ROOT, history, runs
 
 
 def timed(command, folder):
-    """(wall seconds from the process's start to its end, its standard output); SystemExit with its last words if it fails."""
+    """(wall seconds from the process's start to its end, its standard output).
+
+    SystemExit with its last words if it fails.
+    """
     begin = time.perf_counter()
     done = subprocess.run(
         [str(word) for word in command],
@@ -36,7 +42,10 @@ def timed(command, folder):
 
 
 def checkout(folder, revision=None):
-    """train.py, nets/ and utils/ in a new folder: as they are here, or at a revision. Returns the folder."""
+    """train.py, nets/ and utils/ in a new folder.
+
+    As they are here, or at a revision. Returns the folder.
+    """
     folder = Path(folder)
     folder.mkdir()
     if revision is None:
@@ -57,7 +66,10 @@ def checkout(folder, revision=None):
 
 
 def digest(*paths):
-    """Ten letters that change with the Python files: results of other code must not be taken for this one's."""
+    """Ten letters that change with the Python files.
+
+    Results of other code must not be taken for this one's.
+    """
     files = sorted(
         file
         for path in map(Path, paths)
@@ -67,7 +79,10 @@ def digest(*paths):
 
 
 def train(project, **settings):
-    """Run the project's train.py with settings on its command line; the figures of its history, and its wall time."""
+    """Run the project's train.py with settings on its command line.
+
+    The figures of its history, and its wall time.
+    """
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     wall, _ = timed([sys.executable, "train.py", *words], project)
     rows = history(runs(project)[-1])
@@ -85,7 +100,9 @@ def assignments(words):
 
 
 class Results:
-    """Finished runs, each a dictionary of what identifies it and of its figures, in a JSON file if `path` names one."""
+    """Finished runs, each a dictionary of what identifies it and of its figures, in a JSON file if
+    `path` names one.
+    """
 
     def __init__(self, path=None):
         self.path, self.runs = Path(path).resolve() if path else None, []
@@ -96,7 +113,10 @@ class Results:
             self.runs = json.loads(self.path.read_text()) if self.path.exists() else []
 
     def once(self, key, work):
-        """The run that `key` identifies: from the file, or else work()'s figures, kept and printed at once."""
+        """The run that `key` identifies.
+
+        From the file, or else work()'s figures, kept and printed at once.
+        """
         run = next((run for run in self.runs if key.items() <= run.items()), None)
         if run is None:
             run = {**key, **work()}
@@ -121,7 +141,9 @@ def spread(values, digits):
 
 
 def print_table(done):
-    """Markdown: a row for each system and number of epochs of these runs, mean and range over the seeds."""
+    """Markdown: a row for each system and number of epochs of these runs, mean and range over the
+    seeds.
+    """
     print(
         "\n| system | epochs | seeds | top-1 %, last epoch | top-1 %, best epoch | wall time, s | training pictures/s |"
     )

@@ -1,4 +1,7 @@
-"""Training from reduced copies against training from the photos, and making the copies: python -m tests.bench_shrink [part …]"""
+"""Training from reduced copies against training from the photos, and making the copies.
+
+Python -m tests.bench_shrink [part …]
+"""
 
 import math
 import os
@@ -81,7 +84,9 @@ def bench_speed(folder):
 
 
 def scene(name, rng, background):
-    """A photo-like picture, 3264×2448, on which a large disc of one texture shows faintly, at any place, scale and phase."""
+    """A photo-like picture, 3264×2448, on which a large disc of one texture shows faintly, at any
+    place, scale and phase.
+    """
     pixels = np.asarray(
         background if rng.random() < 0.5 else background.transpose(Image.Transpose.ROTATE_180),
         np.float32,
@@ -109,7 +114,9 @@ def scene(name, rng, background):
 
 
 def bench_accuracy(folder, each=40, test=20, seeds=(11, 12, 13)):
-    """Best top-1 of trainings from the originals and from the copies, with the same settings and seeds."""
+    """Best top-1 of trainings from the originals and from the copies, with the same settings and
+    seeds.
+    """
     project = make_project(
         Path(folder, "project"),
         backbone="'resnet18'",

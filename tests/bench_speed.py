@@ -1,22 +1,25 @@
-"""Rows of speed: pictures, training, evaluation, a GPU. Every reference is a process of its own (tests/references)."""
+"""Rows of speed.
+
+Pictures, training, evaluation, a GPU. Every reference is a process of its own (tests/references).
+"""
 
 import os
 import statistics
 import sys
 
-import utils  # noqa: F401 before torch, for its OpenMP setting
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+import utils  # noqa: F401 before torch, for its OpenMP setting
 from nets import get_model, head_layers
 from tests.bench_tools import Reference, by_turns, pairs, photos, report, seconds
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
-from utils.recipe import Recipe
 from utils.optimizer import get_optimizer
 from utils.plumbing.processes import ignore_signals
+from utils.recipe import Recipe
 
 
 def bench_pictures(folder):
@@ -104,7 +107,10 @@ def loader(data, batch_size, workers=2, pin_memory=False):
 
 
 def train_seconds(model, optimizer, gen, steps, folder, Cuda, fp16, scaler=None):
-    """Seconds that fit_one_epoch spends on training; its validation has two pictures, and is not counted."""
+    """Seconds that fit_one_epoch spends on training.
+
+    Its validation has two pictures, and is not counted.
+    """
     val = Ready(
         [(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), [])], 2
     )

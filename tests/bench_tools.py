@@ -1,4 +1,7 @@
-"""What the benchmark's parts share: photos, timing by turns, and the other side in a process and environment of its own."""
+"""What the benchmark's parts share.
+
+Photos, timing by turns, and the other side in a process and environment of its own.
+"""
 
 import json
 import statistics
@@ -26,7 +29,10 @@ def seconds(work):
 
 
 def user_environment():
-    """What a user's shell has: no launcher's variables and no thread settings, neither the caller's nor ours."""
+    """What a user's shell has.
+
+    No launcher's variables and no thread settings, neither the caller's nor ours.
+    """
     return {
         name: value
         for name, value in environment().items()
@@ -35,7 +41,8 @@ def user_environment():
 
 
 class Reference:
-    """The other side of a row: a script of tests/references as a process; a call is one round there, and returns its seconds.
+    """The other side of a row: a script of tests/references as a process; a call is one round
+    there, and returns its seconds.
 
     It must neither share this process's threads nor their settings, which `import utils` has made.
     """
@@ -66,7 +73,10 @@ class Reference:
 
 
 def by_turns(*sides, rounds=7):
-    """[(seconds of each side)] of `rounds` rounds; each side is called in turn and returns its seconds; one more warms up."""
+    """[(seconds of each side)] of `rounds` rounds.
+
+    Each side is called in turn and returns its seconds; one more warms up.
+    """
     return [tuple(side() for side in sides) for _ in range(rounds + 1)][1:]
 
 
@@ -79,7 +89,10 @@ def pairs(ours, theirs, rounds=7):
 
 
 def photos(folder, number, width, height, grain=12):
-    """Synthetic photos with detail at every scale. The grain of a camera's sensor costs a JPEG most of its bytes."""
+    """Synthetic photos with detail at every scale.
+
+    The grain of a camera's sensor costs a JPEG most of its bytes.
+    """
     rng, paths = np.random.default_rng(0), []
     for i in range(number):
         total = np.zeros((height, width, 3), np.float32)

@@ -1,4 +1,5 @@
-"""Whole trainings of this project against itself: recipes on and off, and the unedited job against an older revision.
+"""Whole trainings of this project against itself: recipes on and off, and the unedited job against
+an older revision.
 
 python -m tests.benchmark recipes --seeds 1 2 --json recipes.json
 python -m tests.benchmark main --base REVISION --seeds 11 12 13
@@ -51,8 +52,10 @@ def scratch(args, folder, project, once):
 
 
 def finetune(args, folder, project, once):
-    """Five classes of Fashion-MNIST to learn features from, then few pictures of the other five: a recipe, the same
-    start with everything trained at the full rate, and no start at all."""
+    """Five classes of Fashion-MNIST to learn features from, then few pictures of the other five.
+
+    A recipe, the same start with everything trained at the full rate, and no start at all.
+    """
     first = write_lists(
         project,
         write_pictures(folder / "first", args.first_per_class, CLASSES[:5], args.source),

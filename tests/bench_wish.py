@@ -1,7 +1,8 @@
 """What the processes' wish costs where it travels slowly. python -m tests.bench_wish [rounds]
 
-Two processes train steps of 50 ms through fit_one_epoch; every all-reduce of one whole number takes 20 ms, as between far
-machines, while gradients are reduced as ever. Sent before a step and read after it, the wish must cost at most 3 %.
+Two processes train steps of 50 ms through fit_one_epoch; every all-reduce of one whole number takes
+20 ms, as between far machines, while gradients are reduced as ever. Sent before a step and read
+after it, the wish must cost at most 3 %.
 """
 
 import os
@@ -16,11 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from tests.slurm import free_ports
-from utils.plumbing import processes
 from utils.checkpoint import Checkpoint
 from utils.dataloader import EpochSampler, detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
+from utils.plumbing import processes
 
 STEP, DELAY, STEPS, MOST = 0.05, 0.02, 60, 0.03
 
@@ -62,7 +63,9 @@ class Delayed:
 
 
 class SlowWishes:
-    """While active, delays every all-reduce that is called in Python for one int64 (gradients are reduced in C++)."""
+    """While active, delays every all-reduce that is called in Python for one int64 (gradients are
+    reduced in C++).
+    """
 
     def __init__(self):
         self.real, self.count = dist.all_reduce, 0

@@ -1,9 +1,11 @@
-"""Ratios against the common recipe, each pair measured in turn on the same machine: python -m tests.benchmark [part …]
+"""Ratios against the common recipe, each pair measured in turn on the same machine: python -m
+tests.benchmark [part …]
 
-Parts: pictures, train, launch, evaluate, memory, cuda; all of them by default. Whole trainings, each with options of its own
-(--help): fashion, against other trainers on Fashion-MNIST; recipes, recipes on and off; finetune, from ImageNet's weights
-on few pictures; fashion94, 94 % on all of Fashion-MNIST; main, the unedited train.py against an older revision.
-Reference recipes stand in tests/references.
+Parts: pictures, train, launch, evaluate, memory, cuda; all of them by default. Whole trainings,
+each with options of its own (--help): fashion, against other trainers on Fashion-MNIST; recipes,
+recipes on and off; finetune, from ImageNet's weights on few pictures; fashion94, 94 % on all of
+Fashion-MNIST; main, the unedited train.py against an older revision. Reference recipes stand in
+tests/references.
 """
 
 import argparse
@@ -12,9 +14,10 @@ import platform
 import sys
 import tempfile
 
-from tests import bench_finetune, bench_speed, bench_starts, bench_trainings, fashion
 import torch
 import torchvision
+
+from tests import bench_finetune, bench_speed, bench_starts, bench_trainings, fashion
 
 PARTS = {
     "pictures": bench_speed.bench_pictures,

@@ -3,22 +3,31 @@
 import signal
 import threading
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
-if (
-    threading.current_thread() is threading.main_thread()
-):  # a shell's background job, and what it starts, would ignore Ctrl-C
+if threading.current_thread() is threading.main_thread():
+    # a shell's background job, and what it starts, would ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+hypothesis.settings.register_profile(  # the same cases each time, however slow the machine is
+    "steady",
+    database=None,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("steady")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Two processes where pytest-xdist is installed, as most tests' small runs use one core; -n 0 for one."""
-    a_worker = hasattr(
-        config, "workerinput"
-    )  # has None here as well, and would start two more, and those two more
+    """Two processes where pytest-xdist is installed, as most tests' runs use one core; -n 0 for
+    one.
+    """
+    # a worker has None here as well, and would start two more, and those two more
+    a_worker = hasattr(config, "workerinput")
     if getattr(config.option, "numprocesses", 0) is None and not a_worker:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
 

@@ -1,11 +1,12 @@
-"""Fashion-MNIST (Debian's package dataset-fashion-mnist) as a yardstick: this project against other trainers.
+"""Fashion-MNIST (Debian's package dataset-fashion-mnist) as a yardstick: this project against other
+trainers.
 
     python -m tests.benchmark fashion --epochs 3 10 --seeds 1 2 --json fashion.json
     python -m tests.benchmark fashion94
 
-Every system trains in a process of its own, in a user's environment, on the same pictures in folders: resnet18 from scratch,
-float32, the same size, batch and epochs. Each is judged on all test pictures after every epoch. A result that stands in the
-JSON file already is not measured again.
+Every system trains in a process of its own, in a user's environment, on the same pictures in
+folders: resnet18 from scratch, float32, the same size, batch and epochs. Each is judged on all test
+pictures after every epoch. A result that stands in the JSON file already is not measured again.
 """
 
 import argparse
@@ -69,14 +70,19 @@ MINUTES, TOP1 = 30, 0.94
 
 
 def read_idx(path):
-    """The uint8 array of an IDX file: two zeros, a type, the number of sides, each side as a big-endian int32, the bytes."""
+    """The uint8 array of an IDX file.
+
+    Two zeros, a type, the number of sides, each side as a big-endian int32, the bytes.
+    """
     data = gzip.decompress(Path(path).read_bytes())
     sides = np.frombuffer(data, ">i4", data[3], 4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sides)
 
 
 def write_pictures(folder, per_class, classes=CLASSES, source=SOURCE, test_per_class=None):
-    """folder/train/<class>/*.png, the first `per_class` of each of these classes, and folder/test/…, None: all of theirs."""
+    """folder/train/<class>/*.png, the first `per_class` of each of these classes, and
+    folder/test/…, None: all of theirs.
+    """
     if not Path(source).is_dir():
         raise SystemExit(
             f"{source} is absent: install Debian's package dataset-fashion-mnist, or give --source"

@@ -1,4 +1,7 @@
-"""What the tests share: a copy of the project with edited constants, small picture sets, and ways to run both."""
+"""What the tests share.
+
+A copy of the project with edited constants, small picture sets, and ways to run both.
+"""
 
 import atexit
 import compileall
@@ -11,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from py_compile import PycInvalidationMode
@@ -46,7 +50,9 @@ def picture(label, rng, size=(32, 32), classes=3):
 
 
 def make_data(folder, train=48, test=20, classes=3, size=(32, 32), ending="png"):
-    """Pictures, class file and annotation lists under folder/model_data, at train.py's default paths."""
+    """Pictures, class file and annotation lists under folder/model_data, at train.py's default
+    paths.
+    """
     rng = np.random.default_rng(0)
     data = Path(folder, "model_data")
     data.mkdir(parents=True, exist_ok=True)
@@ -66,8 +72,8 @@ def make_data(folder, train=48, test=20, classes=3, size=(32, 32), ending="png")
 def originals():
     """A copy of train.py, nets/ and utils/ to copy from, compiled.
 
-    What is compiled is checked by its source's hash: by its date, a source that is edited twice within one second
-    would be taken for the first edit's.
+    What is compiled is checked by its source's hash: by its date, a source that is edited twice
+    within one second would be taken for the first edit's.
     """
     folder = Path(tempfile.mkdtemp(prefix="project-"))
     atexit.register(shutil.rmtree, folder)
@@ -98,7 +104,7 @@ def edit(folder, **constants):
 
 
 def write_network(nets, name, layers):
-    """A network of one's own in the folder `nets`; layers: the source of nn.Sequential's arguments."""
+    """A network of one's own in the folder `nets`; layers: the source of Sequential's arguments."""
     Path(nets, f"{name}.py").write_text(
         f"from torch import nn\n\n\ndef {name}(num_classes, input_shape):\n"
         f"    return nn.Sequential({layers})\n"
@@ -128,7 +134,10 @@ def environment():
 
 @cache
 def warm():
-    """This process's Python that has imported torch; None where programs need a fresh one: on a GPU or its stand-in."""
+    """This process's Python that has imported torch.
+
+    None where programs need a fresh one: on a GPU or its stand-in.
+    """
     env = environment()
     if sys.platform != "linux" or env["PYTHONPATH"] or "TEST_CUDA" in env:
         return None
@@ -138,7 +147,8 @@ def warm():
 def begin(folder, *words, launcher=PYTHON, env=None, fresh=False, **options):
     """Begin `launcher words…` in a process group of its own.
 
-    Without a launcher it is a Python that has imported torch already, unless a fresh one is asked for.
+    Without a launcher it is a Python that has imported torch already, unless a fresh one is asked
+    for.
     """
     words = [str(word) for word in words]
     env = env or environment()
@@ -156,54 +166,102 @@ def ended(process, code=0, timeout=300, text=None):
         out, err = process.communicate(text, timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"no end after {timeout} s: {process.communicate()}")
+        raise AssertionError(f"no end after {timeout} s: {process.communicate()}") from None
     assert process.returncode == code, f"exit {process.returncode}, not {code}:\n{out}\n{err}"
     return out, err
 
 
-def start(folder, *words, **options):
+def start(folder, *words, script="train.py", **options):
     """Begin `launcher train.py words…`; options as begin's."""
-    return begin(folder, "train.py", *words, **options)
+    return begin(folder, script, *words, **options)
 
 
-def train(folder, *words, launcher=PYTHON, code=0, timeout=300):
+def train(folder, *words, code=0, timeout=300, **options):
     """Run training to its end; returns (stdout, stderr) after checking the exit code."""
-    return ended(start(folder, *words, launcher=launcher), code, timeout)
+    return ended(start(folder, *words, **options), code, timeout)
 
 
 def command(folder, module, *words, code=0, text=None):
-    """Run `python -m module words…` with `text` on its standard input; returns (stdout, stderr), the exit code checked."""
+    """Run `python -m module words…` with `text` on its standard input.
+
+    Returns (stdout, stderr), the exit code checked.
+    """
     stdin = subprocess.PIPE if text is not None else None
     return ended(begin(folder, "-m", module, *words, stdin=stdin), code, text=text)
 
 
-def start_group(folder, *words, processes=2):
+HOOKS = """
+import itertools, os, pkgutil, signal, sys
+
+def before(place, action, number=None):
+    # Call action(*arguments) before each call, or the number-th one, of a place like "os:replace"
+    owner, _, name = place.rpartition("." if "." in place.partition(":")[2] else ":")
+    owner = pkgutil.resolve_name(owner)
+    original, calls = getattr(owner, name), itertools.count(1)
+    def replaced(*arguments, **options):
+        if next(calls) == number or number is None:
+            action(*arguments)
+        return original(*arguments, **options)
+    setattr(owner, name, replaced)
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+"""
+
+
+def hooked(folder, code):
+    """Write train.py with `code` run before it, which replaces what it uses; returns the script's
+    name.
+
+    The code has before(place, action, number) and die() at hand.
+    """
+    text = Path(folder, "train.py").read_text(encoding="utf-8")
+    Path(folder, "hooks.py").write_text(HOOKS + code, encoding="utf-8")
+    Path(folder, "hooked.py").write_text(f"import hooks\n{text}", encoding="utf-8")
+    return "hooked.py"
+
+
+def start_group(folder, *words, processes=2, **options):
     """Begin training in several connected processes, as torchrun does but without one."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_RUN_ID": "none",
+    }
     group = []
     for rank in range(processes):
-        env = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": processes,
-            "LOCAL_WORLD_SIZE": processes,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": store.port,
-            "TORCHELASTIC_USE_AGENT_STORE": True,
-            "TORCHELASTIC_RESTART_COUNT": 0,
-            "TORCHELASTIC_RUN_ID": "none",
-        }
-        env = {name: str(value) for name, value in env.items()}
-        group.append(start(folder, *words, env={**environment(), **env}))
+        own = {"RANK": rank, "LOCAL_RANK": rank, **shared}
+        env = {**environment(), **{name: str(value) for name, value in own.items()}}
+        group.append(start(folder, *words, env=env, **options))
         group[-1].store = store  # lives as long as they do
     return group
 
 
-def launch(folder, *words, processes=2, code=0, timeout=300):
-    """Run training in several connected processes to its end; returns (stdout, stderr) of all after checking the exit codes."""
-    group = start_group(folder, *words, processes=processes)
-    outputs = [ended(process, code, timeout) for process in group]
-    return "".join(out for out, _ in outputs), "".join(err for _, err in outputs)
+def launch(folder, *words, code=0, timeout=300, **options):
+    """Run training in several connected processes to its end, and end them all where one fails.
+
+    Returns (stdout, stderr) of all after checking the exit code, which is the first one's that
+    fails.
+    """
+    group = start_group(folder, *words, **options)
+    failed = None
+    while failed is None and any(process.poll() is None for process in group):
+        failed = next((process.poll() for process in group if process.poll()), None)
+        time.sleep(0.02)
+    outputs = []
+    for process in group:
+        if failed is not None and process.poll() is None:
+            process.terminate()
+        outputs.append(process.communicate(timeout=timeout))
+    out, err = ("".join(texts) for texts in zip(*outputs, strict=True))
+    assert (failed or 0) == code, f"exit {failed}, not {code}:\n{out}\n{err}"
+    return out, err
 
 
 reserved = []
@@ -247,7 +305,10 @@ def same(a, b):
 
 
 def make_run(folder, names, backbone="squeezenet1_1", **settings):
-    """A run's folder with untrained weights, for what commands do with any; returns it. Settings as train.py's."""
+    """A run's folder with untrained weights, for what commands do with any.
+
+    Returns it. Settings as train.py's.
+    """
     import train as trainer
     from nets import get_model
     from utils.plumbing.run import write_config

@@ -1,11 +1,12 @@
-"""A small Slurm of its own: munged, one slurmctld and two slurmd on this machine, everything in one folder.
+"""A small Slurm of its own: munged, one slurmctld and two slurmd on this machine, everything in one
+folder.
 
-    with Slurm(tmp_path) as slurm:
-        job = slurm.submit(folder, script, "--time=5")
-        slurm.wait(job, "COMPLETED")
+with Slurm(tmp_path) as slurm: job = slurm.submit(folder, script, "--time=5") slurm.wait(job,
+"COMPLETED")
 
-Two slurmd play two nodes. They are called 127.0.0.1 and 127.0.0.2, names that torchrun can connect to as well. All that runs
-on a node is a descendant of its slurmd, so that it can die as a machine does, and nothing is left behind at the end.
+Two slurmd play two nodes. They are called 127.0.0.1 and 127.0.0.2, names that torchrun can connect
+to as well. All that runs on a node is a descendant of its slurmd, so that it can die as a machine
+does, and nothing is left behind at the end.
 """
 
 import ctypes
@@ -107,8 +108,9 @@ def kill_tree(process):
 
 
 def own_and_follow():
-    """A daemon becomes the parent of what its children leave behind (Slurm's step processes detach themselves), and
-    ends when the tests do, however they end."""
+    """A daemon becomes the parent of what its children leave behind (Slurm's step processes detach
+    themselves), and ends when the tests do, however they end.
+    """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -196,7 +198,10 @@ class Slurm:
         self.daemon("slurmd", "-D", "-N", node, name=node)
 
     def kill_node(self, node, tell=True):
-        """The node's slurmd and all that runs there die at once; slurmctld is told, as it would find out in minutes."""
+        """The node's slurmd and all that runs there die at once.
+
+        Slurmctld is told, as it would find out in minutes.
+        """
         kill_tree(self.daemons.pop(node))
         if tell:
             self.tell_of_death(node)
@@ -242,7 +247,10 @@ class Slurm:
         return found and found[1] + ("*" if "NOT_RESPONDING" in found[0] else "")
 
     def submit(self, folder, script, *options):
-        """Submit a batch script from `folder`; the job's id. Its output goes to folder/slurm-<id>.out."""
+        """Submit a batch script from `folder`.
+
+        The job's id. Its output goes to folder/slurm-<id>.out.
+        """
         words = self.command("sbatch", *options, cwd=folder, input=script)
         return int(words.split()[-1])
 

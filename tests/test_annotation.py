@@ -1,4 +1,7 @@
-"""Folders of pictures as people have them: links, odd files and names, outputs that clash, processes that die."""
+"""Folders of pictures as people have them.
+
+Links, odd files and names, outputs that clash, processes that die.
+"""
 
 import errno
 import os
@@ -15,8 +18,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers import environment
-from utils.plumbing import lists
 from utils.annotation import main as annotate
+from utils.plumbing import lists
 from utils.plumbing.errors import UserError, explain
 from utils.plumbing.folders import pictures_below
 from utils.plumbing.lists import DEFAULT_PATHS
@@ -88,7 +91,10 @@ def test_links_to_folders_elsewhere_are_followed_once(capsys):
 
 
 def test_each_file_is_listed_once(capsys):
-    """A link beside its file, and one in another class: the file stands where it lies; a link to a file elsewhere is a picture."""
+    """A link beside its file, and one in another class.
+
+    The file stands where it lies; a link to a file elsewhere is a picture.
+    """
     numbered("ds/train/cat", "ds/train/dog", "ds/test/cat", "ds/test/dog", "far")
     os.symlink("0.png", "ds/train/cat/a copy.png")
     os.symlink("../../test/dog/0.png", "ds/train/cat/dog.png")
@@ -305,7 +311,9 @@ def two_sets():
 def test_whoever_reads_meanwhile_gets_what_belongs_together(monkeypatch):
     """A reader that reads its three files at any three instants."""
     words, waiting, ends = two_sets(), [], []
-    last = 11  # instants: two lists are taken away; each of three files is made safe, put into place, and its draft cleared away
+    # instants: two lists are taken away; each of three files is made safe, put into place, and its
+    # draft cleared away
+    last = 11
 
     def act(now):
         assert now <= last
@@ -408,7 +416,10 @@ def test_one_class_where_the_other_cannot_be_read():
 
 
 def test_one_name_in_two_spellings():
-    """é is one character on one disk and two on another: the class is one, and each path is as it lies there."""
+    """é is one character on one disk and two on another.
+
+    The class is one, and each path is as it lies there.
+    """
     one, two = normalize("NFC", "café"), normalize("NFD", "café")
     numbered(f"ds/train/{one}", f"ds/train/{two}", "ds/train/tea", f"ds/test/{two}", "ds/test/tea")
     annotate(["ds"])

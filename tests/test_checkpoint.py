@@ -21,9 +21,9 @@ from tests.helpers import (
 )
 from tests.test_resume import kill_group
 from utils.checkpoint import LAST, Checkpoint
-from utils.plumbing.errors import UserError
 from utils.loss_history import LossHistory
 from utils.optimizer import get_optimizer
+from utils.plumbing.errors import UserError
 from utils.plumbing.run import load_checkpoint
 
 
@@ -97,7 +97,10 @@ def test_a_folder_at_the_checkpoints_place(tmp_path):
 
 
 def test_weights_that_explode_in_the_last_step(tmp_path):
-    """The loss of each step was finite; the last update made the weights infinite. The epoch before stays whole."""
+    """The loss of each step was finite.
+
+    The last update made the weights infinite. The epoch before stays whole.
+    """
     folder = make_project(tmp_path, UnFreeze_Epoch=3)
     make_data(folder, train=24, test=6)
     text = (folder / "utils/fit.py").read_text()
@@ -162,7 +165,9 @@ def test_changed_options_of_the_optimizer_train(tmp_path):
 
 
 def ends_at(folder, moment):
-    """train.py that dies, as by SIGKILL, right before its n-th `moment`, a line of a file of utils/."""
+    """train.py that dies, as by SIGKILL, right before its n-th `moment`, a line of a file of
+    utils/.
+    """
     name, line, count = moment
     text = (folder / "utils" / name).read_text()
     assert text.count(line) == 1
@@ -186,7 +191,9 @@ def ends_at(folder, moment):
     ],
 )
 def test_an_epoch_ends_in_one_commit(tmp_path, moment):
-    """Whatever instant it dies at, after resuming history, best and last weights tell the checkpoint's story."""
+    """Whatever instant it dies at, after resuming history, best and last weights tell the
+    checkpoint's story.
+    """
     folder = make_project(
         tmp_path, UnFreeze_Epoch=3, Init_lr=5e-3, best_by="'val_loss'", save_period=1
     )

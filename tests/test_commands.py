@@ -15,9 +15,9 @@ from sklearn import metrics
 
 from tests.helpers import environment, history, make_project, picture, run_of, train
 from utils.annotation import main as annotate
-from utils.plumbing import charts
-from utils.plumbing.charts import drawable_names, draw_line_chart, draw_matrix
 from utils.evaluate import per_class
+from utils.plumbing import charts
+from utils.plumbing.charts import draw_line_chart, draw_matrix, drawable_names
 
 
 def command(folder, module, *words, code=0, text=None):
@@ -290,7 +290,10 @@ def test_charts_of_many_sizes(number):
 
 
 def test_names_in_any_script(monkeypatch):
-    """A name is drawn with a font of the system; where that lacks a letter, or there is none, its number stands, and never a box."""
+    """A name is drawn with a font of the system.
+
+    Where that lacks a letter, or there is none, its number stands, and never a box.
+    """
     names = ["cat", "b\u00e4r", "\u732b \u72d7", "\u0642", "\ud800", "a\tb"]
     monkeypatch.setattr(
         charts, "font", charts.font.__wrapped__

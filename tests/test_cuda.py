@@ -1,4 +1,5 @@
-"""Training and the commands on GPUs: real ones, or a stand-in for them (FAKE_GPUS is set), which has no speed, cuDNN or inductor.
+"""Training and the commands on GPUs: real ones, or a stand-in for them (FAKE_GPUS is set), which
+has no speed, cuDNN or inductor.
 
 ../shared/cuda-standin/run-python -m pytest tests/test_cuda.py
 """
@@ -31,11 +32,11 @@ from tests.helpers import (
     weights,
     write_network,
 )
-from utils.plumbing.errors import explain
 from utils.fit import backward, optimizer_step
-from utils.pictures import normalize
-from utils.recipe import EMA, Recipe
 from utils.optimizer import get_optimizer
+from utils.pictures import normalize
+from utils.plumbing.errors import explain
+from utils.recipe import EMA, Recipe
 from utils.task import batch_sums
 
 STAND_IN = "FAKE_GPUS" in os.environ
@@ -47,7 +48,10 @@ NETWORK = (
 
 @contextlib.contextmanager
 def machine(gpus=1, **fakes):
-    """Programs started here find this many GPUs. fakes: what only the stand-in can do; a test of it is skipped without one."""
+    """Programs started here find this many GPUs.
+
+    Fakes: what only the stand-in can do; a test of it is skipped without one.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     if not STAND_IN and (fakes or gpus > torch.cuda.device_count()):
@@ -216,7 +220,8 @@ WAYS = [("sgd", 1, 1)] + [
 
 @pytest.mark.parametrize("optimizer, gpus, processes", WAYS)
 def test_a_signal_after_an_overflow_changes_no_bit(tmp_path, optimizer, gpus, processes):
-    """Steps 2 and 6 overflow, the signal comes in step 4: the end is that of the run that was left alone.
+    """Steps 2 and 6 overflow, the signal comes in step 4: the end is that of the run that was left
+    alone.
 
     A fork's sum that is no scalar is continued on the GPU as well.
     """
@@ -289,7 +294,10 @@ def table(path):
 
 
 def test_commands_with_and_without_a_gpu(cuda_run):
-    """All weight files load anywhere by torch.load alone; the answers are equal within float16's rounding."""
+    """All weight files load anywhere by torch.load alone.
+
+    The answers are equal within float16's rounding.
+    """
     with machine():
         said, answer, process = commands(cuda_run, "gpu")
     with machine(gpus=0):
@@ -381,7 +389,10 @@ def test_one_picture_for_each_gpu(tmp_path):
 
 
 def test_gradients_that_stay_nan(tmp_path):
-    """0 · √0 is 0 and has no gradient: the loss is finite, every step is left out, and the scale falls by half each time."""
+    """0 · √0 is 0 and has no gradient.
+
+    The loss is finite, every step is left out, and the scale falls by half each time.
+    """
     folder = project(tmp_path, train=160, Unfreeze_batch_size=4)
     path = folder / "nets" / "small.py"
     path.write_text(
@@ -396,7 +407,10 @@ def test_gradients_that_stay_nan(tmp_path):
 
 @pytest.mark.parametrize("fakes", [{}, {"FAKE_SIGTERM_AT": 3}])
 def test_the_first_bad_loss_is_named_within_bounds(tmp_path, fakes):
-    """A GPU's losses are not looked at in every step; a signal before the next look saves nothing that cannot be continued."""
+    """A GPU's losses are not looked at in every step.
+
+    A signal before the next look saves nothing that cannot be continued.
+    """
     folder = project(tmp_path, NETWORK + ", nn.Threshold(math.inf, math.nan)")
     path = folder / "nets" / "small.py"
     path.write_text("import math\n" + path.read_text())

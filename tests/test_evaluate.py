@@ -1,4 +1,6 @@
-"""utils.evaluate and utils.export on runs whose weights are as they begin, and what every command says of a damaged run."""
+"""utils.evaluate and utils.export on runs whose weights are as they begin, and what every command
+says of a damaged run.
+"""
 
 import csv
 import json
@@ -16,11 +18,12 @@ from PIL import Image
 from sklearn import metrics
 
 from tests.helpers import ROOT, environment, make_data, make_run, picture, weights
-from utils import evaluate as module, export, predict
-from utils.plumbing.errors import UserError
+from utils import evaluate as module
+from utils import export, predict
 from utils.evaluate import evaluate
 from utils.fit import score_batch
 from utils.pictures import centre_box, read_crop
+from utils.plumbing.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +212,9 @@ def test_figures_of_a_fork_are_printed(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("bias", [[0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 1, 0]])
 def test_equal_scores_are_one_story(folder, tmp_path, capsys, bias):
-    """The figures, the table, the matrix, predictions.csv, mistakes and predict name the same class: the first of the best."""
+    """The figures, the table, the matrix, predictions.csv, mistakes and predict name the same
+    class: the first of the best.
+    """
     run, names = make_run(tmp_path / "run", list("abcd"), classes_path="none.txt"), list("abcd")
     state = weights(run, "best_epoch_weights.pth")
     state.update(

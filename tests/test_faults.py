@@ -17,7 +17,10 @@ from utils.plumbing.errors import UserError, explain
 
 
 def test_disk_full(tmp_path):
-    """With a limit on file sizes, saving fails after the first epoch; what was there stays loadable."""
+    """With a limit on file sizes, saving fails after the first epoch.
+
+    What was there stays loadable.
+    """
     folder = make_project(tmp_path, UnFreeze_Epoch=2)
     make_data(folder, train=24, test=6)
     train(folder)
@@ -147,7 +150,10 @@ def test_a_programming_error_keeps_its_traceback(tmp_path):
 
 
 def test_a_test_list_that_goes_away(tmp_path):
-    """A file server's hiccup in validation: no score of the few that are left; mended, the epoch is repeated."""
+    """A file server's hiccup in validation.
+
+    No score of the few that are left; mended, the epoch is repeated.
+    """
     folder = make_project(tmp_path, UnFreeze_Epoch=2)
     make_data(folder, train=24, test=24)
     whole = tmp_path / "whole"

@@ -1,4 +1,7 @@
-"""The forks of utils/README.md, as they stand there: alone, under torchrun, through a resume, and in the commands."""
+"""The forks of utils/README.md, as they stand there.
+
+Alone, under torchrun, through a resume, and in the commands.
+"""
 
 import csv
 import importlib.util
@@ -84,7 +87,10 @@ def apply(folder, change):
 
 
 def fashion(folder, train_pictures, test_pictures):
-    """Files in the data set's own format: magic number, sizes, bytes. The class shows in the brightness."""
+    """Files in the data set's own format.
+
+    Magic number, sizes, bytes. The class shows in the brightness.
+    """
     raw = folder / "model_data/FashionMNIST/raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -153,7 +159,10 @@ def predictions(run):
 
 
 def check_commands(folder, run, best_by, export=False):
-    """evaluate and training agree; predict and export run. Returns what predict says of a picture, as JSON."""
+    """evaluate and training agree.
+
+    Predict and export run. Returns what predict says of a picture, as JSON.
+    """
     rows = history(run)
     best = (min if best_by.startswith("-") else max)(
         rows, key=lambda row: row[best_by.removeprefix("-")]

@@ -1,4 +1,6 @@
-"""Under torchrun every error appears exactly once, whichever process has it, and every process ends."""
+"""Under torchrun every error appears exactly once, whichever process has it, and every process
+ends.
+"""
 
 import re
 import subprocess

@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from utils.plumbing import lists, shapes as sample_data
 from utils.dataloader import DataGenerator
+from utils.plumbing import lists
 from utils.plumbing.errors import UserError
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
@@ -152,7 +153,7 @@ def test_classes_that_change_while_the_lists_are_read(tmp_path):
         lists.check_unchanged(path, ["a", "b"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.binary(max_size=80) | st.text(alphabet="0129;:/.a\n\r \ufeff-", max_size=40).map(str.encode),
     st.integers(1, 4),

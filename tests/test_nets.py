@@ -284,7 +284,10 @@ def test_resnet9(shape):
 
 
 def test_resnet9_begins_with_small_scores():
-    """Large ones have large gradients, and few pictures were then never learned: 300 shapes, 10 epochs, stayed at chance."""
+    """Large ones have large gradients, and few pictures were then never learned.
+
+    300 shapes, 10 epochs, stayed at chance.
+    """
     for seed in range(3):
         torch.manual_seed(seed)
         loss = nn.functional.cross_entropy(

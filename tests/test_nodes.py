@@ -1,4 +1,7 @@
-"""Two torchrun agents play two nodes: one dies, stops or disagrees, and the run goes on or says why."""
+"""Two torchrun agents play two nodes.
+
+One dies, stops or disagrees, and the run goes on or says why.
+"""
 
 import os
 import signal
@@ -40,10 +43,11 @@ def only(items):
 
 
 class Nodes:
-    """Two agents of one launch. rendezvous: 'static' (README's lines), or 'c10d'; first: the c10d node that gets rank 0.
+    """Two agents of one launch. rendezvous: 'static' (README's lines), or 'c10d'; first: the c10d
+    node that gets rank 0.
 
-    folders: where each agent works; by default both in one project, as on a file system that they share.
-    impatient: processes give up waiting for each other after 10 s.
+    folders: where each agent works; by default both in one project, as on a file system that they
+    share. impatient: processes give up waiting for each other after 10 s.
     """
 
     def __init__(
@@ -179,7 +183,10 @@ def until(true, what, timeout=300):
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_process_dies(alone, tmp_path, rendezvous, node):
-    """Both agents live: torchrun's store keeps the addresses of the dead group, which the new one must not use."""
+    """Both agents live.
+
+    Torchrun's store keeps the addresses of the dead group, which the new one must not use.
+    """
     with Nodes(tmp_path, rendezvous) as nodes:
         nodes.until_it_prints("epoch 3/8:")
         os.kill(nodes.process(node), signal.SIGKILL)
@@ -188,7 +195,10 @@ def test_a_process_dies(alone, tmp_path, rendezvous, node):
 
 @pytest.mark.parametrize("rendezvous, first", [("static", 0), ("c10d", 0), ("c10d", 1)])
 def test_a_node_dies_and_comes_back(alone, tmp_path, rendezvous, first):
-    """The one without the store; where it has rank 0, the agent that decides what to continue has not restarted anything."""
+    """The one without the store.
+
+    Where it has rank 0, the agent that decides what to continue has not restarted anything.
+    """
     with Nodes(tmp_path, rendezvous, first) as nodes:
         nodes.until_it_prints("epoch 3/8:")
         kill_tree(nodes.agents[1])
@@ -209,7 +219,10 @@ def test_the_node_with_the_store_dies(alone, tmp_path, rendezvous):
 
 
 def test_only_the_first_node_has_the_folder(alone, tmp_path):
-    """Each node with its own copy of project and pictures: the run is in the first one's, the other writes nothing."""
+    """Each node with its own copy of project and pictures.
+
+    The run is in the first one's, the other writes nothing.
+    """
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         make_data(make_project(folder, UnFreeze_Epoch=EPOCHS))
@@ -258,8 +271,9 @@ def test_a_process_stops_for_a_while(alone, tmp_path):
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_process_stops_for_ever(alone, tmp_path, node):
-    """After gloo's time (half an hour, here 10 s) the other one fails, and torchrun restarts the group: it kills what
-    has not ended 30 s after SIGTERM, which a stopped process does not heed."""
+    """After gloo's time (half an hour, here 10 s) the other one fails, and torchrun restarts the
+    group: it kills what has not ended 30 s after SIGTERM, which a stopped process does not heed.
+    """
     with Nodes(tmp_path, "c10d", impatient=True) as nodes:
         nodes.until_it_prints("epoch 3/8:")
         os.kill(nodes.process(node), signal.SIGSTOP)
@@ -267,7 +281,10 @@ def test_a_process_stops_for_ever(alone, tmp_path, node):
 
 
 def test_a_process_stops_for_ever_where_agents_do_not_meet(alone, tmp_path):
-    """By --node_rank an agent knows nothing of the other one: the group waits until someone kills the stopped process."""
+    """By --node_rank an agent knows nothing of the other one.
+
+    The group waits until someone kills the stopped process.
+    """
     with Nodes(tmp_path, "static", impatient=True) as nodes:
         nodes.until_it_prints("epoch 3/8:")
         pid = nodes.process(1)

@@ -1,4 +1,7 @@
-"""What a picture file can be: its orientation, its depth, its kind, and what else can be handed over as a picture."""
+"""What a picture file can be.
+
+Its orientation, its depth, its kind, and what else can be handed over as a picture.
+"""
 
 import io
 import os

@@ -35,7 +35,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def call(folder, monkeypatch, capfd):
-    """call(words…) runs the command in this process; returns (exit code, standard output, standard error)."""
+    """call(words…) runs the command in this process.
+
+    Returns (exit code, standard output, standard error).
+    """
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 

@@ -1,4 +1,7 @@
-"""Every command of README, as it stands there, in the order of its reader; only what takes long is made short."""
+"""Every command of README, as it stands there, in the order of its reader.
+
+Only what takes long is made short.
+"""
 
 import os
 import re
@@ -26,7 +29,10 @@ SHORT = ["--UnFreeze_Epoch", "1", "--num_workers", "0", "--fp16", "False"]
 
 
 def short(word_list):
-    """The command without what takes long: one epoch, small pictures; one machine stands for several."""
+    """The command without what takes long.
+
+    One epoch, small pictures; one machine stands for several.
+    """
     words = shlex.split(re.sub(r"\[224,224\]", "[64,64]", " ".join(map(shlex.quote, word_list))))
     for name in ("--UnFreeze_Epoch", "--Freeze_Epoch"):
         if name in words:
@@ -80,7 +86,9 @@ def run(folder, text, extra=()):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The project with a folder of photos, and torchvision's weights where a download would have put them."""
+    """The project with a folder of photos, and torchvision's weights where a download would have
+    put them.
+    """
     folder = make_project(
         tmp_path_factory.mktemp("readme"), backbone="'resnet9'", Unfreeze_batch_size=8
     )

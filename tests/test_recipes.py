@@ -24,8 +24,8 @@ from tests.helpers import (
     weights,
 )
 from utils.fit import backward, optimizer_step
-from utils.recipe import EMA, Recipe, balanced_weights
 from utils.optimizer import get_optimizer
+from utils.recipe import EMA, Recipe, balanced_weights
 from utils.task import batch_sums
 
 DEFAULTS = dict(
@@ -71,7 +71,10 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes a host wait for its GPU: a figure read off a tensor, a tensor made from Python's numbers."""
+    """Counts what makes a host wait for its GPU.
+
+    A figure read off a tensor, a tensor made from Python's numbers.
+    """
 
     count = 0
 
@@ -257,7 +260,9 @@ def test_the_recipes_that_are_measured(tmp_path, recipe):
 
 @pytest.mark.parametrize("counts", [[980, 20], [960] * 9 + [10]])
 def test_the_best_scores_under_class_weights_are_right(counts):
-    """With smoothing and weights, the loss's own optimum names every picture rightly where pictures can be told apart."""
+    """With smoothing and weights, the loss's own optimum names every picture rightly where pictures
+    can be told apart.
+    """
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     recipe = Recipe(
         {**DEFAULTS, "label_smoothing": 0.1},

@@ -54,7 +54,10 @@ def kill_group(process, number):
 
 
 def interrupted(folder, number, after):
-    """Start or continue training and send the whole group a signal after so many seconds; the exit code."""
+    """Start or continue training and send the whole group a signal after so many seconds.
+
+    The exit code.
+    """
     process = start(folder)
     try:
         process.communicate(timeout=after)
@@ -89,7 +92,8 @@ def kill_until_done(folder, reference_seconds, kills, rng):
         if any(
             '"finished": true' in path.read_text() for path in folder.glob("logs/*/config.json")
         ):
-            return survived  # killed after its last word; resume = True would rightly begin another run
+            # killed after its last word; resume = True would rightly begin another run
+            return survived
     train(folder)
     return survived
 
@@ -164,7 +168,10 @@ def test_signals_to_the_group(tmp_path, number, world):
 
 
 def test_another_number_of_processes(tmp_path):
-    """Stopped in one process, continued in two: the right pictures, the same figures within float tolerance."""
+    """Stopped in one process, continued in two.
+
+    The right pictures, the same figures within float tolerance.
+    """
     ends = []
     for split in (False, True):
         folder = make_project(
@@ -214,7 +221,10 @@ def children(pid):
 
 
 def torchrun_kills(folder, reference_folder, kills, rng, seconds):
-    """SIGKILL one worker of a torchrun group again and again; the group must restart and end as the reference."""
+    """SIGKILL one worker of a torchrun group again and again.
+
+    The group must restart and end as the reference.
+    """
     process = start(folder, launcher=[*torchrun(), "--max-restarts=100"])
     done = 0
     while not list(folder.glob("logs/*/last_checkpoint.pth")) and process.poll() is None:

@@ -188,7 +188,10 @@ def test_drafts_of_killed_programs_are_cleared(tmp_path):
 
 
 def test_early_stop_and_what_follows(tmp_path):
-    """Killed right after the commit of the epoch that ends it, it trains no further; without early_stop it does."""
+    """Killed right after the commit of the epoch that ends it, it trains no further.
+
+    Without early_stop it does.
+    """
     folder = make_project(
         tmp_path, early_stop=2, UnFreeze_Epoch=30, best_by="'-top5'"
     )  # always the same: the first epoch is the best
@@ -260,7 +263,9 @@ def test_a_day_is_no_end_of_the_time_left(capsys):
 
 
 def test_nothing_is_left_behind(tmp_path):
-    """No folder for temporary files, and no semaphore, where loader processes come from a server of them."""
+    """No folder for temporary files, and no semaphore, where loader processes come from a server of
+    them.
+    """
     folder = make_project(tmp_path / "project", UnFreeze_Epoch=1, num_workers=1)
     make_data(folder, train=16, test=6)
     text = (folder / "train.py").read_text()

@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from nets import get_model, head_layers
-from utils.optimizer import get_optimizer
-from utils.optimizer import describe_rates
-from utils.optimizer import fit_lr, get_lr_scheduler, set_optimizer_lr
+from utils.optimizer import (
+    describe_rates,
+    fit_lr,
+    get_lr_scheduler,
+    get_optimizer,
+    set_optimizer_lr,
+)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 20, 100, 200, 400])

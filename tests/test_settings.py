@@ -1,18 +1,22 @@
-"""What each setting may be, the command line, and what must hold between settings: every mistake is one sentence that names it."""
+"""What each setting may be, the command line, and what must hold between settings.
+
+Every mistake is one sentence that names it.
+"""
 
 import os
 import re
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train as trainer
 from tests.helpers import history, make_data, make_project, run_of, train
 from utils.plumbing import settings as rules
 from utils.plumbing.errors import UserError
-from utils.rehearsal import check_best_by
 from utils.recipe import Recipe
+from utils.rehearsal import check_best_by
 
 NAMES = {*rules.TEXTS, *rules.BOUNDS, *rules.CHOICES}
 CONSTANTS = {name: getattr(trainer, name) for name in NAMES}
@@ -362,7 +366,7 @@ VALUES = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(sorted(NAMES)), VALUES, max_size=3))
 def test_random_settings(changes):
     try:
@@ -371,7 +375,7 @@ def test_random_settings(changes):
         assert any(name in str(error) for name in NAMES)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.sampled_from(

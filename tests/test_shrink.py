@@ -51,7 +51,10 @@ def snapshot(folder):
 
 
 def test_copies(capsys):
-    """Large pictures of any kind get a copy, small ones stay, unreadable ones are left out; a second run does what is new."""
+    """Large pictures of any kind get a copy, small ones stay, unreadable ones are left out.
+
+    A second run does what is new.
+    """
     exif = Image.Exif()
     exif[0x0112] = 6
     save("photos/cat/a.JPG", photo(400, 300), exif=exif)

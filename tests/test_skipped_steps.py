@@ -1,4 +1,6 @@
-"""A step that the scaler skips because its gradients overflow leaves weights and state as if it had never been made."""
+"""A step that the scaler skips because its gradients overflow leaves weights and state as if it had
+never been made.
+"""
 
 import copy
 

@@ -1,4 +1,7 @@
-"""README's batch script in a real Slurm: what goes back into the queue, what does not, and how it ends."""
+"""README's batch script in a real Slurm.
+
+What goes back into the queue, what does not, and how it ends.
+"""
 
 import os
 import re
@@ -27,7 +30,9 @@ PREEMPTION = dict(
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """(folder, the script of utils/README.md for one process a node, the last weights of a run that nobody disturbed)."""
+    """(folder, the script of utils/README.md for one process a node, the last weights of a run that
+    nobody disturbed).
+    """
     folder = make_project(tmp_path_factory.mktemp("project"), UnFreeze_Epoch=8)
     make_data(folder)
     blocks = (ROOT / "utils/README.md").read_text(encoding="utf-8").split("\n```\n")
@@ -124,7 +129,10 @@ def test_a_node_dies(slurm, project, node):
 
 
 def test_a_failing_job_waits_for_the_news_of_a_dead_node(slurm, project):
-    """The other node's processes fail at once, Slurm learns of the death later: the job must still be there."""
+    """The other node's processes fail at once, Slurm learns of the death later.
+
+    The job must still be there.
+    """
     folder, script, reference = project
     job = Job(slurm, folder, script)
     job.until_it_prints("epoch 3/8:")

@@ -8,8 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train as trainer
 from utils.fit import backward, optimizer_step
-from utils.recipe import Recipe
 from utils.optimizer import get_optimizer
+from utils.recipe import Recipe
 
 SETTINGS = {
     name: value

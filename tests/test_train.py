@@ -168,7 +168,8 @@ def test_paths_and_rates(tmp_path):
     train(folder)
     (run,) = (folder / "runs here").iterdir()
     assert len(list(run.glob("ep00?-loss*-val_loss*.pth"))) == 3
-    # 8 pictures a step are an eighth of 64: 5e-3 and 2.5e-5, warmed up in the first epoch, held in the last
+    # 8 pictures a step are an eighth of 64: 5e-3 and 2.5e-5, warmed up in the first epoch, held in
+    # the last
     assert [row["lr"] for row in history(run)] == pytest.approx([5e-4, 5e-3, 2.5e-5], rel=1e-6)
 
 
@@ -261,8 +262,9 @@ def test_bfloat16_on_cpu(tmp_path):
 def test_compile(tmp_path):
     """The same keys, and the same training within rounding.
 
-    A network whose BatchNorm has many values to a channel and that has no dropout: torchvision's with BatchNorm over
-    1 x 1 pixels turn a rounding error of the first layer into a difference of per cents, and compiled dropout draws anew.
+    A network whose BatchNorm has many values to a channel and that has no dropout: torchvision's
+    with BatchNorm over 1 x 1 pixels turn a rounding error of the first layer into a difference of
+    per cents, and compiled dropout draws anew.
     """
     make_project(tmp_path, backbone="'plain'", Freeze_Train=True, Freeze_Epoch=1)
     write_network(
@@ -311,7 +313,10 @@ def test_tensorboard_is_optional(first):
 
 
 def test_sample_data(tmp_path):
-    """Without any list, the shapes are drawn and trained on; with a list named, their absence is an error."""
+    """Without any list, the shapes are drawn and trained on.
+
+    With a list named, their absence is an error.
+    """
     folder = make_project(
         tmp_path,
         UnFreeze_Epoch=1,

@@ -7,8 +7,19 @@ import subprocess
 
 import pytest
 
-from tests.helpers import begin, ended, environment, launch, make_data, make_project, same, start
-from tests.helpers import train, warm, weights
+from tests.helpers import (
+    begin,
+    ended,
+    environment,
+    launch,
+    make_data,
+    make_project,
+    same,
+    start,
+    train,
+    warm,
+    weights,
+)
 
 pytestmark = pytest.mark.skipif(not warm(), reason="every program has a fresh Python here")
 
@@ -18,7 +29,8 @@ print(json.dumps({
     "name": __name__, "file": __file__, "words": sys.argv, "path": sys.path, "folder": os.getcwd(),
     "environment": dict(os.environ), "excepthook": sys.excepthook is sys.__excepthook__,
     "signals": [str(signal.getsignal(number)) for number in sorted(signal.valid_signals())],
-    "streams": [(s.encoding, s.errors, s.line_buffering) for s in (sys.stdin, sys.stdout, sys.stderr)],
+    "streams": [
+        (s.encoding, s.errors, s.line_buffering) for s in (sys.stdin, sys.stdout, sys.stderr)],
     "main": sys.modules["__main__"].__file__, "threads": threading.active_count(),
     "parent": str(multiprocessing.parent_process()), "temporary": tempfile.gettempdir(),
     "leader": os.getpid() == os.getsid(0), "input": sys.stdin.read(), "mask": os.umask(0),
@@ -50,10 +62,19 @@ def test_a_program_begins_alike(tmp_path, words):
     assert fresh["input"] == "read\n" and fresh["path"][:2] == [str(tmp_path), "/elsewhere"]
 
 
-@pytest.mark.parametrize("end, code", [
-    ("sys.exit()", 0), ("sys.exit(7)", 7), ("sys.exit('a word')", 1), ("undefined", 1), ("os._exit(9)", 9),
-    ("raise KeyboardInterrupt", -signal.SIGINT), ("os.kill(os.getpid(), 9)", -signal.SIGKILL),
-    ("threading.Thread(target=print, args=('thread',)).start()", 0)])  # fmt: skip
+ENDS = [
+    ("sys.exit()", 0),
+    ("sys.exit(7)", 7),
+    ("sys.exit('a word')", 1),
+    ("undefined", 1),
+    ("os._exit(9)", 9),
+    ("raise KeyboardInterrupt", -signal.SIGINT),
+    ("os.kill(os.getpid(), 9)", -signal.SIGKILL),
+    ("threading.Thread(target=print, args=('thread',)).start()", 0),
+]
+
+
+@pytest.mark.parametrize("end, code", ENDS)
 def test_a_program_ends_alike(tmp_path, end, code):
     (tmp_path / "end.py").write_text(
         "import atexit, os, sys, threading\natexit.register(print, 'at exit')\nprint('printed')\n"

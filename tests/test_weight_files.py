@@ -1,4 +1,7 @@
-"""Checkpoints of other trainers: which entry is taken, prefixes, safetensors, and what is refused in one sentence."""
+"""Checkpoints of other trainers.
+
+Which entry is taken, prefixes, safetensors, and what is refused in one sentence.
+"""
 
 import argparse
 import builtins
@@ -12,8 +15,8 @@ from torch import nn
 
 from nets._weights import load_matching, load_weights
 from tests.helpers import same
-from utils.plumbing.files import load_tensors
 from utils.plumbing.errors import UserError
+from utils.plumbing.files import load_tensors
 
 
 def tiny():

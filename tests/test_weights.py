@@ -12,7 +12,8 @@ from nets._foreign import TABLES, fit, translate
 from nets._weights import load_matching, load_weights
 from tests.helpers import same
 
-# torchvision's name, timm's, the pictures' size: the smallest of each family, then those whose scores take long.
+# torchvision's name, timm's, the pictures' size: the smallest of each family, then those whose
+# scores take long.
 SMALLEST = """densenet121 densenet121 64; resnet18 resnet18 64; convnext_tiny convnext_tiny 64"""
 REST = """swin_t swin_tiny_patch4_window7_224 224; vit_b_32 vit_base_patch32_224 224; inception_v3 inception_v3 80;
 resnet34 resnet34 64; resnet50 resnet50 64; resnet101 resnet101 64; resnet152 resnet152 64;
@@ -29,7 +30,9 @@ SLOW = {line.split()[0] for line in REST.split(";")}
 
 @torch.no_grad()
 def random_weights(model, size):
-    """Every scale, bias, table and statistic of `model` becomes a value of its own, the scores stay near one."""
+    """Every scale, bias, table and statistic of `model` becomes a value of its own, the scores stay
+    near one.
+    """
     for name, value in model.state_dict().items():
         small = value.dim() <= 1 or re.search("table|embed|token|scale", name)
         if small and value.is_floating_point() and "running" not in name:
@@ -241,7 +244,10 @@ def test_a_table_of_another_kind_of_number():
 
 
 def test_older_files_of_torchvision():
-    """Published ones too: ViT's MLP had other names, and without a version mark MNASNet refuses to load at all."""
+    """Published ones too.
+
+    ViT's MLP had other names, and without a version mark MNASNet refuses to load at all.
+    """
     source = random_weights(small_vit(), 64).state_dict()
     old = {
         re.sub(r"mlp\.([03])\.", lambda m: f"mlp.linear_{1 + int(m[1]) // 3}.", k): v

@@ -1,10 +1,10 @@
-"""A Python that has imported torch once, and becomes a program of a project at each request, by a fork.
+"""A Python that has imported torch once and forks to become each program of a project.
 
-`Warm.start` returns a `subprocess.Popen` for `python train.py …` or `python -m utils.… …`, without the seconds that
-importing torch takes. The program's weights are those of a fresh Python, bit for bit: this file imports nothing of
-the project, computes nothing, and starts no thread before it forks. What a Python reads once when it starts is the
-server's for all of them: OMP_NUM_THREADS, the locale, the seed of hashes, warning filters. A test about the start
-itself takes a fresh Python.
+`Warm.start` returns a `subprocess.Popen` for `python train.py …` or `python -m utils.… …`, without
+the seconds that importing torch takes. The program's weights are those of a fresh Python, bit for
+bit: this file imports nothing of the project, computes nothing, and starts no thread before it
+forks. What a Python reads once when it starts is the server's for all of them: OMP_NUM_THREADS, the
+locale, the seed of hashes, warning filters. A test about the start itself takes a fresh Python.
 """
 
 import array
@@ -27,7 +27,8 @@ from contextlib import suppress
 from pathlib import Path
 
 IMPORTS = """
-    multiprocessing.queues multiprocessing.synchronize numpy PIL.ImageDraw PIL.ImageFont PIL.ImageOps
+    multiprocessing.queues multiprocessing.synchronize
+    numpy PIL.ImageDraw PIL.ImageFont PIL.ImageOps
     torch torch._dynamo torch.distributed.launcher.api torch.utils.data torch.utils.flop_counter
     torch.utils.serialization.config torchvision.models torchvision.transforms.v2
 """
@@ -93,7 +94,10 @@ class Warm:
         atexit.register(self.stop)
 
     def start(self, words, folder, environment, **options):
-        """Begin `python words…` in `folder`, in a process group of its own; words: a file, or -m and a module first."""
+        """Begin `python words…` in `folder`, in a process group of its own.
+
+        Words: a file, or -m and a module first.
+        """
         words = [str(word) for word in words]
         return Process(self.requests, words, cwd=folder, env=environment, **options)
 
@@ -103,7 +107,10 @@ class Warm:
 
 
 def serve(requests):
-    """Fork at each request; returns, in the child, what it is to become, and None when no more requests can come."""
+    """Fork at each request.
+
+    Returns, in the child, what it is to become, and None when no more requests can come.
+    """
     living = {}
     while True:
         ready, _, _ = select.select([requests, *living], [], [])
@@ -175,7 +182,10 @@ def run(words):
 
 
 def leave(code):
-    """End as Python does, but without taking its modules apart, which takes longer than most programs."""
+    """End as Python does, but without taking its modules apart.
+
+    That takes longer than most programs do.
+    """
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,5 @@
-"""pytorch/examples' imagenet script, its recipe at small size: the older transforms, SGD, a tenth of the rate at each third.
+"""pytorch/examples' imagenet script, its recipe at small size: the older transforms, SGD, a tenth
+of the rate at each third.
 
 (Its steps of 30 stand for 90 epochs.) --plain leaves its random resized crop out.
 """

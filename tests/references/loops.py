@@ -1,6 +1,7 @@
 """Bare loops of plain PyTorch: a round for each line of standard input.
 
-'usual': the usual pipeline from files, float32; 'train': ready batches; 'forward': ready batches, without gradients.
+'usual': the usual pipeline from files, float32; 'train': ready batches; 'forward': ready batches,
+without gradients.
 """
 
 import json

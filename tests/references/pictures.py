@@ -1,4 +1,7 @@
-"""Reading pictures in the usual way, on one core, as in a data-loader worker: a round for each line of standard input."""
+"""Reading pictures in the usual way, on one core, as in a data-loader worker.
+
+A round for each line of standard input.
+"""
 
 import json
 import sys
@@ -14,7 +17,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Usual(Dataset):
-    """The usual torchvision pipeline: Pillow, a random or a centre crop of 224, float32, normalised."""
+    """The usual torchvision pipeline.
+
+    Pillow, a random or a centre crop of 224, float32, normalised.
+    """
 
     def __init__(self, paths, random):
         first = (

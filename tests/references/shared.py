@@ -1,4 +1,7 @@
-"""What the reference scripts share: their command line, and how they report. They know nothing of this project."""
+"""What the reference scripts share.
+
+Their command line, and how they report. They know nothing of this project.
+"""
 
 import argparse
 import json
@@ -19,7 +22,10 @@ def arguments():
 
 
 class Clock:
-    """Counts the pictures and seconds of training, and each epoch's top-1; says it all as one line of JSON."""
+    """Counts the pictures and seconds of training, and each epoch's top-1.
+
+    Says it all as one line of JSON.
+    """
 
     def __init__(self):
         self.begin, self.pictures, self.training, self.top1 = time.perf_counter(), 0, 0.0, []

@@ -1,5 +1,8 @@
-"""timm by its own parts, set as its train.py sets them by default: crops, colour jitter, label smoothing 0.1, five epochs of
-warm-up. --plain: only a flip, and one epoch of warm-up followed at every step, which suits a short training better."""
+"""timm by its own parts, set as its train.py sets them by default.
+
+Crops, colour jitter, label smoothing 0.1, five epochs of warm-up. --plain: only a flip, and one
+epoch of warm-up followed at every step, which suits a short training better.
+"""
 
 import time
 

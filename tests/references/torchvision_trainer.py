@@ -1,4 +1,5 @@
-"""torchvision's reference trainer, its recipe at small size: v2 transforms, SGD, a cosine stepped once an epoch.
+"""torchvision's reference trainer, its recipe at small size: v2 transforms, SGD, a cosine stepped
+once an epoch.
 
 Its random resized crop, made for photos, is kept out with --plain.
 """

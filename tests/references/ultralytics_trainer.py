@@ -1,6 +1,8 @@
-"""ultralytics' classifier: the network that it builds from torchvision's resnet18, untrained, under its own head.
+"""ultralytics' classifier: the network that it builds from torchvision's resnet18, untrained, under
+its own head.
 
-Its defaults are AdamW by itself, crops, RandAugment, erasing, EMA, one OpenMP thread. --plain: only a flip.
+Its defaults are AdamW by itself, crops, RandAugment, erasing, EMA, one OpenMP thread. --plain: only
+a flip.
 """
 
 import os

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.dataloader import DataGenerator
-from utils.plumbing import lists
+from utils.plumbing import lists, shapes
 from utils.plumbing.errors import UserError
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import train as trainer
 from tests.helpers import history, make_data, make_project, run_of, train
 from utils.plumbing import settings as rules
+from utils.plumbing.command_line import command_line
+from utils.plumbing.command_line import constants as constants_of
 from utils.plumbing.errors import UserError
 from utils.recipe import Recipe
 from utils.rehearsal import check_best_by
@@ -37,7 +39,7 @@ def given_words(*words, **constants):
         "os": os,
         **constants,
     }
-    result = rules.command_line(values, list(map(str, words)))
+    result = command_line(values, list(map(str, words)))
     assert result == {name: values[name] for name in CONSTANTS}
     return result
 
@@ -322,7 +324,7 @@ def test_mistakes_on_the_command_line(words, sentence):
 def test_help(capsys):
     with pytest.raises(SystemExit):
         given_words("--help")
-    out, constants = capsys.readouterr().out, rules.constants(trainer.__file__)
+    out, constants = capsys.readouterr().out, constants_of(trainer.__file__)
     places = [out.index(f"  --{name} ") for name in constants]
     assert places == sorted(places)
     for title in dict.fromkeys(title for _, _, title in constants.values()):
@@ -350,7 +352,7 @@ def test_choices_that_a_fork_adds_are_in_help(monkeypatch, capsys):
 
 
 def test_every_constant_has_a_rule_a_line_and_a_comment():
-    constants = rules.constants(trainer.__file__)
+    constants = constants_of(trainer.__file__)
     assert set(constants) == NAMES and all(
         comment and title != "Settings" for _, comment, title in constants.values()
     )
@@ -421,7 +423,7 @@ def test_settings_of_ones_own(tmp_path, monkeypatch):
     def own_words(*words):
         script = {"__file__": str(path), "__doc__": ""}
         exec(SCRIPT, script)
-        return rules.command_line(script, [str(word) for word in words])
+        return command_line(script, [str(word) for word in words])
 
     assert own_words() == {
         "gamma": 2.0,
@@ -479,8 +481,8 @@ def test_settings_of_ones_own(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=f"{words[0][2:]} = .* must be "):
             own_words(*words)
-    assert [title for _, _, title in rules.constants(path).values()] == ["First"] * 2 + ["Then"] * 9
-    assert rules.constants(path)["high"][1] == "two at once"
+    assert [title for _, _, title in constants_of(path).values()] == ["First"] * 2 + ["Then"] * 9
+    assert constants_of(path)["high"][1] == "two at once"
 
 
 def test_a_rule_whose_constant_is_gone_is_passed_over():

@@ -19,7 +19,16 @@ import torch
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
 
-from nets import get_model, head_layers, is_transformer, lay_out, load_file, profile
+from nets import (
+    build,
+    download,
+    head_layers,
+    is_transformer,
+    lay_out,
+    load_file,
+    load_pretrained,
+    profile,
+)
 from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
 from utils.fit import fit_one_epoch
@@ -111,6 +120,7 @@ resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 
 if __name__ == "__main__":
     show_errors_as_sentences()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     settings = command_line(globals())
     check_settings(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
@@ -168,11 +178,13 @@ if __name__ == "__main__":
     # The network
     torch.manual_seed(seed)
     if pretrained and state is None and local_rank == 0:  # one download a machine
-        get_model(backbone, num_classes, input_shape, pretrained)
+        download(backbone)
     processes.barrier()
-    model = get_model(backbone, num_classes, input_shape, pretrained and state is None)
+    model = build(settings, num_classes)
+    if pretrained and state is None:
+        load_pretrained(model, backbone, settings)
     if model_path and state is None:
-        load_file(model, model_path, class_names)
+        load_file(model, model_path, class_names, settings)
     settings["Init_Epoch"] = Init_Epoch = state["epoch"] if state else Init_Epoch
     parameters, flops = profile(model, backbone, input_shape, num_classes)
     check_phases(settings, num_train, num_val)
@@ -228,7 +240,7 @@ if __name__ == "__main__":
             {
                 "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
                 "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
-                "optimizer": describe_rates(settings, is_transformer(backbone)),
+                "optimizer": describe_rates(settings, is_transformer(model)),
                 "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'}"
                 + f" ({tried})" * bool(tried),
             },
@@ -254,7 +266,7 @@ if __name__ == "__main__":
         if unfreeze != UnFreeze_flag:
             batch_size = Unfreeze_batch_size if unfreeze else Freeze_batch_size
             Init_lr_fit, Min_lr_fit = fit_lr(
-                batch_size * accumulate, Init_lr, Min_lr, optimizer_type, is_transformer(backbone)
+                batch_size * accumulate, Init_lr, Min_lr, optimizer_type, is_transformer(model)
             )
             lr_scheduler_func = get_lr_scheduler(
                 lr_decay_type, Init_lr_fit, Min_lr_fit, UnFreeze_Epoch

@@ -1,16 +1,20 @@
-"""Networks by name: every torchvision classifier, and each network of one's own in a file of this folder.
+"""Networks by name: every torchvision classifier, and each file of this folder.
 
-backbone = 'my_net' is the function my_net(num_classes, input_shape) in nets/my_net.py; resnet9.py there is the default.
+backbone = "my_net" is the function my_net(num_classes, input_shape) in nets/my_net.py; the default
+is resnet9.py.
 """
 
 import copy
 import importlib
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 from torchvision import models
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from utils.plumbing.errors import UserError, did_you_mean
 
@@ -21,15 +25,19 @@ DOCUMENTED_NAMES = {
     "swin_transformer_small": "swin_s",
     "swin_transformer_base": "swin_b",
 }
+ATTENTION = (nn.MultiheadAttention, ShiftedWindowAttention, RelativePositionalMultiHeadAttention)
 
 
 class Freezable:
-    """The two documented methods, given to whatever network get_model builds (its state_dict keys stay its own)."""
+    """The two documented methods, given to whatever network get_model builds.
+
+    A network may say itself which of its modules are heads: head_names = ["head", …].
+    """
 
     frozen = False
 
     def freeze_backbone(self, frozen=True):
-        """Leave only the head trainable, and hold the backbone's BatchNorm statistics (and dropout) still."""
+        """Train the head alone, and hold the backbone's BatchNorm statistics and dropout still."""
         self.requires_grad_(not frozen)
         for name in head_layers(self):
             self.get_submodule(name).requires_grad_()
@@ -45,37 +53,94 @@ class Freezable:
         self.training = mode
         return self
 
+    def __reduce_ex__(self, protocol):
+        """Pickle by the network's own class: pickle cannot find the one that `freezable` made."""
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        own_class = type(self).__bases__[1]
+        return (empty_network, (own_class,), *reduced[2:])
+
+
+@cache
+def freezable(own_class):
+    """Return a subclass of a network's class that has the methods of Freezable."""
+    return type(own_class.__name__, (Freezable, own_class), {})
+
+
+def empty_network(own_class):
+    """Return what pickle fills with a network's state."""
+    made = freezable(own_class)
+    return made.__new__(made)
+
 
 def head_layers(model):
-    """A set with the name of the layer that gives class scores, which is the network's last Linear or Conv2d."""
-    layers = [
-        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
-    return set(layers[-1:])
+    """Return the names of the modules that give the logits, and of all inside them, as a set.
+
+    They are the network's attribute head_names, or else its last Linear or Conv2d. UserError: it
+    has no module of that name.
+    """
+    names = getattr(model, "head_names", None) or last_layer(model)
+    heads = set()
+    for name in names:
+        try:
+            head = model.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(f"head_names: {type(model).__name__} has no module {name!r}") from error
+        heads.update(inside for inside, _ in head.named_modules(prefix=name))
+    return heads
+
+
+def last_layer(model):
+    """Return [the name of the network's last Linear or Conv2d], or []."""
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return layers[-1:]
 
 
 def check_name(backbone):
-    """The torchvision (or own) name of `backbone`; UserError with the nearest names when there is none."""
-    name, known = DOCUMENTED_NAMES.get(backbone, backbone), models.list_models(module=models) + OWN
+    """Return the torchvision (or own) name of `backbone`. UserError: there is no such network."""
+    name = DOCUMENTED_NAMES.get(backbone, backbone)
+    known = models.list_models(module=models) + OWN
     if name not in known:
+        advice = did_you_mean(backbone, known + list(DOCUMENTED_NAMES))
         raise UserError(
-            f"backbone = {backbone!r} is not a network{did_you_mean(backbone, known + list(DOCUMENTED_NAMES))}; "
+            f"backbone = {backbone!r} is not a network{advice}; "
             f"the names are torchvision's classification models and the files of nets/"
         )
     return name
 
 
-def is_transformer(backbone):
-    return check_name(backbone).startswith(("vit_", "swin_", "maxvit_"))
+def is_transformer(model):
+    """Return whether a network has layers of attention, so that transformers' rates suit it.
+
+    A network may decide itself, by an attribute: is_transformer = True or False.
+    """
+    has_attention = any(isinstance(module, ATTENTION) for module in model.modules())
+    return getattr(model, "is_transformer", has_attention)
+
+
+def check_shape(name, input_shape):
+    """Raise a UserError for pictures that one of torchvision's transformers cannot take."""
+    if name.startswith("vit_"):
+        multiple = int(name.rpartition("_")[2])  # the patches' size
+    elif name == "maxvit_t":
+        multiple = 224  # halves pictures five times, then needs whole windows of 7
+    else:
+        return
+    side = max(1, round(min(input_shape) / multiple)) * multiple
+    if list(input_shape) != [side, side]:
+        raise UserError(
+            f"input_shape = {list(input_shape)}: {name} takes square pictures with sides that are "
+            f"multiples of {multiple}, such as [{side}, {side}]"
+        )
 
 
 @contextmanager
 def size_errors(backbone, input_shape):
-    """What torchvision's networks raise for pictures that they cannot take is a UserError; one's own keep theirs."""
+    """Make a UserError of what torchvision's networks raise for pictures of a wrong size."""
     try:
         yield
     except Exception as error:
-        if check_name(backbone) in OWN:
+        if isinstance(error, UserError) or check_name(backbone) in OWN:
             raise
         raise UserError(
             f"input_shape = {list(input_shape)} is too small (or of a shape that does not fit) for "
@@ -84,71 +149,83 @@ def size_errors(backbone, input_shape):
 
 
 def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
-    """The network `backbone` with a new head of `num_classes` outputs for pictures of `input_shape` (height, width).
+    """Return the network `backbone`: float32 pictures (N, 3, H, W) → logits (N, num_classes).
 
-    Takes float (N, 3, H, W) pictures, ImageNet-normalised. pretrained: with torchvision's default weights but for the
-    head. UserError: an unknown name, a size that the network cannot take.
+    input_shape: the pictures' (height, width). pretrained: with torchvision's weights, but for the
+    head. UserError: an unknown name, or a size that the network cannot take.
     """
-    name, options = check_name(backbone), {"num_classes": num_classes}
+    name = check_name(backbone)
+    options = {"num_classes": num_classes}
     if name in OWN:
         options["input_shape"] = tuple(input_shape)
-    elif name in ("googlenet", "inception_v3"):
-        options.update(
-            aux_logits=False, transform_input=True, init_weights=True
-        )  # their weights are for -1 to 1
+        builder = getattr(importlib.import_module(f"nets.{name}"), name)
+    else:
+        check_shape(name, input_shape)
+        builder = models.get_model_builder(name)
+    if name in ("googlenet", "inception_v3"):
+        # transform_input: their published weights take pictures from -1 to 1
+        options.update(aux_logits=False, transform_input=True, init_weights=True)
     elif name.startswith("vit_"):
-        options["image_size"] = input_shape[
-            0
-        ]  # of square pictures, others are refused when they come
+        options["image_size"] = input_shape[0]
     elif name == "maxvit_t":
         options["input_size"] = tuple(input_shape)
     with size_errors(backbone, input_shape):
-        build = (
-            getattr(importlib.import_module(f"nets.{name}"), name)
-            if name in OWN
-            else models.get_model_builder(name)
-        )
-        model = build(**options)
-    model.__class__ = type(type(model).__name__, (Freezable, type(model)), {})
+        model = builder(**options)
+    if not isinstance(model, Freezable):
+        model.__class__ = freezable(type(model))
     if pretrained:
-        from nets._weights import load_pretrained
-
-        load_pretrained(model, name)
+        load_pretrained(model, backbone)
     return model
 
 
-def load_file(model, path, class_names=None):
-    """Give the model what fits of the weights file `path`, also of other trainers' and libraries' (nets/_weights.py)."""
+def build(settings, num_classes):
+    """Return the untrained network of train.py's settings, for training and all commands."""
+    return get_model(settings["backbone"], num_classes, settings["input_shape"])
+
+
+def download(backbone):
+    """Make sure that torch.hub's cache has torchvision's weights of a network."""
     from nets import _weights
 
-    _weights.load_file(model, path, class_names)
+    _weights.published(check_name(backbone))
+
+
+def load_pretrained(model, backbone, settings=None):
+    """Load torchvision's weights, but for the head; warn where settings normalise otherwise."""
+    from nets import _weights
+
+    _weights.load_pretrained(model, check_name(backbone), settings)
+
+
+def load_file(model, path, class_names=None, settings=None):
+    """Load what fits of a weights file, also of other trainers' and libraries'."""
+    from nets import _weights
+
+    _weights.load_file(model, path, class_names, settings)
 
 
 def lay_out(model, device):
-    """The model on `device`, in channels_last memory as the pictures, faster for nearly all; on CUDA it computes in TF32."""
-    torch.set_float32_matmul_precision("high")
+    """Return the model on `device` in channels_last memory, which is nearly always faster."""
     return model.to(device, memory_format=torch.channels_last)
 
 
 def profile(model, backbone, input_shape, num_classes):
-    """(parameters, FLOPs of one picture, two a multiply-add). UserError: a size or number of classes that does not fit."""
-    from torch.utils.flop_counter import (
-        FlopCounterMode,  # slow to import, and loader processes need none of it
-    )
+    """Return (parameters, FLOPs of one picture); a multiply-add counts as two.
 
-    # on the meta device nothing is computed
-    with (
-        size_errors(backbone, input_shape),
-        torch.no_grad(),
-        FlopCounterMode(display=False) as counter,
-    ):
-        scores = (
-            copy.deepcopy(model).to("meta").eval()(torch.empty(2, 3, *input_shape, device="meta"))
-        )
-    found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-    if found != [2, num_classes]:
+    UserError: a size that the network cannot take, or another number of logits than num_classes.
+    """
+    # slow to import, and loader processes do not need it
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    on_meta = copy.deepcopy(model).to("meta").eval()  # where nothing is computed
+    with size_errors(backbone, input_shape), torch.no_grad(), counter:
+        logits = on_meta(torch.empty(2, 3, *input_shape, device="meta"))
+    given = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if given != [2, num_classes]:
         raise UserError(
-            f"{backbone} gives {found} scores for 2 pictures, not [2, {num_classes}]: "
+            f"{backbone} returns {given} for 2 pictures, not logits [2, {num_classes}]: "
             f"its last layer needs num_classes outputs"
         )
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters, counter.get_total_flops() // 2

@@ -1,6 +1,7 @@
-"""Other people's names for torchvision's layers: timm's, Microsoft's, Meta's and the documented family's.
+"""Other people's names for torchvision's layers: timm's, Microsoft's, Meta's and others'.
 
-A table holds pairs (regular expression, what replaces it), used one after another. What none finds keeps its name.
+A table holds pairs (regular expression, replacement), which are used one after another. A name that
+none of them matches stays.
 """
 
 import re
@@ -9,18 +10,17 @@ from contextlib import suppress
 from torchvision.models import ConvNeXt, DenseNet, SwinTransformer, VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-WRAPPERS = (
-    "module.",
-    "model.",
-    "backbone.",
-    "encoder.",
-    "_orig_mod.",
-)  # what others put before a network's names
+# What others put before a network's names
+WRAPPERS = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")
 
 
 def stage(offset):
-    """A stage's number in torchvision's list, where stages and what halves the pictures between them take turns."""
-    return lambda found: f"features.{2 * int(found[1]) + offset}."
+    """Return a replacement: torchvision numbers stages and the layers between them in one list."""
+
+    def torchvisions(match):
+        return f"features.{2 * int(match[1]) + offset}."
+
+    return torchvisions
 
 
 VIT = [
@@ -45,10 +45,8 @@ SWIN = [
     (r"\.mlp\.fc1\.", ".mlp.0."),
     (r"\.mlp\.fc2\.", ".mlp.3."),
 ]
-SWIN_TIMM = [
-    (r"^layers\.(\d)\.downsample\.", stage(0)),
-    *SWIN,
-]  # from 0.8 on stages begin with it, elsewhere they end so
+# timm's stages begin with what halves the pictures (since version 0.8), others' end with it
+SWIN_TIMM = [(r"^layers\.(\d)\.downsample\.", stage(0)), *SWIN]
 CONVNEXT = [
     (r"^stem\.", "features.0."),
     (r"^(head\.)?norm\.", "classifier.0."),
@@ -66,34 +64,48 @@ DENSENET = [(r"(denselayer\d+\.(norm|conv))\.(\d)", r"\1\3")]  # torchvision's o
 TABLES = {VisionTransformer: VIT, SwinTransformer: SWIN, ConvNeXt: CONVNEXT, DenseNet: DENSENET}
 
 
+def table_for(model, state):
+    """Return the pairs for a model and the names in a state_dict; [] where none are known."""
+    for kind, table in TABLES.items():
+        if isinstance(model, kind):
+            if table is SWIN and "layers.0.downsample.norm.weight" not in state:
+                return SWIN_TIMM
+            return table
+    return []
+
+
 def translate(model, state):
-    """`state` by the model's names and in its shapes, as far as they are known here."""
-    table = next((table for kind, table in TABLES.items() if isinstance(model, kind)), [])
-    if table is SWIN and "layers.0.downsample.norm.weight" not in state:
-        table = SWIN_TIMM
-    named = {}
+    """Return `state` under the model's names and in its shapes, as far as they are known here."""
+    table = table_for(model, state)
+    translated = {}
     for name, value in state.items():
         for theirs, ours in table:
             name = re.sub(theirs, ours, name)
         if table is CONVNEXT and name.endswith("layer_scale"):
-            value = value.reshape(-1, 1, 1)  # others write it without the two axes
-        named[name] = value
+            value = value.reshape(-1, 1, 1)  # others leave out the two axes
+        translated[name] = value
     if table is VIT:
-        with suppress(
-            LookupError, ValueError, RuntimeError
-        ):  # no square of positions and one class token
-            named = interpolate_embeddings(model.image_size, model.patch_size, named)
-    return named
+        # an error: the positions are no square and one class token
+        with suppress(LookupError, ValueError, RuntimeError):
+            return interpolate_embeddings(model.image_size, model.patch_size, translated)
+    return translated
 
 
 def fit(model, state, prefix=""):
-    """(how many parameters fit, `state` by the model's names, the wrappers' prefix that was taken off for the most)."""
-    named, shapes = translate(model, state), {k: v.shape for k, v in model.named_parameters()}
-    found = [(sum(v.shape == shapes.get(k) for k, v in named.items()), named, prefix)]
+    """Return (how many parameters fit, `state` under the model's names, the wrappers' prefix).
+
+    The prefix is the one without which most parameters fit.
+    """
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    best, found = translate(model, state), prefix
+    most = sum(value.shape == shapes.get(name) for name, value in best.items())
     for word in WRAPPERS:
-        inside = {k.removeprefix(word): v for k, v in state.items() if k.startswith(word)}
+        inside = {}
+        for name, value in state.items():
+            if name.startswith(word):
+                inside[name.removeprefix(word)] = value
         if inside:
-            found.append(fit(model, inside, prefix + word))
-    return max(
-        found, key=lambda fitting: fitting[0]
-    )  # the first of equals: what has no prefix stays
+            fitting, translated, longer = fit(model, inside, prefix + word)
+            if fitting > most:  # of equals the first stays, which has no prefix
+                most, best, found = fitting, translated, longer
+    return most, best, found

@@ -1,4 +1,4 @@
-"""Weight files: what stands in one, also in another trainer's, and loading what fits a network."""
+"""Weight files: find the weights in one, also in other trainers', and load what fits a network."""
 
 import argparse
 import json
@@ -14,8 +14,10 @@ from nets._foreign import fit
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, short_repr
 from utils.plumbing.files import check_regular, load_tensors
+from utils.plumbing.settings import check_value
 
-# Where other trainers' checkpoints keep weights. Averages and teachers come first: they are what publishers evaluate.
+# Where other trainers' checkpoints keep weights. Averages and teachers come first: they are what
+# their publishers evaluate.
 ENTRIES = (
     "model_ema",
     "state_dict_ema",
@@ -27,15 +29,12 @@ ENTRIES = (
     "student",
     "module",
 )
-FLOATS = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-)  # those of 8 bits would need a scale
+# Floats of 8 bits are left out, as they would need a scale
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_safetensors(path, name):
+    """Return {name: tensor} of a .safetensors file."""
     check_regular(path, name)
     try:
         from safetensors.torch import load_file
@@ -43,37 +42,45 @@ def load_safetensors(path, name):
         return load_file(path)
     except Exception as error:  # a broken file can raise nearly anything
         raise UserError(
-            f"{name}: {str(path)!r} cannot be read ({error}): it may be cut short, "
-            f"or it is for you to pip install safetensors"
+            f"{name}: {str(path)!r} cannot be read ({error}). It may be cut short, or safetensors "
+            f"is not installed: pip install safetensors"
         ) from None
 
 
 def entries(checkpoint, depth=2, name=""):
-    """Yield (name, its tensors by their names) of whatever may be a checkpoint's state_dict, the likeliest first."""
-    for key in ENTRIES if depth else ():
-        if isinstance(checkpoint.get(key), dict):
-            yield from entries(checkpoint[key], depth - 1, f"{name}.{key}".lstrip("."))
-    yield (
-        name,
-        {k: v for k, v in checkpoint.items() if isinstance(k, str) and isinstance(v, torch.Tensor)},
-    )
+    """Yield (entry, {name: tensor}) of whatever may be a state_dict, the likeliest first."""
+    if depth:
+        for key in ENTRIES:
+            if isinstance(checkpoint.get(key), dict):
+                yield from entries(checkpoint[key], depth - 1, f"{name}.{key}".lstrip("."))
+    tensors = {}
+    for key, value in checkpoint.items():
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
+            tensors[key] = value
+    yield name, tensors
+
+
+def is_plain(tensor):
+    """Return whether a tensor holds its numbers one by one."""
+    special = tensor.is_meta or tensor.is_quantized or tensor.is_nested
+    return not special and tensor.layout == torch.strided
 
 
 def load_weights(path, name="model_path"):
-    """The state_dict in a file: the first entry that holds tensors. UserError, calling the path `name`, if none does."""
+    """Return the state_dict in a file: the first of its entries that holds tensors.
+
+    UserError, which calls the path `name`: there is none, or the file cannot be read.
+    """
     load = load_safetensors if Path(path).suffix == ".safetensors" else load_tensors
-    with torch.serialization.safe_globals(
-        [argparse.Namespace]
-    ):  # a bag of options, it has no code to run
+    # other trainers save their options as a Namespace, which has no code to run
+    with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = load(path, name)
-    entry, state = next((found for found in entries(checkpoint) if found[1]), ("", {}))
-    if not state or any(
-        v.is_meta or v.is_quantized or v.is_nested or v.layout != torch.strided
-        for v in state.values()
-    ):
+    full = [found for found in entries(checkpoint) if found[1]]
+    entry, state = full[0] if full else ("", {})
+    if not state or not all(map(is_plain, state.values())):
         raise UserError(
-            f"{name}: {str(path)!r} holds no state_dict of names and plain tensors (not quantized, sparse, "
-            f"nested, or without values): save model.state_dict() with torch.save"
+            f"{name}: {str(path)!r} holds no state_dict of names and plain tensors (not quantized, "
+            f"sparse, nested, or without values): save model.state_dict() with torch.save"
         )
     if entry:
         say(f"{path}: taking the weights in its entry {entry}", file=sys.stderr)
@@ -81,74 +88,114 @@ def load_weights(path, name="model_path"):
 
 
 def check_numbers(ours, state, source):
-    """UserError where `state` has no plain float for one of `ours`, or one that becomes infinite in its kind of float."""
+    """Raise a UserError where `state` holds something else than finite floats for one of `ours`."""
     for name, value in state.items():
         kind = ours[name].dtype if name in ours else None
-        if kind in FLOATS and not (value.dtype in FLOATS and value.to(kind).isfinite().all()):
+        if kind not in FLOATS:
+            continue
+        if value.dtype not in FLOATS or not value.to(kind).isfinite().all():
             raise UserError(
-                f"{source} holds weights that are not finite as {kind}, or no floats of 16 bits or more "
-                f"({name!r} is {value.dtype})"
+                f"{source} holds weights that are not finite as {kind}, or no floats of 16 bits or "
+                f"more ({name!r} is {value.dtype})"
             )
 
 
-def load_file(model, path, class_names=None):
-    """load_matching of a file, without the head where a config.json beside it names other classes than class_names."""
-    state, classes, config = load_weights(path), class_names, Path(path).with_name("config.json")
-    with suppress(Exception):  # none, or another program's
+def without_head(model, names):
+    """Return those of a state_dict's names that are not of the model's head."""
+    heads = head_layers(model)
+    return [name for name in names if name.rpartition(".")[0] not in heads]
+
+
+def read_run(path):
+    """Return (class names, settings) of the run beside a weights file, or (None, {})."""
+    config = Path(path).with_name("config.json")
+    try:
         check_regular(config, "config.json")
-        classes = json.loads(config.read_text(encoding="utf-8"))["class_names"]
-    if class_names and classes != class_names:
-        head = head_layers(model)
-        state = {k: v for k, v in state.items() if k.rpartition(".")[0] not in head}
+        found = json.loads(config.read_text(encoding="utf-8"))
+        return found["class_names"], dict(found.get("settings", {}))
+    except Exception:  # there is none, or it is another program's
+        return None, {}
+
+
+def load_file(model, path, class_names=None, settings=None):
+    """Load what fits of a weights file.
+
+    If it lies in a run's folder, the head is left out where the run's classes are not class_names,
+    and a warning tells where the run normalised pictures otherwise than settings do.
+    """
+    state = load_weights(path)
+    classes, trained = read_run(path)
+    if class_names and classes and classes != class_names:
+        state = {name: state[name] for name in without_head(model, state)}
         say(f"{path}: the head is left out, as its classes were {short_repr(classes)}")
     load_matching(model, state, path)
+    if settings:
+        compare_normalization(path, trained, settings)
+
+
+def compare_normalization(source, trained, settings):
+    """Warn where the settings' mean or std is not the one that weights were trained with."""
+    for name in ("mean", "std"):
+        with suppress(UserError):  # not a run's after all
+            check_value(name, trained.get(name))
+            theirs, ours = list(trained[name]), list(settings[name])
+            if theirs != ours:
+                say(
+                    f"  WARNING: {source} was trained with {name} = {theirs}, not {ours}: "
+                    f"set {name} to that"
+                )
 
 
 def load_matching(model, state, source):
-    """Load what matches by name and shape, and say how much did. Returns the names of the floats that did not.
+    """Load what matches by name and shape, print how much, and return the names of the floats left.
 
-    state: {name: tensor}, other people's names are translated. UserError: nothing of `source` fits, or no plain floats.
+    state: {name: tensor}, in which other people's names are translated. UserError: nothing of
+    `source` fits, or it holds something else than plain floats.
     """
-    fitting, state, prefix = fit(model, state)
+    fitting, translated, prefix = fit(model, state)
     if not fitting:
         raise UserError(
-            f"{source}: none of the {len(state)} tensors fits this network by name and shape; "
-            f"set backbone to the network that the weights are of (nets/README.md: whose names are known)"
+            f"{source}: none of the {len(state)} tensors fits this network by name and shape; set "
+            f"backbone to the network that the weights are of (nets/README.md lists known names)"
         )
-    ours, head = (
-        model.state_dict(),
-        head_layers(model),
-    )  # torchvision's dictionary has version marks, a plain one none
-    matching = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
+    ours = model.state_dict()  # torchvision's has version marks, which a plain dictionary lacks
+    matching = {}
+    for name, value in translated.items():
+        if name in ours and value.shape == ours[name].shape:
+            matching[name] = value
     check_numbers(ours, matching, source)
-    missed = [
-        k for k, v in ours.items() if k not in matching and v.is_floating_point()
-    ]  # not counters, nor indices
+    # floats alone: not counters, nor indices
+    floats = [name for name, value in ours.items() if value.is_floating_point()]
+    missed = [name for name in floats if name not in matching]
     ours.update(matching)
     model.load_state_dict(ours)
-    lost = [k for k in missed if k.rpartition(".")[0] not in head]
-    say(
-        f"{source}: {len(matching)} of {len(matching) + len(missed)} tensors loaded, "
-        f"from {len(state)} of the file{f' under {prefix!r}' if prefix else ''}"
-    )
-    if lost:
-        say(
-            f"  WARNING: {len(lost)} of the backbone are not in the file, which is not normal: {short_repr(lost, 200)}"
-        )
-    say(
-        "  the head starts anew, which is normal for other classes"
-        if len(lost) < len(missed)
-        else "  the head is taken as it is: its classes must be yours, in this order"
-    )
+    describe(source, len(state), prefix, len(matching), missed, without_head(model, missed))
     return missed
 
 
-def load_pretrained(model, name):
-    """load_matching of torchvision's default weights of the network `name`, from torch.hub's cache or the network."""
+def describe(source, number, prefix, loaded, missed, lost):
+    """Print how many tensors were loaded, and which the file lacks; lost: the backbone's."""
+    under = f" under {prefix!r}" if prefix else ""
+    total = loaded + len(missed)
+    say(f"{source}: {loaded} of {total} tensors loaded, from {number} of the file{under}")
+    if lost:
+        names = short_repr(lost, 200)
+        say(f"  WARNING: {len(lost)} of the backbone are not in the file: {names}")
+    if len(lost) < len(missed):
+        say("  the head starts anew, which is normal for other classes")
+    else:
+        say("  the head is taken as it is: its classes must be yours, in this order")
+
+
+def published(name):
+    """Return (state_dict, entry) of the weights that torchvision publishes for a network.
+
+    UserError: there are none, or they are not in torch.hub's cache and cannot be downloaded.
+    """
     if name in OWN:
         raise UserError(
-            f"pretrained = True: {name} is a network of nets/, nobody publishes weights of it; "
-            f"set pretrained = False, or model_path"
+            f"pretrained = True: {name} is a network of nets/, for which nobody publishes "
+            f"weights: set pretrained = False, or give a file with model_path"
         )
     weights = models.get_model_weights(name).DEFAULT
     try:
@@ -156,8 +203,19 @@ def load_pretrained(model, name):
             progress=True, check_hash=True, weights_only=True, map_location="cpu"
         )
     except Exception as error:  # no network, a cut download, a wrong hash: the remedy is the same
+        folder = Path(torch.hub.get_dir(), "checkpoints")
         raise UserError(
-            f"the pretrained weights of {name} could not be loaded ({error}): put {weights.url} into "
-            f"{Path(torch.hub.get_dir(), 'checkpoints')}, or set pretrained = False"
+            f"the pretrained weights of {name} could not be loaded ({error}): put {weights.url} "
+            f"into {folder}, or set pretrained = False"
         ) from error
-    load_matching(model, state, f"torchvision's weights of {name}")
+    return state, weights
+
+
+def load_pretrained(model, name, settings=None):
+    """Load what matches of the weights that torchvision publishes for the network `name`."""
+    state, weights = published(name)
+    source = f"torchvision's weights of {name}"
+    load_matching(model, state, source)
+    if settings:
+        preset = weights.transforms()
+        compare_normalization(source, {"mean": preset.mean, "std": preset.std}, settings)

@@ -1,3 +1,9 @@
+import copy
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torchvision
@@ -5,9 +11,9 @@ from torch import nn
 from torchvision import models
 
 import nets
-from nets import get_model, head_layers, profile
+from nets import get_model, head_layers, is_transformer, profile
 from nets._weights import load_file, load_matching, load_weights
-from tests.helpers import write_network
+from tests.helpers import ROOT, environment, write_network
 from utils.plumbing.errors import UserError
 
 ALL = models.list_models(module=models)
@@ -29,6 +35,7 @@ def test_every_torchvision_network(name, no_memory):
     model, other = get_model(name, 7, [size, size]), get_model(name, 8, [size, size])
     shapes = {k: v.shape for k, v in other.named_parameters()}
     new_head = {k for k, v in model.named_parameters() if v.shape != shapes[k]}
+    assert is_transformer(model) == name.startswith(("vit_", "swin_", "maxvit_"))
     model.freeze_backbone()
     trainable = {k for k, v in model.named_parameters() if v.requires_grad}
     assert {k.rpartition(".")[0] for k in new_head} == head_layers(model)
@@ -89,16 +96,10 @@ def test_no_auxiliary_outputs(name):
 def test_unknown_name_and_sizes():
     with pytest.raises(UserError, match="resnet18"):
         get_model("resnet81", 2)
-    for name, shape in (
-        ("vit_b_16", [64, 32]),
-        ("vit_b_16", [60, 60]),
-        ("maxvit_t", [100, 100]),
-        ("densenet121", [16, 16]),
+    with pytest.raises(
+        UserError, match=r"input_shape = .* is too small \(or of a shape that does not fit\)"
     ):
-        with pytest.raises(
-            UserError, match=r"input_shape = .* is too small \(or of a shape that does not fit\)"
-        ):
-            profile(get_model(name, 2, shape), name, shape, 2)
+        profile(get_model("densenet121", 2, [16, 16]), "densenet121", [16, 16], 2)
 
 
 def test_profile_counts_flops():
@@ -128,6 +129,44 @@ def test_pretrained(hub, capsys):
         if not name.startswith("fc."):
             assert torch.equal(value, published.state_dict()[name]), name
     assert "120 of 122" in capsys.readouterr().out
+
+
+class Published:
+    """Weights of torchvision that want another normalisation, as efficientnet_v2_l's do."""
+
+    transforms = models.EfficientNet_V2_L_Weights.DEFAULT.transforms
+
+    def get_state_dict(**options):
+        return models.resnet18().state_dict()
+
+
+def test_pretrained_with_another_normalisation(monkeypatch, capsys):
+    monkeypatch.setattr(
+        models, "get_model_weights", lambda name: SimpleNamespace(DEFAULT=Published)
+    )
+    settings = {"mean": [0.485, 0.456, 0.406], "std": (0.5, 0.5, 0.5)}
+    nets.load_pretrained(get_model("resnet18", 5, [64, 64]), "resnet18", settings)
+    out = capsys.readouterr().out
+    assert "WARNING" in out and "trained with mean = [0.5, 0.5, 0.5]" in out and "std" not in out
+    settings["mean"] = [0.5, 0.5, 0.5]
+    nets.load_pretrained(get_model("resnet18", 5, [64, 64]), "resnet18", settings)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_own_weights_with_another_normalisation(tmp_path, capsys):
+    model = get_model("resnet18", 3, [32, 32])
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    config = {"class_names": ["a", "b", "c"], "settings": {"mean": [0.5] * 3, "std": [0.2] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    load_file(model, str(tmp_path / "w.pth"), ["a", "b", "c"], settings)
+    out = capsys.readouterr().out
+    assert "trained with std = [0.2, 0.2, 0.2], not [0.25, 0.25, 0.25]" in out
+    assert "mean" not in out
+    for other in ("x", 3, [None], [[0.5]]):  # of another program
+        config["settings"]["std"] = other
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        load_file(model, str(tmp_path / "w.pth"), ["a", "b", "c"], settings)
 
 
 def test_pretrained_vit_at_another_size(hub):
@@ -231,12 +270,6 @@ def test_other_kinds_of_numbers(name, change, words):
     assert words in str(caught.value)
 
 
-def test_one_precision_everywhere():
-    torch.set_float32_matmul_precision("highest")
-    nets.lay_out(nn.Linear(2, 2), "cpu")
-    assert torch.get_float32_matmul_precision() == "high"
-
-
 def test_old_densenet_names():
     source = models.densenet121(num_classes=3).state_dict()
     old = {
@@ -265,11 +298,11 @@ def test_one_of_my_own(tmp_path, monkeypatch):
     assert profile(model, "tiny_network", [20, 30], 6)[0] == 4 * 27 + 4 + 30
     with pytest.raises(
         UserError,
-        match=r"tiny_network gives \[2, 6\] scores for 2 pictures, not \[2, 5\].*num_classes",
+        match=r"tiny_network returns \[2, 6\] for 2 pictures, not logits \[2, 5\].*num_classes",
     ):
         profile(model, "tiny_network", [20, 30], 5)
     write_network(tmp_path, "maps", "nn.Conv2d(3, num_classes, 3)")
-    with pytest.raises(UserError, match=r"maps gives \[2, 5, 18, 18\] scores"):
+    with pytest.raises(UserError, match=r"maps returns \[2, 5, 18, 18\] for"):
         profile(get_model("maps", 5, [20, 20]), "maps", [20, 20], 5)
 
 
@@ -305,3 +338,97 @@ def test_resnet9_needs_eight_pixels():
 def test_weights_load_into_torchvision(tmp_path):
     torch.save(get_model("resnet18", 5, [32, 32]).state_dict(), tmp_path / "w.pth")
     torchvision.models.resnet18(num_classes=5).load_state_dict(torch.load(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("name", ["resnet9", "squeezenet1_1"])
+def test_a_whole_network_can_be_pickled(name, tmp_path):
+    """torch.save(model) is what many programs do, also of wrapped, copied and frozen networks."""
+    model = get_model(name, 3, [32, 32])
+    model.freeze_backbone()
+    pictures = torch.randn(2, 3, 32, 32)
+    expected = model.eval()(pictures)
+    torch.save(nn.DataParallel(copy.deepcopy(model)), tmp_path / "model.pth")
+    loaded = torch.load(tmp_path / "model.pth", weights_only=False).module
+    assert type(loaded) is type(model) and list(loaded.state_dict()) == list(model.state_dict())
+    assert torch.equal(loaded.eval()(pictures), expected)
+    loaded.train()
+    assert loaded.frozen and not loaded.get_submodule(next(iter(head_layers(loaded)))).training
+    loaded.Unfreeze_backbone()
+    assert all(p.requires_grad for p in loaded.parameters())
+    code = (
+        "import sys, torch\nmodel = torch.load(sys.argv[1], weights_only=False).module\n"
+        "model.freeze_backbone()\nprint(sum(p.requires_grad for p in model.parameters()))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.pth"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout == "2\n", found.stderr
+
+
+def test_a_network_made_of_another(tmp_path, monkeypatch):
+    """A file of nets/ may begin with get_model, and name its heads."""
+    monkeypatch.setattr(nets, "__path__", [*nets.__path__, str(tmp_path)])
+    monkeypatch.setattr(nets, "OWN", ["two_heads"])
+    (tmp_path / "two_heads.py").write_text(
+        "from torch import nn\nfrom nets import get_model\n\n\n"
+        "def two_heads(num_classes, input_shape):\n"
+        "    model = get_model('squeezenet1_1', num_classes, input_shape)\n"
+        "    model.extra = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))\n"
+        "    model.head_names = ['classifier.1', 'extra']\n"
+        "    return model\n"
+    )
+    model = get_model("two_heads", 3, [32, 32])
+    model.freeze_backbone()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "classifier.1.weight",
+        "classifier.1.bias",
+        "extra.0.weight",
+        "extra.0.bias",
+        "extra.2.weight",
+        "extra.2.bias",
+    ]
+    heads = head_layers(model)
+    assert all(
+        (name.rpartition(".")[0] in heads) == p.requires_grad
+        for name, p in model.named_parameters()
+    )
+    model.head_names = ["head"]
+    with pytest.raises(UserError, match="head_names: SqueezeNet has no module 'head'"):
+        head_layers(model)
+
+
+def test_a_transformer_of_ones_own():
+    attention = nn.Sequential(nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 3))
+    assert is_transformer(attention) and not is_transformer(get_model("resnet9", 3, [32, 32]))
+    attention.is_transformer = False  # its own word counts
+    assert not is_transformer(attention)
+
+
+def test_laying_out_changes_nothing_else():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    nets.lay_out(nn.Linear(2, 2), "cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "name, shape, advice",
+    [
+        ("vit_b_16", [64, 32], r"square pictures .* multiples of 16, .*\[32, 32\]"),
+        ("vit_b_16", [60, 60], r"multiples of 16, .*\[64, 64\]"),
+        ("vit_b_32", [8, 8], r"multiples of 32, .*\[32, 32\]"),
+        ("vit_h_14", [224, 225], r"multiples of 14, .*\[224, 224\]"),
+        ("maxvit_t", [100, 100], r"multiples of 224, .*\[224, 224\]"),
+        ("maxvit_t", [224, 448], r"square .* multiples of 224, .*\[224, 224\]"),
+        ("maxvit_t", [400, 500], r"multiples of 224, .*\[448, 448\]"),
+    ],
+)
+def test_shapes_of_transformers(name, shape, advice):
+    with pytest.raises(UserError, match=rf"^input_shape = .*: {name} takes .*{advice}") as caught:
+        get_model(name, 2, shape)
+    assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from nets import get_model, lay_out
+from nets import build, lay_out
 from nets._weights import check_numbers, load_weights
 from utils.dataloader import detection_collate
 from utils.fit import score_batch
@@ -52,7 +52,7 @@ class TrainedRun:
         self.Cuda = Cuda and torch.cuda.is_available()
         # 'auto' where training has not decided yet; float16's stand-in on a CPU would give other figures
         self.fp16 = (self.Cuda if fp16 == "auto" else fp16) and self.Cuda == Cuda
-        self.model = get_model(backbone, len(self.class_names), input_shape)
+        self.model = build(self.settings, len(self.class_names))
         path = weights or Path(self.folder, "best_epoch_weights.pth")
         try:
             state = load_weights(path, "--weights")
@@ -90,6 +90,7 @@ class TrainedRun:
 def command(name, document):
     """The parser of utils.<name>, a command on a run; every error from here on is one sentence, Ctrl-C ends at once."""
     show_errors_as_sentences()
+    torch.set_float32_matmul_precision("high")  # as training does
     parser = ArgumentParser(
         f"python -m utils.{name}", description=document, formatter_class=RawDescriptionHelpFormatter
     )

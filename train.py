@@ -98,7 +98,7 @@ Min_lr = Init_lr * 0.01  # lowest learning rate
 optimizer_type = "sgd"  # 'sgd', 'adam', 'adamw': OPTIMIZERS in utils/optimizer.py
 momentum = 0.9  # of sgd; adam's and adamw's beta1
 weight_decay = 5e-4  # not applied to biases and norm layers
-lr_decay_type = "cos"  # 'cos', 'step': LR_DECAYS in utils/optimizer.py
+lr_decay_type = "cos"  # 'linear', 'cos', 'step': LR_DECAYS in utils/optimizer.py
 backbone_lr_scale = 1.0  # the backbone's share of the learning rate, for fine-tuning
 
 # Recipes

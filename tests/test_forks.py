@@ -58,7 +58,7 @@ LOSS, TEACHER, METRIC, OPTIMIZER, CURVE, DATA, BALANCED, SAM, LABELS, REGRESSION
 TASKS = (LABELS, REGRESSION)  # they change what a label is
 WORDS = {
     OPTIMIZER: ["--optimizer_type", "rmsprop", "--Init_lr", 1e-3],
-    CURVE: ["--lr_decay_type", "linear"],
+    CURVE: ["--lr_decay_type", "constant"],
     LOSS: ["--focal_gamma", 1.5],
     BALANCED: ["--sampling", "balanced"],
     SAM: ["--sam_radius", 0.1],

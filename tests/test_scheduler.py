@@ -34,6 +34,14 @@ def test_cosine(total):
         assert curve(epoch) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("total, warm", [(1, 0.1), (5, 0.5), (14, 1.4), (30, 3), (200, 3)])
+def test_linear(total, warm):
+    curve = get_lr_scheduler("linear", 0.1, 0.001, total)
+    assert [curve(0), curve(warm / 2), curve(warm)] == pytest.approx([0.01, 0.055, 0.1])
+    assert curve((warm + total) / 2) == pytest.approx(0.0505)
+    assert curve(total) == pytest.approx(0.001)
+
+
 def test_step():
     curve = get_lr_scheduler("step", 0.1, 0.001, 50)
     assert [curve(e) for e in range(50)] == pytest.approx(

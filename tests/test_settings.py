@@ -46,7 +46,7 @@ def given_words(*words, **constants):
 
 WRONG = [
     (dict(optimizer_type="sdg"), "'sgd', 'adam', 'adamw'.*did you mean 'sgd'"),
-    (dict(lr_decay_type="cosine"), "'cos', 'step'"),
+    (dict(lr_decay_type="cosine"), "'linear', 'cos', 'step'"),
     (dict(Unfreeze_batch_size=0), "Unfreeze_batch_size = 0 must be"),
     (dict(Freeze_batch_size=-4), "Freeze_batch_size"),
     (dict(UnFreeze_Epoch=0), "UnFreeze_Epoch"),
@@ -343,11 +343,11 @@ def test_help(capsys):
 
 
 def test_choices_that_a_fork_adds_are_in_help(monkeypatch, capsys):
-    monkeypatch.setitem(rules.CHOICES, "lr_decay_type", ("cos", "step", "linear"))
+    monkeypatch.setitem(rules.CHOICES, "lr_decay_type", ("linear", "cos", "step", "constant"))
     with pytest.raises(SystemExit):
         given_words("--help")
     assert re.search(
-        r"'cos',\s+'step':[^;]*;\s+or\s+'linear';\s+default:\s+'cos'", capsys.readouterr().out
+        r"'cos',\s+'step':[^;]*;\s+or\s+'constant';\s+default:", capsys.readouterr().out
     )
 
 

@@ -13,25 +13,11 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
-from tests.helpers import environment, history, make_project, picture, run_of, train
+from tests.helpers import command, history, make_project, picture, run_of, train
 from utils.annotation import main as annotate
 from utils.evaluate import per_class
 from utils.plumbing import charts
 from utils.plumbing.charts import draw_line_chart, draw_matrix, drawable_names
-
-
-def command(folder, module, *words, code=0, text=None):
-    result = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)],
-        cwd=folder,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        input=text,
-        timeout=300,
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout, result.stderr
 
 
 def picture_folders(root, counts, splits=("train", "test")):

@@ -8,8 +8,6 @@ import importlib.util
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -19,14 +17,14 @@ import torch
 from nets import get_model
 from tests.helpers import (
     ROOT,
-    environment,
+    command,
     history,
+    launch,
     make_data,
     make_project,
     runs,
     same,
     start,
-    torchrun,
     train,
     weights,
 )
@@ -141,18 +139,6 @@ def forked(folder, names):
     return folder
 
 
-def command(folder, module, *words):
-    result = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def predictions(run):
     with open(run / "predictions.csv", encoding="utf-8") as file:
         return list(csv.reader(file))[1:]
@@ -167,7 +153,7 @@ def check_commands(folder, run, best_by, export=False):
     best = (min if best_by.startswith("-") else max)(
         rows, key=lambda row: row[best_by.removeprefix("-")]
     )
-    said = command(folder, "utils.evaluate", run.relative_to(folder))
+    said, _ = command(folder, "utils.evaluate", run.relative_to(folder))
     for name in best.keys() - {"epoch", "lr", "scored", "unreadable", "images_per_second"}:
         if "train_" not in name:
             words = name.removeprefix("val_").replace("_", " ")
@@ -177,11 +163,10 @@ def check_commands(folder, run, best_by, export=False):
             assert float(number) / (100 if share else 1) == pytest.approx(
                 best[name], rel=1e-4, abs=1e-6
             ), name
-    answer = json.loads(
-        command(
-            folder, "utils.predict", run.relative_to(folder), ROOT / "tests/curve.png", "--json"
-        )
+    said, _ = command(
+        folder, "utils.predict", run.relative_to(folder), ROOT / "tests/curve.png", "--json"
     )
+    answer = json.loads(said)
     if export:
         command(folder, "utils.export", run.relative_to(folder))
         program = torch.export.load(run / "model.pt2").module()
@@ -255,7 +240,7 @@ def test_all_small_forks_at_once(tmp_path):
     )  # with the distillation
     check_commands(folder, run, "recall")
     check_resume(folder, words)
-    train(folder, *words, "--save_dir", "both", launcher=torchrun())
+    launch(folder, *words, "--save_dir", "both")
     together = history(next((folder / "both").iterdir()))
     assert [row["scored"] for row in together] == [50, 50] and together[0][
         "recall"
@@ -324,7 +309,7 @@ def test_each_fork_alone(tmp_path, name):
     best_by = {METRIC: "recall", LABELS: "f1_macro", REGRESSION: "-mae"}.get(name, "top1")
     check_commands(folder, runs(folder)[0], best_by, export=True)
     check_resume(folder, words)
-    train(folder, *words, "--save_dir", "both", launcher=torchrun())
+    launch(folder, *words, "--save_dir", "both")
     (together,) = (folder / "both").iterdir()
     assert [row["scored"] for row in history(together)] == [20 if name in TASKS else 50] * 2
     train(folder, *words, "--UnFreeze_Epoch", 3, "--resume", together)

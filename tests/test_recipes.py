@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -13,16 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import get_model, head_layers
 from tests.bench_trainings import FINETUNE, SCRATCH
-from tests.helpers import (
-    environment,
-    history,
-    make_data,
-    make_project,
-    run_of,
-    same,
-    train,
-    weights,
-)
+from tests.helpers import command, history, make_data, make_project, run_of, same, train, weights
 from utils.fit import backward, optimizer_step
 from utils.optimizer import get_optimizer
 from utils.recipe import EMA, Recipe, balanced_weights
@@ -190,29 +179,11 @@ def test_ema_is_what_is_validated_and_saved(tmp_path):
     )
     raw = run_of(folder) / "raw.pth"
     torch.save(state["model"], raw)
-    losses = [
-        float(
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "utils.evaluate",
-                    run_of(folder),
-                    "--weights",
-                    w,
-                    "--out",
-                    "e",
-                ],
-                cwd=folder,
-                env=environment(),
-                capture_output=True,
-                text=True,
-            )
-            .stdout.split("loss ")[1]
-            .split(",")[0]
-        )
-        for w in (raw, run_of(folder) / "last_epoch_weights.pth")
-    ]
+    losses = []
+    for name in (raw, run_of(folder) / "last_epoch_weights.pth"):
+        words = [run_of(folder), "--weights", name, "--out", "e"]
+        out, _ = command(folder, "utils.evaluate", *words)
+        losses.append(float(out.split("loss ")[1].split(",")[0]))
     assert (
         losses[1] == pytest.approx(history(run_of(folder))[0]["val_loss"], rel=1e-7)
         and losses[0] != losses[1]

@@ -7,7 +7,6 @@ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py
 """
 
 import os
-from itertools import islice
 
 from utils.plumbing.start import start_program
 
@@ -38,26 +37,24 @@ from utils.optimizer import (
     fit_lr,
     get_lr_scheduler,
     get_optimizer,
+    phases,
     set_optimizer_lr,
 )
 from utils.plumbing import lists, processes
-from utils.plumbing.charts import draw_contact_sheet, drawable_names
 from utils.plumbing.command_line import command_line
 from utils.plumbing.console import say, show_errors_as_sentences
-from utils.plumbing.files import save_image
 from utils.plumbing.processes import ignore_signals, rank, world_size
-from utils.plumbing.run import begin_run, continued_run, new_run, write_config
+from utils.plumbing.run import begin_run, continued_run, new_run, print_header, write_config
 from utils.plumbing.settings import check_phases, check_settings, too_small
 from utils.plumbing.shapes import find_lists
-from utils.recipe import Recipe, balanced_weights
-from utils.rehearsal import check_best_by, choose_precision, note
-from utils.task import target_text
+from utils.recipe import CLASS_WEIGHTS, Recipe, balanced_weights
+from utils.rehearsal import first_batch, rehearse, save_first_batch
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU
 distributed = "LOCAL_RANK" in os.environ  # several processes; torchrun sets LOCAL_RANK
 sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
-fp16 = "auto"  # mixed precision: True, False, or 'auto': where it is faster
+fp16 = "auto"  # mixed precision: True, False, a type such as 'bfloat16', or 'auto': the fastest
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = 2  # data-loader processes for each training process
 cache_mb = 500  # CPU: keep decoded pictures in memory if the whole list fits into it; 0 = off
@@ -105,11 +102,11 @@ backbone_lr_scale = 1.0  # the backbone's share of the learning rate, for fine-t
 label_smoothing = 0.0  # share of the target spread over all classes
 mixup_alpha = 0.0  # blend pairs of pictures, Beta(alpha, alpha); 0 = off
 cutmix_alpha = 0.0  # paste a rectangle of another picture, Beta(alpha, alpha); 0 = off
-class_weights = "none"  # 'none', or 'balanced' by frequency
+class_weights = "none"  # 'none', 'balanced' by frequency, or 'sqrt': by its square root
 ema_decay = 0.0  # exponential moving average of the weights, validated and saved; 0 = off
 clip_ratio = 0.5  # longest gradient of a layer, as a share of its weight norm; 0 = off
 clip_grad_norm = 0.0  # largest norm of all gradients together; 0 = off
-best_by = "top1"  # validation metric that picks the best epoch: 'top1', 'top5', 'val_loss'
+best_by = "top1"  # metric that picks the best epoch: 'top1', 'top5', 'recall' (mean), 'val_loss'
 early_stop = 0  # stop after this many epochs without a better one; 0 = off
 
 # The run's folder
@@ -194,24 +191,24 @@ if __name__ == "__main__":
     optimizer = get_optimizer(
         model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale
     )
-    weights = (
-        balanced_weights(train_data.class_ids(), num_classes)
-        if class_weights == "balanced"
-        else None
-    )
+    weights = None
+    if class_weights in CLASS_WEIGHTS:
+        power = CLASS_WEIGHTS[class_weights]
+        weights = balanced_weights(train_data.class_ids(), num_classes, power)
     recipe = Recipe(settings, model, num_classes, weights)
-    size = (
-        Freeze_batch_size if Freeze_Train and Init_Epoch < Freeze_Epoch else Unfreeze_batch_size
-    )  # of the first phase
-    first = EpochSampler(num_train, size, rank(), world_size(), seed=seed)
-    batch = detection_collate(
-        [train_data[item] for item in islice(first, min(64, size // world_size()))]
+    print_header(
+        settings,
+        {
+            "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
+            "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
+            "optimizer": describe_rates(settings, is_transformer(model)),
+            "device": processes.describe_device(Cuda),
+        },
     )
-    say(note(batch[0]) + train_data.describe_cut(), end="")
-    check_best_by(best_by, model, batch, Cuda, recipe)
-    settings["fp16"], tried = processes.on_rank_0(choose_precision, settings, model, batch, recipe)
-    fp16 = settings["fp16"]
-    scaler = torch.amp.GradScaler("cuda") if fp16 and Cuda else None
+    batch = first_batch(train_data, settings[phases(settings)[0]], seed)
+    say(train_data.describe_cut(), end="")
+    settings["fp16"] = fp16 = rehearse(batch, model, recipe, num_classes)
+    scaler = torch.amp.GradScaler("cuda") if fp16 == "float16" else None
 
     # The run
     save_dir = run or processes.on_rank_0(new_run, save_dir)
@@ -232,31 +229,11 @@ if __name__ == "__main__":
     )
     if state:
         checkpoint.load(state)
-    config = processes.on_rank_0(
-        lambda: begin_run(
-            save_dir,
-            settings,
-            class_names,
-            {
-                "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
-                "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
-                "optimizer": describe_rates(settings, is_transformer(model)),
-                "device": f"{processes.describe_device(Cuda)}, {'mixed precision' if fp16 else 'float32'}"
-                + f" ({tried})" * bool(tried),
-            },
-        )
-    )
+    config = processes.on_rank_0(begin_run, save_dir, settings, class_names)
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
     if state is None and rank() == 0:
-        names = drawable_names(class_names)
-        save_image(
-            os.path.join(save_dir, "first_batch.png"),
-            draw_contact_sheet(
-                batch[0][:32].permute(0, 2, 3, 1),
-                [target_text(target, names) for target in batch[1]],
-            ),
-        )
+        save_first_batch(os.path.join(save_dir, "first_batch.png"), batch, class_names)
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
@@ -284,6 +261,7 @@ if __name__ == "__main__":
             wrapping = dict(
                 find_unused_parameters=getattr(model, "has_unused_parameters", False),
                 gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # fit_one_epoch does so before it validates
             )
             if Cuda:
                 cudnn.benchmark = True
@@ -292,7 +270,7 @@ if __name__ == "__main__":
                     model_train = torch.nn.parallel.DistributedDataParallel(
                         model_train, device_ids=[local_rank], **wrapping
                     )
-                else:
+                elif torch.cuda.device_count() > 1:
                     model_train = torch.nn.DataParallel(model_train)
                     model_train = model_train.cuda()
             elif distributed:
@@ -323,9 +301,11 @@ if __name__ == "__main__":
             )
             UnFreeze_flag = unfreeze
 
+        # As documented. fit_one_epoch does both again, at the step where it begins and at every
+        # step: another order is EpochSampler.order's, another rate is lr_scheduler_func's.
         if distributed:
             train_sampler.set_epoch(epoch)
-        set_optimizer_lr(optimizer, lr_scheduler_func, epoch)  # and at every step within it
+        set_optimizer_lr(optimizer, lr_scheduler_func, epoch)
         fit_one_epoch(
             model_train,
             model,

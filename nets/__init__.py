@@ -16,9 +16,16 @@ from torchvision import models
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
+from utils.pictures import normalize
 from utils.plumbing.errors import UserError, did_you_mean
+from utils.task import check_outputs
 
 OWN = [file.stem for file in Path(__file__).parent.glob("[!_]*.py")]
+ATTENTION = (
+    nn.MultiheadAttention,
+    ShiftedWindowAttention,
+    RelativePositionalMultiHeadAttention,
+)
 DOCUMENTED_NAMES = {
     "mobilenetv2": "mobilenet_v2",
     "swin_transformer_tiny": "swin_t",
@@ -218,14 +225,10 @@ def profile(model, backbone, input_shape, num_classes):
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
+    pictures = torch.empty(2, 3, *input_shape, dtype=torch.uint8, device="meta")
     on_meta = copy.deepcopy(model).to("meta").eval()  # where nothing is computed
     with size_errors(backbone, input_shape), torch.no_grad(), counter:
-        logits = on_meta(torch.empty(2, 3, *input_shape, device="meta"))
-    given = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if given != [2, num_classes]:
-        raise UserError(
-            f"{backbone} returns {given} for 2 pictures, not logits [2, {num_classes}]: "
-            f"its last layer needs num_classes outputs"
-        )
+        outputs = on_meta(normalize(pictures, "meta"))
+    check_outputs(outputs, num_classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, counter.get_total_flops() // 2

@@ -15,9 +15,9 @@ from sklearn import metrics
 
 from tests.helpers import command, history, make_project, picture, run_of, train
 from utils.annotation import main as annotate
-from utils.evaluate import per_class
 from utils.plumbing import charts
 from utils.plumbing.charts import draw_line_chart, draw_matrix, drawable_names
+from utils.task import per_class
 
 
 def picture_folders(root, counts, splits=("train", "test")):

@@ -485,8 +485,8 @@ def test_no_step_waits_for_the_gpu():
     for mode in ("default", "error", "error", "error"):  # the first step may set things up
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            for loss, scores, targets in backward(model, parts, True, True, scaler, recipe):
-                sums.update(batch_sums(loss, scores, targets, recipe.settings))
+            for batch in backward(model, parts, True, True, scaler, recipe):
+                sums.update(batch)
             optimizer_step(optimizer, scaler, 1.0)
             recipe.ema.update_parameters(model)
         finally:

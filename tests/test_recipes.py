@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import get_model, head_layers
@@ -15,7 +14,6 @@ from tests.helpers import command, history, make_data, make_project, run_of, sam
 from utils.fit import backward, optimizer_step
 from utils.optimizer import get_optimizer
 from utils.recipe import EMA, Recipe, balanced_weights
-from utils.task import batch_sums
 
 DEFAULTS = dict(
     mixup_alpha=0.0,
@@ -50,8 +48,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     gradients = []
     for given in (parts, large):
         model, sums = network(), Counter()
-        for loss, scores, targets in backward(model, given, False, False, NO_SCALER, Recipe()):
-            sums.update(batch_sums(loss, scores, targets, {}))
+        for batch in backward(model, given, False, False, NO_SCALER, Recipe()):
+            sums.update(batch)
         gradients.append(([p.grad for p in model.parameters()], sums))
     for a, b in zip(*[g[0] for g in gradients]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -80,8 +78,8 @@ def test_a_step_reads_no_figure():
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
     for _ in range(2):  # the first one may set things up
         with Waits() as waits:
-            for loss, scores, targets in backward(model, parts, False, False, NO_SCALER, Recipe()):
-                sums.update(batch_sums(loss, scores, targets, {}))
+            for batch in backward(model, parts, False, False, NO_SCALER, Recipe()):
+                sums.update(batch)
             optimizer_step(optimizer, NO_SCALER, 1.0)
     assert waits.count == 0 and sums["pictures"] == 16
     with Waits() as waits:
@@ -110,7 +108,8 @@ def test_no_layers_gradient_is_longer_than_its_share():
         head.zero_()  # weights that begin as zeros still learn
     before = copy.deepcopy(model)
     limits = [
-        0.2 * max(p.norm().item(), 1e-3) if p.ndim > 1 else float("inf") for p in model.parameters()
+        0.2 * max(p.norm().item(), 0.01 * p.numel() ** 0.5) if p.ndim > 1 else float("inf")
+        for p in model.parameters()
     ]
     expected = [
         p.grad * min(1, limit / p.grad.norm().item())
@@ -190,28 +189,35 @@ def test_ema_is_what_is_validated_and_saved(tmp_path):
     )
 
 
-def test_ema_is_the_one_of_torch():
+def test_ema_with_its_ramp():
     model = get_model("shufflenet_v2_x0_5", 3, [32, 32])
-    ours, theirs = (
-        EMA(model, 0.9),
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
-    )
-    for _ in range(4):
+    ema = EMA(model, 0.25)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    for decay in (1 / 10, 2 / 11, 3 / 12, 0.25, 0.25):  # (1 + n) / (10 + n), but no more than 0.25
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1
         model(torch.rand(2, 3, 32, 32))
-        ours.update_parameters(model)
-        theirs.update_parameters(model)
-    expected = {
-        k: v for k, v in theirs.state_dict().items() if not k.endswith("num_batches_tracked")
-    }
-    assert (
-        same({k: ours.state_dict()[k] for k in expected}, expected) and expected["n_averaged"] == 4
-    )
-    assert all(
-        int(v) == 4 for k, v in ours.state_dict().items() if k.endswith("num_batches_tracked")
-    )
+        ema.update_parameters(model)
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = decay * expected[name] + (1 - decay) * value
+            else:
+                expected[name] = value.clone()
+    ours = ema.module.state_dict()
+    assert ours.keys() == expected.keys() and ema.n_averaged == 5
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value)
+
+
+def test_a_long_ema_of_a_short_training_has_forgotten_the_first_weights():
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, 1000.0)
+    ema = EMA(model, 0.9999)
+    nn.init.constant_(model.weight, 1.0)
+    for _ in range(150):
+        ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("recipe", [SCRATCH, FINETUNE], ids=["scratch", "finetune"])

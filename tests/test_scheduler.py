@@ -132,12 +132,12 @@ def settings_of(**changes):
         (
             dict(optimizer_type="adamw", Init_lr=2e-5, Min_lr=2e-7, Unfreeze_batch_size=8),
             "adamw, cos, lr 0.0001 to 1e-06 (Init_lr and "
-            "Min_lr ask for 2.5e-06 to 2.5e-08; the limits stand in utils/recipe.py)",
+            "Min_lr ask for 2.5e-06 to 2.5e-08; the limits are in utils/optimizer.py)",
         ),
         (
             dict(Init_lr=0.01, Min_lr=0.01, Unfreeze_batch_size=64),
             "sgd, cos, lr 0.01 to 0.001 (Init_lr and Min_lr ask for 0.01 to 0.01; "
-            "the limits stand in utils/recipe.py)",
+            "the limits are in utils/optimizer.py)",
         ),
         (dict(Init_lr=0.001, Min_lr=0.001, Unfreeze_batch_size=64), "sgd, cos, lr 0.001 to 0.001"),
     ],

@@ -498,10 +498,12 @@ def test_best_by():
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7)),
         (torch.zeros(3, 3, 2, 2).byte(), torch.arange(3)),
     )
-    for good in ("val_loss", "top1", "top5", "-top1", "-val_loss"):
+    for good in ("val_loss", "top1", "top5", "recall", "-top1", "-val_loss"):
         check_best_by(good, model, batch, False, Recipe())
     for bad in ("top_1", "-", "", "--top1", "- top1", "loss"):
-        with pytest.raises(UserError, match="best_by = '.*' is no figure.*: val_loss, top1, top5"):
+        with pytest.raises(
+            UserError, match="best_by = '.*' is not a metric.*: val_loss, top1, top5, recall"
+        ):
             check_best_by(bad, model, batch, False, Recipe())
 
 

@@ -47,9 +47,15 @@ def same(a, b):
     return a == b
 
 
+def learned(optimizer):
+    """What an optimizer has learned: its state, but for zeros, which are as good as none."""
+    state = optimizer.state_dict()["state"]
+    return {key: values for key, values in state.items() if any(map(torch.any, values.values()))}
+
+
 def assert_same(one, other):
     assert same(one[0].state_dict(), other[0].state_dict())
-    assert same(one[1].state_dict(), other[1].state_dict())
+    assert same(learned(one[1]), learned(other[1]))
 
 
 @pytest.mark.parametrize("clip", [{}, {"clip_grad_norm": 1.0}, {"clip_ratio": 0.1}])

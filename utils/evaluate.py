@@ -23,7 +23,7 @@ import torch
 from utils import task
 from utils.dataloader import DataGenerator, own_data
 from utils.plumbing import lists
-from utils.plumbing.charts import draw_contact_sheet, draw_matrix, drawable_names
+from utils.plumbing.charts import draw_contact_sheet
 from utils.plumbing.console import ProgressLine
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_image, save_text, writable
@@ -99,52 +99,24 @@ def score(run, data, batch_size, num_workers=None):
     return task.metrics_from(sums, s), indices, torch.cat(targets), answers
 
 
-def per_class(truth, called, number):
-    """precision, recall, F1 (0 where undefined) and support of each class, from int64 (N,) class ids, true and predicted."""
-    support, named, right = (
-        np.bincount(ids, minlength=number) for ids in (truth, called, truth[truth == called])
-    )
-    return (
-        right / np.maximum(named, 1),
-        right / np.maximum(support, 1),
-        2 * right / np.maximum(support + named, 1),
-        support,
-    )
+def print_table(rows):
+    """Print rows of task.whole_set_tables, titles first: a name, figures from 0 to 1, and a number of pictures."""
+    titles, *rows = rows
+    widths = [max(6, len(title)) for title in titles]
+    widths[0] = max(len(printable(name)) for name, *_ in rows)
+    lines = [titles]
+    for name, *scores, support in rows:
+        lines.append((printable(name), *(f"{score:.4f}" for score in scores), support))
+    for name, *cells in lines:
+        columns = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])]
+        print(f"{name:<{widths[0]}}", *columns, sep="  ")
 
 
-def by_class(data, names, indices, truth, answers):
-    """What holds where each picture is of one class: prints the table of per_class with its means, the plain one over the
-    classes that have pictures, and returns {file name: rows or picture}. truth: int64 (N,) class ids."""
-    ids, number = {name: class_id for class_id, name in enumerate(names)}, len(names)
-    truth, called = truth.numpy(), np.array([ids[answer[0][0]] for answer in answers])
-    table = per_class(truth, called, number)
-    seen, rows = table[3] > 0, [*zip(names, *table)]
-    files = {"per_class.csv": [("class", "precision", "recall", "F1", "support"), *rows]}
-    for label, weights in ((f"mean of {seen.sum()} classes", seen), ("weighted mean", table[3])):
-        rows.append(
-            (label, *(np.average(figure, weights=weights) for figure in table[:3]), len(truth))
-        )
-    width = max(len(printable(name)) for name, *_ in rows)
-    print(f"{'class':<{width}}  precision  recall      F1  support")
-    for name, precision, recall, f1, support in rows:
-        print(
-            f"{printable(name):<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}"
-        )
-    if wrong := sorted(np.flatnonzero(truth != called), key=lambda i: -answers[i][0][1])[:32]:
-        small = DataGenerator(data.source, (112, 112), random=False, resize=data.resize)
-        drawn = drawable_names(names)
-        files["mistakes.png"] = draw_contact_sheet(
-            [small[int(indices[i])][0] for i in wrong],
-            [f"{drawn[truth[i]]}\nnot {drawn[called[i]]}\n{answers[i][0][1]:.0%}" for i in wrong],
-        )
-    if number <= 1000:  # more take gigabytes
-        counts = np.bincount(truth * number + called, minlength=number**2).reshape(number, number)
-        files["confusion_matrix.csv"] = [
-            ["true \\ predicted", *names],
-            *([name, *row] for name, row in zip(names, counts)),
-        ]
-        files["confusion_matrix.png"] = draw_matrix(counts, names)
-    return files
+def draw_mistakes(data, indices, mistakes):
+    """Return a picture of task.mistakes' pictures; indices: their places in the data, without the unreadable ones."""
+    small = DataGenerator(data.source, (112, 112), random=False, resize=data.resize)
+    pictures = [small[int(indices[place])][0] for place, _ in mistakes]
+    return draw_contact_sheet(pictures, [caption for _, caption in mistakes])
 
 
 def save_csv(path, rows):
@@ -176,7 +148,12 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
     )
     out = writable(out or run.folder, "name another folder with --out")
     figures, indices, targets, answers = score(run, data, batch_size, num_workers)
-    files = by_class(data, names, indices, targets, answers)
+    rows, files = task.whole_set_tables(targets, answers, names)
+    if rows:
+        print_table(rows)
+    mistakes = task.mistakes(targets, answers, names)
+    if mistakes:
+        files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
     words = [task.metric_text(name, value, exact=True) for name, value in figures.items()]
     print(
         *words,

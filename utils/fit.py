@@ -1,4 +1,4 @@
-"""fit_one_epoch: one epoch of training and validation, as documented, and the parts that evaluation shares."""
+"""One epoch of training and validation: fit_one_epoch, as documented, and below it the parts that it is made of."""
 
 import contextlib
 import math
@@ -8,152 +8,18 @@ import time
 import torch
 
 from utils.checkpoint import Checkpoint, Position
-from utils.optimizer import clip_layers, set_optimizer_lr
+from utils.optimizer import check_trained, clip_layers, set_optimizer_lr
 from utils.pictures import normalize
 from utils.plumbing import processes
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import NOT_FINITE, UserError, printable
 from utils.plumbing.processes import rank, world_size
 from utils.recipe import Recipe
-from utils.task import batch_sums, metric_text, metrics_from
+from utils.task import batch_sums, logits_from, metric_text, metrics_from
 
-named_unreadable = set()  # pictures that were named already
-VALIDATION = {
-    "loss": "val_loss"
-}  # what the history calls a figure of validation, where not by its own name
-
-
-def backward(model_train, batches, Cuda, fp16, scaler, recipe):
-    """Gradients of the mean loss over `batches` (more than one: accumulated); what each gave: [(loss, scores, targets)]."""
-    done, device = [], next(model_train.parameters()).device
-    for number, (images, targets, _) in enumerate(batches, 1):
-        images, targets = (
-            normalize(images, device, recipe.settings),
-            targets.to(device, non_blocking=True),
-        )
-        if recipe.mix:
-            images, targets = recipe.mix(images, targets)
-        wait = number < len(batches) and hasattr(
-            model_train, "no_sync"
-        )  # DDP: reduce once, with the last part
-        with model_train.no_sync() if wait else contextlib.nullcontext():
-            with torch.autocast(
-                "cuda" if Cuda else "cpu", enabled=fp16
-            ):  # float16 on CUDA, bfloat16 on a CPU
-                scores = model_train(images).float()
-                loss = recipe.criterion(scores, targets)
-                if recipe.extra_loss:
-                    loss = loss + recipe.extra_loss(images, scores, targets)
-            scaler.scale(loss / len(batches)).backward()
-        done.append((loss.detach(), scores.detach(), targets))
-    return done
-
-
-def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
-    """One step, which leaves no trace where the gradients have overflowed, and the scaler skips it.
-
-    A fused optimizer makes a parameter's state before it looks for overflow, and would leave it unfilled: SGD's momentum would
-    begin as whatever the memory held. So in a step that makes state the scaler looks itself, for which it waits for the GPU.
-    """
-    parameters = [
-        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
-    makes_state = scaler.is_enabled() and any(  # without a scaler no step is skipped
-        not optimizer.state.get(p) or any(value is None for value in optimizer.state[p].values())
-        for p in parameters
-    )
-    optimizer._step_supports_amp_scaling = (
-        optimizer.defaults.get("fused") and not makes_state
-    )  # what the scaler goes by
-    if clip_ratio or clip_grad_norm:
-        scaler.unscale_(optimizer)  # otherwise the fused optimizer does it on its way
-    if clip_ratio:
-        clip_layers(parameters, clip_ratio)
-    if clip_grad_norm:
-        torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def seed_step(seed, epoch, step, Cuda):
-    """What is random in a step depends on these and the rank alone. (torch.manual_seed would take 0.2 ms.)"""
-    step_seed = random.Random(f"{seed} {epoch} {step} {rank()}").getrandbits(63)
-    torch.default_generator.manual_seed(step_seed)
-    if Cuda:
-        torch.cuda.manual_seed_all(step_seed)
-
-
-def score_batch(model, images, targets, Cuda, fp16, settings):
-    """(float32 (N, classes) scores, targets) of a batch from the loader, both on the model's device; model in eval mode."""
-    device = next(model.parameters()).device
-    with torch.no_grad(), torch.autocast("cuda" if Cuda else "cpu", enabled=fp16):
-        return model(normalize(images, device, settings)).float(), targets.to(
-            device, non_blocking=True
-        )
-
-
-def count_unreadable(batches, data, position):
-    """Name each unreadable picture once, and count it."""
-    for index, reason in (bad for batch in batches for bad in batch[2]):
-        if index not in named_unreadable:
-            say(
-                f"\nunreadable picture: {printable(data.name(index))} ({printable(reason)})",
-                everyone=True,
-            )
-        named_unreadable.add(index)
-        position.unreadable += 1
-    check_unreadable(
-        position.unreadable, data
-    )  # of this process; those of all when the epoch is done
-
-
-def check_unreadable(number, data):
-    if number > max(1, 0.01 * len(data)):
-        raise UserError(
-            f"{number} {'training' if data.random else 'test'} pictures cannot be read, more than 1 %: "
-            f"python -m utils.annotation DATASETS --check lists them"
-        )
-
-
-def check_training(position, scaler, lr, late):
-    """UserError when the sum of losses is not finite, or the scaler has skipped nearly every step. Waits for a GPU."""
-    if not math.isfinite(position.sums["loss"]):
-        raise UserError(
-            f"the loss is not finite in epoch {position.epoch + 1}, {'by ' * late}step {position.step}, "
-            f"at lr {lr:.3g}: {NOT_FINITE}"
-        )
-    if scaler.get_scale() < 1:
-        raise UserError(
-            f"float16 gradients overflow in every step by epoch {position.epoch + 1}, step {position.step}, "
-            f"at any scale: set fp16 = False, or lower Init_lr or clip_ratio"
-        )
-
-
-def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
-    """Validation's figures, with 'scored' and 'unreadable', the numbers of pictures, over all processes."""
-    position = Position(epoch)
-    gen_val.sampler.set_epoch(epoch)
-    model.eval()
-    for batches in checkpoint.steps(gen_val, epoch_step_val):
-        count_unreadable(batches, gen_val.dataset, position)
-        for images, targets, _ in batches:
-            if len(targets):
-                scores, targets = score_batch(model, images, targets, Cuda, fp16, recipe.settings)
-                position.sums.update(
-                    batch_sums(
-                        recipe.val_criterion(scores, targets), scores, targets, recipe.settings
-                    )
-                )
-    totals = position.totals()
-    check_unreadable(totals["unreadable"], gen_val.dataset)
-    if "pictures" not in totals:
-        raise UserError("no picture of the test list can be read, so there is no score")
-    figures = {
-        VALIDATION.get(name, name): value
-        for name, value in metrics_from(totals, recipe.settings).items()
-    }
-    return {**figures, "scored": int(totals["pictures"]), "unreadable": totals["unreadable"]}
+VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs
+LOOK_EVERY = 20  # steps between looks at the loss on a GPU, which has to finish its queue for it
+named_unreadable = set()  # (data set, index) of pictures that were named already
 
 
 def fit_one_epoch(
@@ -180,94 +46,241 @@ def fit_one_epoch(
 ):
     """Train one epoch, validate, record and save; the sixteen parameters are the documented ones.
 
-    model_train is the wrapped model, model the bare one; loss_history is None on all processes but the first;
-    save_dir is the run's folder. checkpoint (a Checkpoint) continues an interrupted epoch where it stopped.
-    lr_scheduler_func: the rate follows it at every step, at epoch + step / epoch_step; without it, it stays as it is.
-    Returns {figure: value}, the same on every process; its 'lr' is the documented one, that of the epoch's first step.
+    model_train is the wrapped model, model the bare one; loss_history is None on all processes but the first; fp16 is
+    True, False or a type's name (precision_name); save_dir is the run's folder. checkpoint, a Checkpoint, continues an
+    interrupted epoch where it stopped. lr_scheduler_func: the rate follows it at every step, at epoch + step / epoch_step;
+    without it the rate stays as it is.
+    Returns {metric: number}, the same on every process; its 'lr' is the documented one, that of the epoch's first step.
     UserError: a loss or weights that are not finite, too many unreadable pictures, a full disk.
     """
     recipe = recipe or Recipe()
-    checkpoint = checkpoint or Checkpoint(
-        save_dir,
-        {
-            "model": model,
-            "optimizer": optimizer,
-            "scaler": scaler,
-            "ema": recipe.ema,
-            "history": loss_history,
-        },
-    )
-    s, used_scaler = (
-        recipe.settings,
-        scaler or torch.amp.GradScaler("cuda", enabled=False),
-    )  # which only steps the optimizer
-    accumulate, images_per_step = s.get("accumulate", 1), gen.batch_size * world_size()
-    look_every = 20 if Cuda else 1  # a GPU has to finish its steps to be looked at
-    begin, position = time.monotonic(), checkpoint.begin(epoch, order_of(gen))
-    first_step, lr = (
-        position.step,
-        lr_scheduler_func(epoch) if lr_scheduler_func else optimizer.param_groups[-1]["lr"],
-    )
+    settings = recipe.settings
+    accumulate = settings.get("accumulate", 1)
+    images_per_step = gen.batch_size * world_size()
+    used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # only steps the optimizer
+    if checkpoint is None:
+        parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        checkpoint = Checkpoint(save_dir, {**parts, "ema": recipe.ema, "history": loss_history})
+    check_trained(optimizer, model)
+    first_lr = lr_scheduler_func(epoch) if lr_scheduler_func else current_lr(optimizer)
 
+    begin = time.monotonic()
+    position = checkpoint.begin(epoch, order_of(gen))
+    first_step = position.step
     gen.sampler.set_epoch(epoch, first_step)
     model_train.train()
     progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, first_step)
+
+    def describe():
+        texts = metric_texts(metrics_from(position.sums, settings))
+        return " ".join([*texts, f"lr {current_lr(optimizer):.2e}"])
+
     for batches in checkpoint.steps(gen, epoch_step - first_step, accumulate):
         count_unreadable(batches, gen.dataset, position)
         if lr_scheduler_func:
             set_optimizer_lr(optimizer, lr_scheduler_func, epoch + position.step / epoch_step)
-        seed_step(s.get("seed", 0), epoch, position.step, Cuda)
-        done = backward(model_train, batches, Cuda, fp16, used_scaler, recipe)
-        optimizer_step(optimizer, used_scaler, s.get("clip_grad_norm"), s.get("clip_ratio"))
+        seed_step(settings.get("seed", 0), epoch, position.step, Cuda)
+        for sums in backward(model_train, batches, Cuda, fp16, used_scaler, recipe):
+            position.sums.update(sums)  # a Counter's update adds
+        optimizer_step(
+            optimizer, used_scaler, settings.get("clip_grad_norm"), settings.get("clip_ratio")
+        )
         if recipe.ema:
             recipe.ema.update_parameters(model)
-        for loss, scores, targets in done:
-            position.sums.update(batch_sums(loss, scores, targets, s))  # adds to what each name has
         position.step += len(batches)
-        if position.step // accumulate % look_every == 0 or position.step == epoch_step:
-            check_training(position, used_scaler, optimizer.param_groups[-1]["lr"], Cuda)
-        progress.show(
-            position.step,
-            images_per_step,
-            lambda: " ".join(
-                [metric_text(*figure) for figure in metrics_from(position.sums, s).items()]
-                + [f"lr {optimizer.param_groups[-1]['lr']:.2e}"]
-            ),
-        )
+        at_end = position.step == epoch_step
+        if at_end or not Cuda or position.step // accumulate % LOOK_EVERY == 0:
+            check_training(position, used_scaler, current_lr(optimizer), Cuda)
+        progress.show(position.step, images_per_step, describe)
     progress.clear()
     seconds = time.monotonic() - begin
 
-    totals, judged = position.totals(), recipe.ema.module if recipe.ema else model
+    totals = position.totals()
     check_unreadable(totals["unreadable"], gen.dataset)
-    processes.sync_buffers(judged)
-    wrapped = (
-        model_train if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema else judged
+    validated_model = recipe.ema.module if recipe.ema else model
+    processes.sync_buffers(validated_model)
+    if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema:
+        scoring_model = model_train  # over all GPUs
+    else:
+        scoring_model = validated_model
+    validated = validate(
+        scoring_model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint
     )
-    validated = validate(wrapped, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint)
     if not math.isfinite(validated["val_loss"]):
         raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: {NOT_FINITE}")
+
+    scored = validated.pop("scored")
     unreadable = totals["unreadable"] + validated.pop("unreadable")
-    figures = {
-        "epoch": epoch + 1,
-        "lr": lr,
-        "scored": validated.pop("scored"),
-        "unreadable": unreadable,
-        "images_per_second": round((epoch_step - first_step) * images_per_step / seconds, 3),
-        **({"scale": scaler.get_scale()} if scaler else {}),
-        **{f"train_{name}": value for name, value in metrics_from(totals, s).items()},
-        **validated,
-    }
-    best = checkpoint.commit(figures, judged, save_period, UnFreeze_Epoch)
-    told = [metric_text(name, figures[name]) for name in ("train_loss", *validated)]
-    told += [f"{unreadable} unreadable, {figures['scored']} scored"] if unreadable else []
-    say(
-        f"epoch {epoch + 1}/{UnFreeze_Epoch}: {', '.join(told)} ({figures['images_per_second']:.0f} images/s)"
-        + " *" * best
-    )
-    return figures
+    speed = (epoch_step - first_step) * images_per_step / seconds
+    metrics = {"epoch": epoch + 1, "lr": first_lr, "scored": scored, "unreadable": unreadable}
+    metrics["images_per_second"] = round(speed, 3)
+    if scaler:
+        metrics["scale"] = scaler.get_scale()
+    for name, value in metrics_from(totals, settings).items():
+        metrics[f"train_{name}"] = value
+    metrics.update(validated)
+    is_best = checkpoint.commit(metrics, validated_model, save_period, UnFreeze_Epoch)
+    texts = metric_texts({"train_loss": metrics["train_loss"], **validated})
+    if unreadable:
+        texts.append(f"{unreadable} unreadable, {scored} scored")
+    mark = " *" if is_best else ""
+    say(f"epoch {epoch + 1}/{UnFreeze_Epoch}: {', '.join(texts)} ({speed:.0f} images/s){mark}")
+    return metrics
+
+
+def backward(model_train, batches, Cuda, fp16, scaler, recipe):
+    """Compute the gradients of the mean loss over `batches` (several: accumulated). Returns the batch_sums of each."""
+    all_sums = []
+    for number, (images, targets, _) in enumerate(batches, 1):
+        reduce_later = number < len(batches) and hasattr(model_train, "no_sync")
+        # DDP: the gradients are reduced once, with the last batch
+        with model_train.no_sync() if reduce_later else contextlib.nullcontext():
+            loss, sums = compute_loss(model_train, images, targets, Cuda, fp16, recipe)
+            scaler.scale(loss / len(batches)).backward()
+        if (
+            scaler.is_enabled()
+        ):  # an overflow is the scaler's to skip, and must not stay in the sums
+            sums["loss"].nan_to_num_(0, 0, 0)
+        all_sums.append(sums)
+    return all_sums
+
+
+def compute_loss(model_train, images, targets, Cuda, fp16, recipe):
+    """Return (loss, batch_sums) of a batch from the loader. Further losses add their own sums for metrics_from here."""
+    device = next(model_train.parameters()).device
+    inputs = normalize(images, device, recipe.settings)
+    targets = targets.to(device, non_blocking=True)
+    if recipe.mix:
+        inputs, targets = recipe.mix(inputs, targets)
+    with mixed_precision(Cuda, fp16):
+        logits = logits_from(model_train(inputs))
+        loss = recipe.criterion(logits, targets)
+        if recipe.extra_loss:
+            loss = loss + recipe.extra_loss(inputs, logits, targets)
+    return loss, batch_sums(loss.detach(), logits.detach(), targets, recipe.settings)
+
+
+def score_batch(model, images, targets, Cuda, fp16, settings):
+    """Return (logits, targets) of a batch from the loader, on the model's device; model: in evaluation mode."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), mixed_precision(Cuda, fp16):
+        logits = logits_from(model(normalize(images, device, settings)))
+    return logits, targets.to(device, non_blocking=True)
+
+
+def precision_name(fp16, Cuda):
+    """Return 'float32', 'float16' or 'bfloat16': fp16 itself, or what the documented True and False mean here."""
+    if isinstance(fp16, str):
+        return fp16
+    if not fp16:
+        return "float32"
+    return "float16" if Cuda else "bfloat16"
+
+
+def mixed_precision(Cuda, fp16):
+    """Return the context that the network computes in; fp16: as in precision_name."""
+    name = precision_name(fp16, Cuda)
+    if name == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda" if Cuda else "cpu", dtype=getattr(torch, name))
+
+
+def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
+    """Make one optimizer step. Where the gradients have overflowed, the scaler skips it, and nothing changes."""
+    if clip_ratio or clip_grad_norm:
+        scaler.unscale_(optimizer)  # otherwise a fused optimizer does it on its way
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if clip_ratio:
+            clip_layers(parameters, clip_ratio)
+        if clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def seed_step(seed, epoch, step, Cuda):
+    """Seed what is random in a step by these numbers and the rank alone."""
+    step_seed = random.Random(f"{seed} {epoch} {step} {rank()}").getrandbits(63)
+    torch.default_generator.manual_seed(step_seed)  # torch.manual_seed would take 0.2 ms
+    if Cuda:
+        torch.cuda.manual_seed_all(step_seed)
+
+
+def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
+    """Return validation's metrics over all processes, with 'scored' and 'unreadable', the numbers of pictures."""
+    position = Position(epoch)
+    settings = recipe.settings
+    gen_val.sampler.set_epoch(epoch)
+    model.eval()
+    for batches in checkpoint.steps(gen_val, epoch_step_val):
+        count_unreadable(batches, gen_val.dataset, position)
+        for images, targets, _ in batches:
+            if len(targets):
+                logits, targets = score_batch(model, images, targets, Cuda, fp16, settings)
+                loss = recipe.val_criterion(logits, targets)
+                position.sums.update(batch_sums(loss, logits, targets, settings))
+    totals = position.totals()
+    check_unreadable(totals["unreadable"], gen_val.dataset)
+    if "pictures" not in totals:
+        raise UserError("no picture of the test list can be read, so there is no score")
+    validated = {}
+    for name, value in metrics_from(totals, settings).items():
+        validated[VALIDATION.get(name, name)] = value
+    scored = int(totals["pictures"])
+    return {**validated, "scored": scored, "unreadable": totals["unreadable"]}
+
+
+def current_lr(optimizer):
+    """Return the learning rate of the head, which is the last parameter group."""
+    return optimizer.param_groups[-1]["lr"]
+
+
+def metric_texts(metrics):
+    """Return the texts of {name: number}."""
+    return [metric_text(name, value) for name, value in metrics.items()]
 
 
 def order_of(gen):
-    """A text of all that the pictures of a step depend on, but for the number of processes."""
+    """Return a text of all that a step's pictures depend on, except the number of processes."""
     own = ("rank", "world_size", "epoch", "first_step")
-    return f"{[pair for pair in vars(gen.sampler).items() if pair[0] not in own]} {gen.dataset.fingerprint}"
+    order = [pair for pair in vars(gen.sampler).items() if pair[0] not in own]
+    return f"{order} {gen.dataset.fingerprint}"
+
+
+def count_unreadable(batches, data, position):
+    """Name each unreadable picture once, and count it."""
+    for _, _, unreadable in batches:
+        for index, reason in unreadable:
+            if (data, index) not in named_unreadable:
+                name = printable(data.name(index))
+                say(f"\nunreadable picture: {name} ({printable(reason)})", everyone=True)
+            named_unreadable.add((data, index))
+            position.unreadable += 1
+    # of this process; those of all are checked at the epoch's end
+    check_unreadable(position.unreadable, data)
+
+
+def check_unreadable(number, data):
+    """Raise UserError where more than 1 % of a data set, and more than one picture, cannot be read."""
+    if number > max(1, 0.01 * len(data)):
+        kind = "training" if data.random else "test"
+        raise UserError(
+            f"{number} {kind} pictures cannot be read, more than 1 %: "
+            f"python -m utils.annotation DATASETS --check lists them"
+        )
+
+
+def check_training(position, scaler, lr, Cuda):
+    """Raise UserError where the loss is not finite, or float16 overflows at any scale. Makes a GPU finish its queue."""
+    epoch, step = position.epoch + 1, position.step
+    if not math.isfinite(position.sums["loss"]):
+        by = "by " if Cuda else ""  # it was not looked at in every step
+        raise UserError(
+            f"the loss is not finite in epoch {epoch}, {by}step {step}, at lr {lr:.3g}: {NOT_FINITE}"
+        )
+    if scaler.get_scale() < 1:
+        raise UserError(
+            f"float16 gradients overflow in every step by epoch {epoch}, step {step}, at any scale: "
+            f"set fp16 = False, or lower Init_lr or clip_ratio"
+        )

@@ -1,22 +1,22 @@
 """The run's figures: kept for the checkpoint, and written as history.csv, epoch_loss.png and TensorBoard scalars."""
 
 import math
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 from utils.plumbing.charts import draw_line_chart
 from utils.plumbing.files import save_image, save_text
-from utils.task import metric_text
+from utils.task import epoch_order, metric_text
 
 
 class LossHistory:
-    """One dictionary of figures an epoch, as fit_one_epoch returns them. The first epoch of the highest best_by is the best; of the
-    lowest, if it is a loss or has a minus before its name ('-mae')."""
+    """One dictionary of metrics an epoch, as fit_one_epoch returns them; task.epoch_order says which is the best."""
 
     def __init__(self, log_dir, model=None, input_shape=None, best_by="top1"):
         self.log_dir, self.rows, self.best_by = log_dir, [], best_by.removeprefix("-")
-        self.sign = -1 if best_by.startswith("-") or best_by.endswith("loss") else 1
+        self.order = partial(epoch_order, best_by=best_by)
         self.best_since = 0  # rows before this one were scored otherwise
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -39,7 +39,7 @@ class LossHistory:
             for row in self.rows[self.best_since :]
             if math.isfinite(row.get(self.best_by, math.nan))
         ]
-        return max(rows, key=lambda row: self.sign * row[self.best_by], default=None)
+        return max(rows, key=self.order, default=None)
 
     def describe_best(self):
         """The best epoch as the last line of a training says it."""

@@ -1,96 +1,136 @@
 """Optimizers, the documented learning-rate curves and limits, phases, and clipping."""
 
 import math
+import re
 from functools import partial
+from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
 
+from utils.plumbing.errors import UserError
+
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-OPTIMIZERS = {  # optimizer_type: (function of parameters and momentum, limits of Init_lr_fit, the same for transformers)
-    "sgd": (
-        lambda parameters, momentum: torch.optim.SGD(  # with Nesterov's momentum, as documented
-            parameters, momentum=momentum, nesterov=momentum > 0, fused=True
-        ),
-        (5e-4, 1e-1),
-        (5e-4, 1e-1),
-    ),
-    "adam": (
-        lambda parameters, momentum: (
-            torch.optim.Adam(  # decay as an L2 term of the loss; momentum is beta1
-                parameters, betas=(momentum, 0.999), fused=True
-            )
-        ),
-        (1e-4, 1e-3),
-        (1e-5, 1e-3),
-    ),
-    "adamw": (
-        lambda parameters, momentum: torch.optim.AdamW(  # decoupled decay (Loshchilov and Hutter)
-            parameters, betas=(momentum, 0.999), fused=True
-        ),
-        (1e-4, 1e-3),
-        (1e-5, 1e-3),
-    ),
+def sgd(parameters, momentum):
+    """Return SGD with Nesterov's momentum, as documented."""
+    optimizer = torch.optim.SGD(parameters, momentum=momentum, nesterov=momentum > 0, fused=True)
+    fill_momentum(optimizer)
+    return optimizer
+
+
+def adam(parameters, momentum):
+    """Return Adam; weight decay is an L2 term of the loss."""
+    return torch.optim.Adam(parameters, betas=(momentum, 0.999), fused=True)
+
+
+def adamw(parameters, momentum):
+    """Return AdamW: the decay is decoupled from the gradient (Loshchilov and Hutter, 2019)."""
+    return torch.optim.AdamW(parameters, betas=(momentum, 0.999), fused=True)
+
+
+class Optimizer(NamedTuple):
+    make: Callable  # (parameter groups, momentum) → optimizer
+    limits: tuple  # lowest and highest Init_lr_fit; a hundredth of them hold for Min_lr_fit
+    transformer_limits: tuple  # the same for transformers
+
+
+OPTIMIZERS = {  # optimizer_type: how it is made, and its limits
+    "sgd": Optimizer(sgd, (5e-4, 1e-1), (5e-4, 1e-1)),
+    "adam": Optimizer(adam, (1e-4, 1e-3), (1e-5, 1e-3)),
+    "adamw": Optimizer(adamw, (1e-4, 1e-3), (1e-5, 1e-3)),
 }
 
 
 def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_lr_scale=1.0):
-    """An optimizer of OPTIMIZERS over parameter groups. Each has an lr_scale, which is 1 for the head, whose group is the last.
+    """Return an optimizer of OPTIMIZERS. Each parameter group has an lr_scale, 1 for the head's, which come last.
 
-    Decay is for the weights of layers alone: not for biases, norm layers, and what a network learns besides, such as tables of
-    positions and scales. head: names of the head's layers (nets.head_layers).
+    Decay applies to the weights of layers only: not to biases, norm layers, position embeddings or layer scales.
+    head: names of the head's layers (nets.head_layers).
     """
-    norms = {
-        id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)
-    }
-    groups = {(part, decayed): [] for part in ("backbone", "head") for decayed in (False, True)}
+    norms = set()
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            norms.update(id(parameter) for parameter in module.parameters(recurse=False))
+    backbone = {"plain": [], "decayed": []}
+    heads = {"plain": [], "decayed": []}
     for name, parameter in model.named_parameters():
-        part = "head" if name.rpartition(".")[0] in head else "backbone"
-        decayed = name.endswith("weight") and parameter.ndim > 1 and id(parameter) not in norms
-        groups[part, decayed].append(parameter)
-    return OPTIMIZERS[optimizer_type][0](
-        [
-            {
-                "params": tensors,
-                "weight_decay": weight_decay if decayed else 0.0,
-                "lr_scale": backbone_lr_scale if part == "backbone" else 1.0,
-            }
-            for (part, decayed), tensors in groups.items()
-            if tensors
-        ],
-        momentum,
-    )
+        layer, _, kind = own_name(name).rpartition(".")
+        groups = heads if layer in head else backbone
+        is_weight = kind.endswith("weight") and parameter.ndim > 1 and id(parameter) not in norms
+        groups["decayed" if is_weight else "plain"].append(parameter)
+    parameter_groups = []
+    for groups, lr_scale in ((backbone, backbone_lr_scale), (heads, 1.0)):
+        for kind, decay in (("plain", 0.0), ("decayed", weight_decay)):
+            group = {"params": groups[kind], "weight_decay": decay, "lr_scale": lr_scale}
+            if groups[kind]:
+                parameter_groups.append(group)
+    return OPTIMIZERS[optimizer_type].make(parameter_groups, momentum)
 
 
-@torch.no_grad()  # else autograd records it, and behind DDP, which keeps the gradients' memory, one graph chains to the next
-def clip_layers(parameters, ratio):
-    """Adaptive gradient clipping (Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021), by
-    layer: no weight tensor's gradient stays longer than `ratio` times the tensor. Biases and norm layers are left alone."""
-    weights = [p for p in parameters if p.ndim > 1]
-    gradients = [p.grad for p in weights]
-    limits = torch._foreach_mul(
-        torch._foreach_clamp_min(torch._foreach_norm(weights), 1e-3), ratio
-    )  # of zeros too
-    shares = torch._foreach_div(
-        limits, torch._foreach_norm(gradients)
-    )  # infinite where there is no gradient
-    torch._foreach_mul_(gradients, torch._foreach_clamp_max(shares, 1.0))
+def own_name(name):
+    """Return a parameter's name as it is without torch.nn.utils.parametrize: '….weight' for '….weight.original0'."""
+    return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", name)
+
+
+def fill_momentum(optimizer):
+    """Give SGD's parameters momentum of zeros where they have none, from which the first step's is its gradient.
+
+    Otherwise fused SGD would take what the memory holds when the scaler skips a first step, and fail where a parameter
+    is first used in a later step than others.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def restore_optimizer(optimizer, state):
-    """load_state_dict that brings back what was learned (momentum buffers); the options stay those of the settings."""
-    options = [
-        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-    ]
+    """Load what an optimizer has learned (momentum); its options stay those of the settings."""
+    options = []
+    for group in optimizer.param_groups:
+        options.append({name: value for name, value in group.items() if name != "params"})
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
+    if isinstance(optimizer, torch.optim.SGD):
+        fill_momentum(optimizer)
+
+
+def check_trained(optimizer, model):
+    """Raise UserError where the optimizer trains what is no part of the network: it would not be saved or kept equal."""
+    own = {id(parameter) for parameter in model.parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(id(parameter) in own for parameter in trained):
+        raise UserError(
+            "the optimizer trains parameters that are not in the network, so they would be neither saved "
+            "nor the same in all processes: make their module an attribute of the network before the "
+            "optimizer is made (model.my_loss = …)"
+        )
+
+
+@torch.no_grad()  # behind DDP, which keeps the gradients' memory, each step's graph would chain to the next
+def clip_layers(parameters, ratio):
+    """Clip adaptively by layer: no weight tensor's gradient stays longer than `ratio` times the tensor itself.
+
+    Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021. Biases and norm layers
+    are left alone. A tensor counts as at least 0.01 an element long (root mean square), so that zeros can learn.
+    """
+    weights = [p for p in parameters if p.ndim > 1 and p.grad is not None]
+    gradients = [p.grad for p in weights]
+    floors = [0.01 * math.sqrt(p.numel()) for p in weights]
+    limits = torch._foreach_clamp_min(torch._foreach_norm(weights), floors)
+    torch._foreach_mul_(limits, ratio)
+    # infinite, and so 1, where the gradient is zero
+    shares = torch._foreach_div(limits, torch._foreach_norm(gradients))
+    torch._foreach_clamp_max_(shares, 1.0)
+    torch._foreach_mul_(gradients, shares)
 
 
 def cosine(lr, min_lr, total, epoch):
-    """The documented 'cos': a squared warm-up, half a cosine, then min_lr held (YOLOX's yoloxwarmcos)."""
+    """Return the documented 'cos': a squared warm-up, half a cosine, then min_lr held (YOLOX's yoloxwarmcos)."""
     warmup = min(max(0.05 * total, 1), 3)
     hold = min(max(0.05 * total, 1), 15)
     start = max(0.1 * lr, 1e-6)
@@ -98,9 +138,8 @@ def cosine(lr, min_lr, total, epoch):
         return (lr - start) * (epoch / warmup) ** 2 + start
     if epoch >= total - hold:
         return min_lr
-    return min_lr + 0.5 * (lr - min_lr) * (
-        1 + math.cos(math.pi * (epoch - warmup) / (total - warmup - hold))
-    )
+    done = (epoch - warmup) / (total - warmup - hold)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done))
 
 
 def linear(lr, min_lr, total, epoch):
@@ -117,7 +156,7 @@ def linear(lr, min_lr, total, epoch):
 
 
 def step(lr, min_lr, total, epoch):
-    """The documented 'step': ten equal stairs from lr to min_lr, each beginning with an epoch."""
+    """Return the documented 'step': ten equal stairs from lr to min_lr, each beginning with an epoch."""
     rate = (min_lr / lr) ** (1 / 9)
     return lr * rate ** (math.floor(epoch) // (total / 10))
 
@@ -130,35 +169,36 @@ LR_DECAYS = {  # lr_decay_type: function of the highest rate, the lowest, the nu
 
 
 def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
-    """A function from the epoch (0 …, parts too) to the learning rate; lr_decay_type is a name of LR_DECAYS."""
+    """Return a function from the epoch (0 …, parts too) to the learning rate; lr_decay_type: a name of LR_DECAYS."""
     return partial(LR_DECAYS[lr_decay_type], lr, min_lr, total_iters)
 
 
-NBS = {
-    False: 64,
-    True: 256,
-}  # pictures a step that Init_lr and Min_lr are for; a transformer's are more
+def pictures_per_step(transformer):
+    """Return the number of pictures a step that Init_lr and Min_lr are for (the documented nbs)."""
+    return 256 if transformer else 64
 
 
 def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
-    """(Init_lr_fit, Min_lr_fit): the rates scaled by batch size and held within the optimizer's documented limits."""
-    low, high = OPTIMIZERS[optimizer_type][2 if transformer else 1]
-    scale = batch_size / NBS[transformer]
-    return min(max(scale * Init_lr, low), high), min(max(scale * Min_lr, low * 1e-2), high * 1e-2)
+    """Return (Init_lr_fit, Min_lr_fit): the rates scaled by batch size, within the optimizer's documented limits."""
+    optimizer = OPTIMIZERS[optimizer_type]
+    low, high = optimizer.transformer_limits if transformer else optimizer.limits
+    scale = batch_size / pictures_per_step(transformer)
+    Init_lr_fit = min(max(scale * Init_lr, low), high)
+    Min_lr_fit = min(max(scale * Min_lr, low * 1e-2), high * 1e-2)
+    return Init_lr_fit, Min_lr_fit
 
 
-def phases(s):
-    """Which of 'Freeze_batch_size' and 'Unfreeze_batch_size' will be trained with, in this order. s: train.py's settings."""
-    frozen = s.get("Freeze_Epoch", 0) if s.get("Freeze_Train") else 0
-    spans = {
-        "Freeze_batch_size": (0, frozen),
-        "Unfreeze_batch_size": (frozen, s.get("UnFreeze_Epoch", math.inf)),
-    }
-    return [
-        name
-        for name, (first, end) in spans.items()
-        if name in s and max(first, s.get("Init_Epoch", 0)) < end
-    ]
+def phases(settings):
+    """Return which of 'Freeze_batch_size' and 'Unfreeze_batch_size' will be trained with, in this order."""
+    frozen = settings.get("Freeze_Epoch", 0) if settings.get("Freeze_Train") else 0
+    begin = settings.get("Init_Epoch", 0)
+    end = settings.get("UnFreeze_Epoch", math.inf)
+    names = []
+    if begin < frozen:
+        names.append("Freeze_batch_size")
+    if max(begin, frozen) < end:
+        names.append("Unfreeze_batch_size")
+    return [name for name in names if name in settings]
 
 
 def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
@@ -168,15 +208,21 @@ def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def describe_rates(s, transformer):
-    """For the header: the optimizer, each phase's highest and lowest rate as they train, and what limits have changed."""
-    told = []
-    for name in phases(s):
-        batch_size = s[name] * s.get("accumulate", 1)
-        fitted = fit_lr(batch_size, s["Init_lr"], s["Min_lr"], s["optimizer_type"], transformer)
-        asked = tuple(batch_size / NBS[transformer] * s[rate] for rate in ("Init_lr", "Min_lr"))
-        limits = " (Init_lr and Min_lr ask for {:.3g} to {:.3g}; the limits stand in utils/recipe.py)".format(
-            *asked
-        )
-        told.append(f"lr {fitted[0]:.3g} to {fitted[1]:.3g}" + limits * (fitted != asked))
-    return f"{s['optimizer_type']}, {s['lr_decay_type']}, {', then '.join(dict.fromkeys(told))}"
+def describe_rates(settings, transformer):
+    """Return the header's text: the optimizer, each phase's highest and lowest rate, and which limits have changed them."""
+    optimizer_type = settings["optimizer_type"]
+    texts = []
+    for name in phases(settings):
+        batch_size = settings[name] * settings.get("accumulate", 1)
+        rates = settings["Init_lr"], settings["Min_lr"]
+        fitted = fit_lr(batch_size, *rates, optimizer_type, transformer)
+        scaled = tuple(batch_size / pictures_per_step(transformer) * rate for rate in rates)
+        text = f"lr {fitted[0]:.3g} to {fitted[1]:.3g}"
+        if fitted != scaled:
+            text += (
+                f" (Init_lr and Min_lr ask for {scaled[0]:.3g} to {scaled[1]:.3g}; "
+                f"the limits are in utils/optimizer.py)"
+            )
+        if text not in texts:
+            texts.append(text)
+    return f"{optimizer_type}, {settings['lr_decay_type']}, {', then '.join(texts)}"

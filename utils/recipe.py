@@ -1,4 +1,4 @@
-"""What is learned and how it is judged: the loss, the figures, the optimizers, and the recipes around them."""
+"""The recipes around the loss: mixing pictures, weighting classes, and averaging the weights."""
 
 import copy
 
@@ -7,62 +7,90 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from utils.plumbing.errors import UserError
 from utils.task import get_criterion
 
-
-class EMA(nn.Module):
-    """Exponential moving average of a model's parameters and BatchNorm statistics, from the first step's on. (torch's own
-    AveragedModel copies its counter to the GPU at every step, and waits for it.)"""
-
-    def __init__(self, model, decay):
-        super().__init__()
-        counters = {
-            id(buffer): buffer for buffer in model.buffers() if not buffer.is_floating_point()
-        }
-        self.module, self.decay = (
-            copy.deepcopy(model, counters),
-            decay,
-        )  # which are BatchNorm's of batches, and shared
-        self.register_buffer("n_averaged", torch.tensor(0))  # on the host
-
-    @torch.no_grad()
-    def update_parameters(self, model):
-        pairs = zip(self.module.state_dict().values(), model.state_dict().values())
-        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-        torch._foreach_lerp_(averages, values, 1 - self.decay if self.n_averaged else 1.0)
-        self.n_averaged += 1
+CLASS_WEIGHTS = {"balanced": 1.0, "sqrt": 0.5}  # class_weights: the power of 1 / frequency
 
 
 class Recipe:
-    """What fit_one_epoch needs beyond the documented parameters, made of train.py's settings, each of which may be absent.
+    """The loss, mixing and averaging: what fit_one_epoch needs besides its documented parameters.
 
-    weights: float32 (classes,) or None. extra_loss: (pictures as the network saw them, scores, targets) → scalar, or None.
+    settings: train.py's; a missing one means off. weights: float32 (classes,) for the loss, or None.
+    extra_loss: (the network's inputs, logits, targets) → scalar that is added to every batch's loss, or None.
     """
 
-    def __init__(self, settings={}, model=None, num_classes=None, weights=None):
-        mixes = [
-            mix(
-                alpha=float(settings[name]), num_classes=num_classes
-            )  # (pictures, class ids) → (pictures, probabilities)
-            for name, mix in (("mixup_alpha", v2.MixUp), ("cutmix_alpha", v2.CutMix))
-            if settings.get(name)
-        ]
-        weights = weights if weights is None else weights.to(next(model.parameters()).device)
-        self.settings, self.extra_loss = settings, None
-        self.criterion, self.val_criterion = (
-            get_criterion(settings, weights, training=True),
-            get_criterion(settings),
+    def __init__(self, settings={}, model=None, num_classes=None, weights=None):  # noqa: B006
+        if weights is not None:
+            weights = weights.to(next(model.parameters()).device)
+        self.settings = settings
+        self.criterion = get_criterion(settings, weights, training=True)
+        self.val_criterion = get_criterion(settings)
+        self.extra_loss = None
+        self.mix = get_mix(settings, num_classes)
+        self.ema = EMA(model, settings["ema_decay"]) if settings.get("ema_decay") else None
+
+
+def get_mix(settings, num_classes):
+    """Return (inputs, class ids) → (inputs, float32 (N, classes) shares), by mixup or cutmix at random; None for neither."""
+    mixes = []
+    if settings.get("mixup_alpha"):
+        mixes.append(v2.MixUp(alpha=float(settings["mixup_alpha"]), num_classes=num_classes))
+    if settings.get("cutmix_alpha"):
+        mixes.append(v2.CutMix(alpha=float(settings["cutmix_alpha"]), num_classes=num_classes))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def check_targets(targets, settings, num_classes):
+    """Raise UserError where mixing or class weights are on and a batch's targets are no class ids."""
+    names = ("mixup_alpha", "cutmix_alpha", "class_weights")
+    used = [name for name in names if settings.get(name) not in (None, 0, "none")]
+    class_ids = targets.dtype == torch.int64 and targets.dim() == 1
+    if used and not (class_ids and ((targets >= 0) & (targets < num_classes)).all()):
+        raise UserError(
+            f"{used[0]} = {settings[used[0]]!r} is for targets that are class ids, one a picture, and "
+            f"these are not: switch it off"
         )
-        self.mix = v2.RandomChoice(mixes) if mixes else None
-        self.ema = (
-            EMA(model, settings["ema_decay"]) if settings.get("ema_decay") else None
-        )  # then validated and saved
 
 
-def balanced_weights(class_ids, num_classes):
-    """float32 (classes,) weights from int64 (N,) class_ids: number / (present classes · count), as scikit-learn's 'balanced'; 0
-    for absent ones. The mean of the pictures' weights is 1."""
+def balanced_weights(class_ids, num_classes, power=1.0):
+    """Return float32 (classes,) weights ∝ 1 / number of pictures ** power, from int64 (N,) class_ids; 0 for absent classes.
+
+    The mean of the pictures' weights is 1. With power 1 they are scikit-learn's 'balanced'.
+    """
     counts = np.bincount(class_ids, minlength=num_classes)
-    return torch.tensor(
-        np.where(counts > 0, len(class_ids) / ((counts > 0).sum() * np.maximum(counts, 1)), 0)
-    ).float()
+    present = counts > 0
+    weights = np.zeros(num_classes)
+    weights[present] = counts[present] ** -power
+    weights *= len(class_ids) / (counts * weights).sum()
+    return torch.tensor(weights).float()
+
+
+class EMA(nn.Module):
+    """Exponential moving average of a model's parameters and BatchNorm statistics.
+
+    The decay begins low, min(decay, (1 + n) / (10 + n)) in step n, so that the first weights are soon forgotten, also
+    in a short training. (torch's AveragedModel copies its counter to the GPU in every step, and waits for it.)
+    """
+
+    def __init__(self, model, decay):
+        super().__init__()
+        # deepcopy shares what its memo holds: BatchNorm's counters of batches, which are not averaged
+        shared = {
+            id(buffer): buffer for buffer in model.buffers() if not buffer.is_floating_point()
+        }
+        self.module = copy.deepcopy(model, shared)
+        self.decay = decay
+        self.register_buffer("n_averaged", torch.tensor(0))  # stays on the CPU
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        number = int(self.n_averaged)
+        decay = min(self.decay, (1 + number) / (10 + number))
+        averages, values = [], []
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values()):
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(value)
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        self.n_averaged += 1

@@ -1,55 +1,151 @@
-"""What is tried on one batch before training."""
+"""What is tried on one batch before training. It leaves no trace: copies of the network, and the random stream put back."""
 
 import copy
+import math
 import time
+from itertools import count, islice
 
 import torch
 
-from utils.fit import VALIDATION, backward, score_batch
+from utils.dataloader import EpochSampler, detection_collate
+from utils.fit import VALIDATION, mixed_precision, optimizer_step, precision_name, score_batch
+from utils.pictures import normalize
+from utils.plumbing import processes
+from utils.plumbing.charts import draw_contact_sheet, drawable_names
+from utils.plumbing.console import say, say_if_slow, say_row
 from utils.plumbing.errors import UserError, did_you_mean, short_repr
-from utils.task import batch_sums, metrics_from
+from utils.plumbing.files import save_image
+from utils.plumbing.processes import rank, world_size
+from utils.recipe import check_targets
+from utils.task import batch_sums, get_criterion, logits_from, metrics_from, target_text
+
+FASTER = 1.1  # what a type of fewer digits, or one that needs a scaler, must gain to be chosen
+# names in torch.cpu.get_capabilities(), of x86 and ARM; without them bfloat16 is emulated, up to 20 times slower
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def first_batch(data, batch_size, seed):
+    """Return this process's first batch of a training data set as the loader gives it, at most 64 pictures."""
+    sampler = EpochSampler(len(data), batch_size, rank(), world_size(), seed=seed)
+    with say_if_slow("reading the first pictures …"), torch.random.fork_rng(devices=[]):
+        items = islice(sampler, min(64, batch_size // world_size()))
+        return detection_collate([data[item] for item in items])
+
+
+def rehearse(batch, model, recipe, num_classes):
+    """Return the name of the type to train in, which is printed. UserError: settings that do not go with the batch."""
+    settings = recipe.settings
+    images, targets, _ = batch
+    if images.amax((1, 2, 3)).median() <= 16:
+        say(
+            "NOTE: most pictures are almost black (nothing above 16 of 255). 12-bit images in 16-bit "
+            "files look like this: multiply their values by 16"
+        )
+    check_targets(targets, settings, num_classes)
+    check_best_by(settings["best_by"], model, batch, settings["Cuda"], recipe)
+    precision, reason = processes.on_rank_0(choose_precision, settings, model, batch)
+    say_row("precision", f"{precision} ({reason})" if reason else precision)
+    return precision
 
 
 def check_best_by(best_by, model, batch, Cuda, recipe):
-    """UserError unless best_by is a figure of validation, found with two pictures, or '-' and one (the lowest is best)."""
-    scores, targets = score_batch(
-        model.eval(), batch[0][:2], batch[1][:2], Cuda, False, recipe.settings
-    )
-    sums = batch_sums(recipe.val_criterion(scores, targets), scores, targets, recipe.settings)
-    names = [VALIDATION.get(name, name) for name in metrics_from(sums, recipe.settings)]
+    """Raise UserError unless best_by is a metric of validation, or one after '-'. Two pictures are scored for the names."""
+    settings = recipe.settings
+    with kept_random_stream(Cuda):
+        trial = copy.deepcopy(model).eval()
+        logits, targets = score_batch(trial, batch[0][:2], batch[1][:2], Cuda, False, settings)
+        sums = batch_sums(logits.new_zeros(()), logits, targets, settings)
+    names = [VALIDATION.get(name, name) for name in metrics_from(sums, settings)]
     if best_by.removeprefix("-") not in names:
         raise UserError(
-            f"best_by = {short_repr(best_by)} is no figure of validation: {', '.join(names)}{did_you_mean(best_by, names)}"
+            f"best_by = {short_repr(best_by)} is not a metric of validation: "
+            f"{', '.join(names)}{did_you_mean(best_by, names)}"
         )
 
 
-FASTER = 1.1  # what bfloat16 must gain to be worth its rounding to 8 bits
+def choose_precision(settings, model, batch):
+    """Return (name of the type to train in, why): the setting fp16's, and for 'auto' the fastest that is known to be good."""
+    Cuda, fp16 = settings["Cuda"], settings["fp16"]
+    if fp16 != "auto":
+        return precision_name(fp16, Cuda), ""
+    if Cuda:
+        return choose_on_cuda(settings, model, batch)
+    return choose_on_cpu(settings, model, batch)
 
 
-def choose_precision(settings, model, batch, recipe):
-    """(fp16, why) of the setting; for 'auto' True on CUDA, and on a CPU what trains this network faster, found by trying two to
-    four steps: bfloat16 makes some networks three times as fast and others half as fast on one machine."""
-    if settings["fp16"] != "auto" or settings["Cuda"]:
-        return bool(settings["fp16"]), ""
-    trial, off = copy.deepcopy(model).train(), torch.amp.GradScaler("cpu", enabled=False)
-    seconds, begin = {False: [], True: []}, time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        for fp16 in (False, True) * 4:
-            start = time.perf_counter()
-            if start - begin > 5 and len(seconds[True]) >= 2:
+def choose_on_cuda(settings, model, batch):
+    """Choose bfloat16, which needs no scaler; float16 where it is FASTER, as cuDNN's BatchNorm has no bfloat16."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float16", ""
+    if torch.cuda.device_count() > 1 and not settings["distributed"]:
+        return "float16", ""  # DataParallel's threads compute in autocast's default type
+    return compare_speed(settings, model, batch, "bfloat16", "float16", seconds=1)
+
+
+def choose_on_cpu(settings, model, batch):
+    """Choose float32; bfloat16 where it is FASTER: some networks train three times as fast in it, others half as fast."""
+    able = torch.cpu.get_capabilities()
+    if not any(able.get(name) for name in BFLOAT16_INSTRUCTIONS):
+        return "float32", ""
+    few = [part[:8] for part in batch[:2]]
+    return compare_speed(settings, model, few, "float32", "bfloat16", seconds=3)
+
+
+def compare_speed(settings, model, batch, usual, other, seconds):
+    """Return (`other` where it is FASTER than `usual`, why), trained with by turns for so many seconds or one step each."""
+    best = {usual: math.inf, other: math.inf}
+    begin = time.perf_counter()
+    with (
+        say_if_slow(f"trying {usual} and {other} for {seconds} s, or for one step each …"),
+        kept_random_stream(settings["Cuda"]),
+        torch.backends.cudnn.flags(benchmark=True),
+    ):
+        trials = {name: Trial(settings, model, batch, name) for name in best}
+        for turn in count():
+            for name, trial in trials.items():
+                best[name] = min(best[name], trial.seconds_per_step())
+            clear = max(best.values()) > 2 * min(best.values())
+            if time.perf_counter() - begin > seconds or clear and turn > 0:
                 break
-            backward(trial, [batch], False, fp16, off, recipe)
-            seconds[fp16].append(time.perf_counter() - start)
-            trial.zero_grad()
-    single, half = (len(batch[0]) / min(seconds[fp16]) for fp16 in (False, True))
-    return half > FASTER * single, f"tried: float32 {single:.0f}, bfloat16 {half:.0f} images/s"
+    speed = {name: len(batch[0]) / time for name, time in best.items()}
+    fastest = other if speed[other] > FASTER * speed[usual] else usual
+    return fastest, ", ".join(f"{name} {value:.0f} images/s" for name, value in speed.items())
 
 
-def note(images):
-    """A line to print before a training of which uint8 (N, 3, H, W) are pictures, where they are nearly black, or ''."""
-    return (
-        "NOTE: the pictures look nearly black, no value of most of them is above 16 of 255. So do greys of 12 bits in 16-bit "
-        "files, where white is 65535: multiply them by 16\n"
-        if images.amax((1, 2, 3)).median() <= 16
-        else ""
-    )
+class Trial:
+    """A copy of the network that is trained on one batch in one precision."""
+
+    def __init__(self, settings, model, batch, precision):
+        self.Cuda, self.precision = settings["Cuda"], precision
+        self.model = copy.deepcopy(model).train()
+        device = next(model.parameters()).device
+        self.inputs, self.targets = normalize(batch[0], device, settings), batch[1].to(device)
+        self.criterion = get_criterion(settings)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, fused=True)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "float16")
+
+    def seconds_per_step(self):
+        """Train, on a GPU for several steps, which it can queue."""
+        steps = 5 if self.Cuda else 1
+        begin = time.perf_counter()
+        for _ in range(steps):
+            with mixed_precision(self.Cuda, self.precision):
+                logits = logits_from(self.model(self.inputs))
+                loss = self.criterion(logits, self.targets)
+            self.scaler.scale(loss).backward()
+            optimizer_step(self.optimizer, self.scaler)
+        if self.Cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / steps
+
+
+def kept_random_stream(Cuda):
+    """Return a context after which the random stream goes on as if nothing had been drawn in it."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if Cuda else [])
+
+
+def save_first_batch(path, batch, class_names):
+    """Draw the first pictures as they are trained on, with their targets."""
+    names = drawable_names(class_names)
+    captions = [target_text(target, names) for target in batch[1][:32]]
+    save_image(path, draw_contact_sheet(batch[0][:32].permute(0, 2, 3, 1), captions))

@@ -1,19 +1,27 @@
-"""What makes this project a classifier: labels, the loss, the metrics, and predictions as people and programs see them."""
+"""What makes this project a classifier: labels, the loss, the metrics, predictions and their tables.
+
+Another task is another file in place of this one: train.py, fit.py and the commands call these functions and know no more.
+Logits: what the network gives, float32 (N, classes). Targets: int64 (N,) class ids, or float32 (N, classes) shares where
+pictures are mixed.
+"""
 
 import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from utils.plumbing.charts import draw_matrix, drawable_names
 from utils.plumbing.errors import UserError
+
+PREDICTION_COLUMNS = ("class", "probability")  # of predictions.csv and JSON
 
 
 def read_label(label, num_classes=None):
-    """What a label says, a line's text or whatever a data set gives: the class id, an int. UserError, without the place."""
+    """Return the class id, an int, that an annotation line's text or a data set's label means. UserError for any other."""
     text = str(label).strip()
-    if not re.fullmatch(
-        "0|-?[1-9][0-9]{0,17}", text
-    ):  # int() would take '+0', '00', '٠' and 0.5 as well
+    # int() would also take '+0', '00' and '٠'
+    if not re.fullmatch("0|-?[1-9][0-9]{0,17}", text):
         raise UserError(f"the class id {text[:40]!r} is not a whole number")
     if num_classes is not None and not 0 <= int(text) < num_classes:
         raise UserError(f"class id {int(text)} is outside 0 … {num_classes - 1}")
@@ -21,102 +29,192 @@ def read_label(label, num_classes=None):
 
 
 def get_criterion(settings, weights=None, training=False):
-    """The loss: criterion(scores, targets) → scalar, the mean over the batch's pictures.
+    """Return the loss, criterion(logits, targets) → scalar, the mean over the batch's pictures.
 
-    scores: float32 (N, classes). targets: int64 (N,), or float32 (N, classes) where pictures are mixed. weights: float32
-    (classes,) or None. Only training has weights and label smoothing. A picture counts as much as its label weighs: smoothed
-    shares weighed by their own classes would teach the network to name the rare ones. The sum is divided by the number of
-    pictures, as the sum of their weights would depend on how a batch is spread over processes.
+    weights: float32 (classes,) or None. Only training has weights and label smoothing. A picture's loss is multiplied by
+    the weight of its label: cross_entropy(weight=…) would weight each smoothed class by its own, and favour rare ones.
+    The sum is divided by the number of pictures, not by the sum of their weights, so that it does not matter how a
+    batch is spread over processes.
     """
     smoothing = settings.get("label_smoothing", 0.0) if training else 0.0
 
-    def criterion(scores, targets):
-        share = torch.ones((), device=scores.device)
-        if weights is not None and targets.dim() == 1:
+    def criterion(logits, targets):
+        if weights is None:
+            share = torch.ones((), device=logits.device)
+        elif targets.dim() == 1:
             share = weights[targets]
-        elif (
-            weights is not None
-        ):  # each label's loss by its own weight, as much as there is of the label
+        else:  # mixed: each label by its own weight
             share = targets @ weights
             targets = targets * weights / share[:, None]
-        return (
-            share * F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
-        ).mean()
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+        return (share * losses).mean()
 
     return criterion
 
 
-def probabilities(scores):
-    """float32 (N, classes) scores → what predict, evaluate and export show for each class, from 0 to 1."""
-    return scores.softmax(1)
+def logits_from(outputs):
+    """Return the float32 logits of what the network gave, which mixed precision may have left in another type."""
+    return outputs.float()
 
 
-def top_classes(scores, number):
-    """int64 (N, number) class ids of the highest scores. The one order among equals: the lower class id first."""
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :number]
-
-
-def top_predictions(scores, names):
-    """What is said of pictures: for each row of float32 (N, classes) scores [(class name, probability)], the best five
-    first; or a text that says why there is none."""
-    indices = top_classes(
-        scores, 5
-    )  # of scores, as small probabilities are rounded to the same number
-    values = probabilities(scores).gather(1, indices)
-    return [
-        [(names[index], value) for value, index in zip(*row)]
-        if finite
-        else "the network's scores for it are not finite"
-        for finite, *row in zip(
-            scores.isfinite().all(1).tolist(), values.tolist(), indices.tolist()
+def check_outputs(outputs, num_classes):
+    """Raise UserError unless a network's outputs for two pictures are what the loss takes: (2, num_classes)."""
+    if not isinstance(outputs, torch.Tensor):
+        shape = type(outputs).__name__
+    else:
+        shape = list(outputs.shape)
+    if shape != [2, num_classes]:
+        raise UserError(
+            f"the network gives {shape} for 2 pictures, not [2, {num_classes}]: "
+            f"its last layer needs num_classes outputs"
         )
-    ]
 
 
-PREDICTION_COLUMNS = (
-    "class",
-    "probability",
-)  # what the two parts of an answer are called in predictions.csv and JSON
+def batch_sums(loss, logits, targets, settings):
+    """Return what a batch adds to the metrics: {name: tensor of any shape}, float64, on the batch's device.
 
-
-def prediction_json(answer):
-    """A picture's answer, one of what `answers` gives, for programs."""
-    return {
-        "top5": [dict(zip(PREDICTION_COLUMNS, (name, round(value, 6)))) for name, value in answer]
-    }
-
-
-def prediction_text(name, value):
-    """One of the pairs that `answers` gives, as it is printed and drawn."""
-    return f"{name} {value:.1%}"
-
-
-def target_text(target, names):
-    """A picture's target as captions and tables show it: its class name."""
-    return names[int(target)]
-
-
-def batch_sums(loss, scores, targets, settings):
-    """What a batch adds to the figures of training and evaluation: {name: float64 tensor of any shape} on the batch's device, so
-    that no step waits. loss: scalar mean; scores: float32 (N, classes); targets: as get_criterion's."""
+    No number is read here: a GPU would have to finish the step first. 'pictures' is on the CPU, where it is known.
+    loss: scalar mean over the batch. 'hits' is (classes, 6): how many pictures of each class there are, then for how
+    many of them the first, second, … fifth of the highest logits is the class.
+    """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
-    right = (top_classes(scores, 5) == labels[:, None]).sum(0)
+    columns = torch.cat([labels[:, None], top_classes(logits, 5)], 1)
+    hits = torch.zeros(logits.shape[1], columns.shape[1], dtype=torch.float64, device=logits.device)
+    hits.index_add_(0, labels, (columns == labels[:, None]).double())
     return {
-        "pictures": torch.full((), len(scores), dtype=torch.float64, device=scores.device),
-        "loss": loss.detach().double() * len(scores),
-        "top1": right[0].double(),
-        "top5": right.sum().double(),
+        "pictures": torch.full((), len(logits), dtype=torch.float64),
+        "loss": loss.detach().double() * len(logits),
+        "hits": hits,
     }
 
 
 def metrics_from(sums, settings):
-    """{name: number} from the added sums of sums_of. Whatever stands here is in the history, with 'train_' for training's."""
-    figures = {name: (sums[name] / sums["pictures"]).item() for name in ("loss", "top1", "top5")}
-    return figures
+    """Return {name: number} from the added batch_sums. All of it is in the history, with 'train_' for training's."""
+    hits = sums["hits"].cpu()
+    of_class, top1, top5 = hits[:, 0], hits[:, 1], hits[:, 1:].sum(1)
+    present = of_class > 0
+    return {
+        "loss": (sums["loss"].cpu() / sums["pictures"].cpu()).item(),
+        "top1": (top1.sum() / of_class.sum()).item(),
+        "top5": (top5.sum() / of_class.sum()).item(),
+        "recall": (top1[present] / of_class[present]).mean().item(),
+    }
 
 
 def metric_text(name, value, exact=False):
-    """A figure with its name, as it is printed; exact: with digits enough to compare it."""
+    """Return a metric with its name, for people; exact: with enough digits to compare it."""
     if name in ("top1", "top5"):
-        return f"top-{name[3:]} {value:.{4 if exact else 2}%}"
-    return f"{name.replace('_', ' ')} {value:{'.8g' if exact else '.4f' if name.endswith('loss') else '.4g'}}"
+        name = f"top-{name[3:]}"
+    if name in ("top-1", "top-5", "recall"):
+        return f"{name} {value:.4%}" if exact else f"{name} {value:.2%}"
+    digits = ".4f" if name.endswith("loss") else ".4g"
+    return f"{name.replace('_', ' ')} {value:{'.8g' if exact else digits}}"
+
+
+def epoch_order(metrics, best_by):
+    """Return the key by which epochs are compared: the highest is the best epoch. Equal ones go by val_loss.
+
+    best_by: a name in metrics. The lowest value is best for a name that ends in 'loss', or with '-' in front ('-mae').
+    """
+    name = best_by.removeprefix("-")
+    lowest_is_best = best_by.startswith("-") or name.endswith("loss")
+    value = -metrics[name] if lowest_is_best else metrics[name]
+    return value, -metrics.get("val_loss", 0.0)
+
+
+def probabilities(logits):
+    """Return what predict, evaluate and export show of logits for each class: float32 (N, classes) from 0 to 1."""
+    return logits.softmax(1)
+
+
+def top_classes(logits, number):
+    """Return the int64 (N, number) class ids of the highest logits; of equal ones the lower class id comes first."""
+    return logits.argsort(dim=1, descending=True, stable=True)[:, :number]
+
+
+def top_predictions(logits, names):
+    """Return a prediction for each row: [(class name, probability), …], the best five first; or a sentence on why not."""
+    ids = top_classes(logits, 5)  # by logits: small probabilities are rounded to equal numbers
+    values = probabilities(logits).gather(1, ids)
+    finite = logits.isfinite().all(1)
+    predictions = []
+    for row_ids, row_values, is_finite in zip(ids.tolist(), values.tolist(), finite.tolist()):
+        if is_finite:
+            predictions.append([(names[i], value) for i, value in zip(row_ids, row_values)])
+        else:
+            predictions.append("the network's scores for it are not finite")
+    return predictions
+
+
+def prediction_json(prediction):
+    """Return one of top_predictions for programs."""
+    pairs = [(name, round(value, 6)) for name, value in prediction]
+    return {"top5": [dict(zip(PREDICTION_COLUMNS, pair)) for pair in pairs]}
+
+
+def prediction_text(name, value):
+    """Return one pair of a prediction as it is printed and drawn."""
+    return f"{name} {value:.1%}"
+
+
+def target_text(target, names):
+    """Return a picture's target as captions and tables show it: its class name."""
+    return names[int(target)]
+
+
+def per_class(targets, predicted, number):
+    """Return precision, recall, F1 (0 where undefined) and support of each class, from int64 (N,) arrays of class ids."""
+    support = np.bincount(targets, minlength=number)
+    named = np.bincount(predicted, minlength=number)
+    right = np.bincount(targets[targets == predicted], minlength=number)
+    precision = right / np.maximum(named, 1)
+    recall = right / np.maximum(support, 1)
+    f1 = 2 * right / np.maximum(support + named, 1)
+    return precision, recall, f1, support
+
+
+def predicted_ids(predictions, names):
+    """Return the int64 (N,) class ids that predictions put first."""
+    ids = {name: class_id for class_id, name in enumerate(names)}
+    return np.array([ids[prediction[0][0]] for prediction in predictions])
+
+
+def whole_set_tables(targets, predictions, names):
+    """Return (rows to print, {file name: rows of a CSV file, or a picture}) for the pictures of a whole list.
+
+    targets: int64 (N,) tensor; predictions: those of top_predictions. The printed rows are per_class's, then two means:
+    over the classes that have pictures, and weighted by their number. Files: per_class.csv and the confusion matrix.
+    """
+    targets, predicted, number = targets.numpy(), predicted_ids(predictions, names), len(names)
+    *scores, support = per_class(targets, predicted, number)
+    header = ("class", "precision", "recall", "F1", "support")
+    rows = [header, *zip(names, *scores, support)]
+    files = {"per_class.csv": list(rows)}
+    present = support > 0
+    for title, weights in (
+        (f"mean of {present.sum()} classes", present),
+        ("weighted mean", support),
+    ):
+        means = [np.average(score, weights=weights) for score in scores]
+        rows.append((title, *means, len(targets)))
+    if number <= 1000:  # a matrix of more classes takes gigabytes
+        counts = np.bincount(targets * number + predicted, minlength=number**2)
+        counts = counts.reshape(number, number)
+        matrix = [[name, *row] for name, row in zip(names, counts)]
+        files["confusion_matrix.csv"] = [["true \\ predicted", *names], *matrix]
+        files["confusion_matrix.png"] = draw_matrix(counts, names)
+    return rows, files
+
+
+def mistakes(targets, predictions, names, number=32):
+    """Return [(place, caption)] of the wrong predictions, the most confident ones first, at most `number`."""
+    targets, predicted = targets.numpy(), predicted_ids(predictions, names)
+    shown = drawable_names(names)
+    probability = np.array([prediction[0][1] for prediction in predictions])
+    wrong = np.flatnonzero(targets != predicted)
+    wrong = wrong[np.argsort(-probability[wrong], kind="stable")][:number]
+    captions = []
+    for place in wrong.tolist():
+        true, named = shown[targets[place]], shown[predicted[place]]
+        captions.append((place, f"true: {true}\npredicted: {named}\n{probability[place]:.0%}"))
+    return captions

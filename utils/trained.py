@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from nets import build, lay_out
 from nets._weights import check_numbers, load_weights
 from utils.dataloader import detection_collate
-from utils.fit import score_batch
+from utils.fit import precision_name, score_batch
 from utils.pictures import MEAN, STD
 from utils.plumbing.console import show_errors_as_sentences
 from utils.plumbing.errors import UserError
@@ -50,8 +50,9 @@ class TrainedRun:
             self.settings[name] for name in ("backbone", "input_shape", "Cuda", "fp16")
         )
         self.Cuda = Cuda and torch.cuda.is_available()
-        # 'auto' where training has not decided yet; float16's stand-in on a CPU would give other figures
-        self.fp16 = (self.Cuda if fp16 == "auto" else fp16) and self.Cuda == Cuda
+        # a GPU's type computed on a CPU, or the other way round, would give other figures
+        same_device = self.Cuda == Cuda and fp16 != "auto"
+        self.fp16 = precision_name(fp16, Cuda) if same_device else "float32"
         self.model = build(self.settings, len(self.class_names))
         path = weights or Path(self.folder, "best_epoch_weights.pth")
         try:

@@ -6,6 +6,7 @@ import multiprocessing.util
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -24,6 +25,23 @@ def say(text, everyone=False, as_it_is=False, **options):
         text = "\n".join(map(printable, text.split("\n")))
     with contextlib.suppress(OSError, ValueError):
         print(text, **options, flush=True)
+
+
+def say_row(name, value):
+    """Print a row of the header of a run."""
+    say(f"  {name:<11}  {value}")
+
+
+@contextlib.contextmanager
+def say_if_slow(text):
+    """Print `text` where what is done inside takes longer than a second."""
+    timer = threading.Timer(1, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class ProgressLine:

@@ -21,7 +21,7 @@ except ImportError:  # Windows
 from utils.checkpoint import LAST
 from utils.optimizer import phases
 from utils.plumbing import processes
-from utils.plumbing.console import say
+from utils.plumbing.console import say, say_row
 from utils.plumbing.errors import UserError, printable, short_repr
 from utils.plumbing.files import check_regular, clear_drafts, load_tensors, save_text, writable
 from utils.plumbing.processes import world_size
@@ -222,18 +222,25 @@ def check_same(run, old, new, was, now):
         raise UserError(f"{run} cannot be continued: {others[0]} (give what it was started with)")
 
 
-def begin_run(run, s, class_names, facts):
-    """Print what is about to be trained, `facts` before rows of the settings s; write and return what config.json holds."""
+def print_header(s, facts):
+    """Print what is about to be trained: `facts`, then rows of the settings s."""
+    epochs = f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}"
+    if s.get("Freeze_Train"):
+        epochs += f", frozen to {s['Freeze_Epoch']}"
+    sizes = ", then ".join(str(s[name]) for name in phases(s))
     rows = {
-        "run": run,
         **facts,
         "input_shape": s["input_shape"],
-        "epochs": f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}"
-        + (f", frozen to {s['Freeze_Epoch']}" if s.get("Freeze_Train") else ""),
-        "batch_size": f"{', then '.join(str(s[name]) for name in phases(s))} over {world_size()} processes, "
-        f"{s.get('accumulate', 1)} to a step",
+        "epochs": epochs,
+        "batch_size": f"{sizes} over {world_size()} processes, {s.get('accumulate', 1)} to a step",
     }
-    say("\n".join(f"  {name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()))
+    for name, value in rows.items():
+        say_row(name, value)
+
+
+def begin_run(run, s, class_names):
+    """Print the run's folder; write and return what its config.json holds."""
+    say_row("run", run)
     versions = {
         "python": platform.python_version(),
         **{m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL)},

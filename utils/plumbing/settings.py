@@ -8,6 +8,7 @@ from utils.dataloader import AUGMENTATIONS, RESIZES
 from utils.optimizer import LR_DECAYS, OPTIMIZERS, phases
 from utils.plumbing.errors import TOO_SMALL, UserError, did_you_mean, short_repr
 from utils.plumbing.processes import world_size
+from utils.recipe import CLASS_WEIGHTS
 
 WHOLE, NUMBER, TEXT, LIST = (int,), (int, float), (str,), (list, tuple)
 TYPES = {
@@ -68,12 +69,12 @@ CHOICES = {  # setting: what it may be besides texts or such numbers, or instead
     **dict.fromkeys(FLAGS, (True, False)),
     "resume": (False, True),
     "model_path": ("",),
-    "fp16": (True, False, "auto"),
+    "fp16": (True, False, "auto", "float32", "bfloat16", "float16"),
     "augmentation": AUGMENTATIONS,
     "resize": RESIZES,
     "optimizer_type": OPTIMIZERS,
     "lr_decay_type": LR_DECAYS,
-    "class_weights": ("none", "balanced"),
+    "class_weights": ("none", *CLASS_WEIGHTS),
     **dict.fromkeys(("mixup_alpha", "cutmix_alpha", "clip_ratio", "clip_grad_norm"), (0,)),
 }
 

@@ -114,7 +114,7 @@ def read(path):
 def test_evaluate(trained):
     folder, run, _ = trained
     out, _ = command(folder, "utils.evaluate", run)
-    best = max(history(folder / run), key=lambda row: row["top1"])
+    best = max(history(folder / run), key=lambda row: (row["top1"], -row["val_loss"]))
     rows = read(folder / run / "predictions.csv")[1:]
     names = (folder / "model_data/cls_classes.txt").read_text(encoding="utf-8").split("\n")[:-1]
     truth, called = [row[1] for row in rows], [row[2] for row in rows]

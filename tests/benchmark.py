@@ -3,9 +3,9 @@ tests.benchmark [part …]
 
 Parts: pictures, train, launch, evaluate, memory, cuda; all of them by default. Whole trainings,
 each with options of its own (--help): fashion, against other trainers on Fashion-MNIST; recipes,
-recipes on and off; finetune, from ImageNet's weights on few pictures; fashion94, 94 % on all of
-Fashion-MNIST; main, the unedited train.py against an older revision. Reference recipes stand in
-tests/references.
+recipes on and off; finetune, from ImageNet's weights on few pictures; elpv, the same on photographs
+of solar cells; fashion94, 94 % on all of Fashion-MNIST; main, the unedited train.py against an older
+revision. Reference recipes stand in tests/references.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 import torch
 import torchvision
 
-from tests import bench_finetune, bench_speed, bench_starts, bench_trainings, fashion
+from tests import bench_elpv, bench_finetune, bench_speed, bench_starts, bench_trainings, fashion
 
 PARTS = {
     "pictures": bench_speed.bench_pictures,
@@ -31,6 +31,7 @@ TRAININGS = {
     "fashion": fashion.main,
     "recipes": bench_trainings.recipes,
     "finetune": bench_finetune.main,
+    "elpv": bench_elpv.main,
     "fashion94": fashion.fashion94,
     "main": bench_trainings.main_job,
 }

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from tests import fashion
+from tests import bench_elpv, fashion
 from tests.bench_runs import Results
 from tests.bench_tools import REFERENCES, Reference, user_environment
 
@@ -57,3 +57,13 @@ def test_fashion_pictures(tmp_path):
         "train/t_shirt/00002.png",
         "train/trouser/00001.png",
     ]
+
+
+def test_a_split_takes_the_same_share_of_each_class():
+    labels = np.array([0] * 80 + [1] * 20)
+    indices = np.arange(10, 100)
+    left, taken = bench_elpv.split(indices, labels, 1 / 5, seed=0)
+    assert np.bincount(labels[taken]).tolist() == [14, 4]
+    assert sorted([*left, *taken]) == indices.tolist()
+    again = bench_elpv.split(indices, labels, 1 / 5, seed=1)[1]
+    assert len(again) == 18 and again.tolist() != taken.tolist()

@@ -32,7 +32,8 @@ class Program(torch.nn.Module):
         self.model, self.settings = model, settings
 
     def forward(self, images):
-        return task.probabilities(self.model(normalize(images, images.device, self.settings)))
+        inputs = normalize(images, images.device, self.settings)
+        return task.probabilities(task.logits_from(self.model(inputs)))
 
 
 def export(run, weights=None):

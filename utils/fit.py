@@ -69,7 +69,8 @@ def fit_one_epoch(
     first_step = position.step
     gen.sampler.set_epoch(epoch, first_step)
     model_train.train()
-    progress = ProgressLine(f"epoch {epoch + 1}/{UnFreeze_Epoch}", epoch_step, first_step)
+    title = f"epoch {epoch + 1}/{UnFreeze_Epoch}"
+    progress = ProgressLine(title, epoch_step, first_step)
 
     def describe():
         texts = metric_texts(metrics_from(position.sums, settings))
@@ -99,32 +100,26 @@ def fit_one_epoch(
     check_unreadable(totals["unreadable"], gen.dataset)
     validated_model = recipe.ema.module if recipe.ema else model
     processes.sync_buffers(validated_model)
-    if isinstance(model_train, torch.nn.DataParallel) and not recipe.ema:
-        scoring_model = model_train  # over all GPUs
-    else:
-        scoring_model = validated_model
+    scoring_model = over_all_gpus(validated_model, model_train)
     validated = validate(
         scoring_model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint
     )
-    if not math.isfinite(validated["val_loss"]):
-        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: {NOT_FINITE}")
 
-    scored = validated.pop("scored")
-    unreadable = totals["unreadable"] + validated.pop("unreadable")
     speed = (epoch_step - first_step) * images_per_step / seconds
-    metrics = {"epoch": epoch + 1, "lr": first_lr, "scored": scored, "unreadable": unreadable}
-    metrics["images_per_second"] = round(speed, 3)
+    metrics = {
+        "epoch": epoch + 1,
+        "lr": first_lr,
+        "scored": validated.pop("scored"),
+        "unreadable": totals["unreadable"] + validated.pop("unreadable"),
+        "images_per_second": round(speed, 3),
+    }
     if scaler:
         metrics["scale"] = scaler.get_scale()
     for name, value in metrics_from(totals, settings).items():
         metrics[f"train_{name}"] = value
     metrics.update(validated)
     is_best = checkpoint.commit(metrics, validated_model, save_period, UnFreeze_Epoch)
-    texts = metric_texts({"train_loss": metrics["train_loss"], **validated})
-    if unreadable:
-        texts.append(f"{unreadable} unreadable, {scored} scored")
-    mark = " *" if is_best else ""
-    say(f"epoch {epoch + 1}/{UnFreeze_Epoch}: {', '.join(texts)} ({speed:.0f} images/s){mark}")
+    say(f"{title}: {describe_epoch(metrics, validated, is_best)}")
     return metrics
 
 
@@ -227,8 +222,26 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
     validated = {}
     for name, value in metrics_from(totals, settings).items():
         validated[VALIDATION.get(name, name)] = value
+    if not math.isfinite(validated["val_loss"]):
+        raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: {NOT_FINITE}")
     scored = int(totals["pictures"])
     return {**validated, "scored": scored, "unreadable": totals["unreadable"]}
+
+
+def over_all_gpus(model, model_train):
+    """Return model_train where it is the same network for several GPUs of this process, else model."""
+    if isinstance(model_train, torch.nn.DataParallel) and model_train.module is model:
+        return model_train
+    return model
+
+
+def describe_epoch(metrics, validated, is_best):
+    """Return what is printed of an epoch."""
+    texts = metric_texts({"train_loss": metrics["train_loss"], **validated})
+    if metrics["unreadable"]:
+        texts.append(f"{metrics['unreadable']} unreadable, {metrics['scored']} scored")
+    mark = " *" if is_best else ""
+    return f"{', '.join(texts)} ({metrics['images_per_second']:.0f} images/s){mark}"
 
 
 def current_lr(optimizer):

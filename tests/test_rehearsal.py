@@ -1,0 +1,233 @@
+"""What is tried before training: it finds out what does not go together, and leaves no trace."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import make_data, make_project, run_of, train
+from utils import rehearsal
+from utils.plumbing.errors import UserError
+from utils.recipe import Recipe, check_targets
+from utils.rehearsal import choose_precision, first_batch, rehearse
+
+SETTINGS = {"Cuda": False, "distributed": False, "fp16": "auto", "best_by": "top1"}
+
+
+class OwnLoss(nn.Module):
+    """A loss that learns: weights, and BatchNorm's statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.centres = nn.Parameter(torch.randn(3, 3))
+        self.calls = 0
+
+    def forward(self, inputs, logits, targets):
+        self.calls += 1
+        return (self.norm(logits) - self.centres[targets]).square().mean()
+
+
+def get_parts(**settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)
+    )
+    recipe = Recipe({**SETTINGS, **settings}, model, 3)
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    return model, recipe, (images, torch.arange(8) % 3, [])
+
+
+@pytest.fixture
+def able_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_no_trace_is_left(able_cpu, closure):
+    model, recipe, batch = get_parts()
+    own = OwnLoss()
+    recipe.extra_loss = (lambda *words: own(*words)) if closure else own
+    before = copy.deepcopy((model.state_dict(), own.state_dict()))
+    stream, mode = torch.get_rng_state(), [m.training for m in model.modules()]
+    assert rehearse(batch, model, recipe, 3) in ("float32", "bfloat16")
+    after = model.state_dict(), own.state_dict()
+    for old, new in zip(before, after):
+        assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+    assert all(p.grad is None for p in (*model.parameters(), *own.parameters()))
+    assert torch.equal(torch.get_rng_state(), stream) and own.calls == 0
+    assert [m.training for m in model.modules()] == mode
+
+
+def test_the_first_batch_moves_no_random_stream():
+    class Data:
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, item):
+            torch.manual_seed(item[2])
+            return torch.zeros(4, 4, 3, dtype=torch.uint8), item[2], []
+
+    stream = torch.get_rng_state()
+    images, targets, _ = first_batch(Data(), 16, 5)
+    assert images.shape == (16, 3, 4, 4) and len(set(targets.tolist())) == 16
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_no_trial_without_the_instructions(monkeypatch):
+    monkeypatch.setattr(rehearsal, "compare_speed", lambda *words, **more: pytest.fail("tried"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True})
+    model, recipe, batch = get_parts()
+    assert choose_precision(recipe.settings, model, batch) == ("float32", "")
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
+def test_a_trial_with_the_instructions(monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+    monkeypatch.setattr(rehearsal, "compare_speed", lambda *words, **more: ("bfloat16", "tried"))
+    model, recipe, batch = get_parts()
+    assert choose_precision(recipe.settings, model, batch) == ("bfloat16", "tried")
+
+
+@pytest.mark.parametrize(
+    "fp16, Cuda, expected",
+    [
+        (True, False, "bfloat16"),
+        (True, True, "float16"),
+        (False, True, "float32"),
+        ("bfloat16", True, "bfloat16"),
+    ],
+)
+def test_a_setting_is_obeyed(fp16, Cuda, expected):
+    model, recipe, batch = get_parts(fp16=fp16, Cuda=Cuda)
+    assert choose_precision(recipe.settings, model, batch) == (expected, "")
+
+
+def clock_of(monkeypatch, seconds):
+    """Let a step take so many seconds of each type; returns the list of the steps that are made."""
+    now, made = [0.0], []
+
+    def step(trial):
+        made.append(trial.precision)
+        now[0] += seconds[trial.precision]
+        return seconds[trial.precision]
+
+    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
+    monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: now[0])
+    return made
+
+
+@pytest.mark.parametrize(
+    "single, half, chosen, most",
+    [
+        (0.1, 0.05, "bfloat16", 50),
+        (0.1, 0.095, "float32", 40),  # too little for fewer digits
+        (0.1, 0.3, "float32", 4),  # clear after two turns
+        (50.0, 5.0, "bfloat16", 2),
+        (5.0, 50.0, "float32", 2),
+    ],
+)
+def test_the_faster_type_is_taken_within_bounds(able_cpu, monkeypatch, single, half, chosen, most):
+    made = clock_of(monkeypatch, {"float32": single, "bfloat16": half})
+    model, recipe, batch = get_parts()
+    precision, reason = choose_precision(recipe.settings, model, batch)
+    assert precision == chosen and len(made) <= most and "float32" in reason
+    assert len(made) * (single + half) / 2 <= 3 + single + half
+
+
+@pytest.mark.parametrize(
+    "supported, gpus, distributed, half, chosen",
+    [
+        (True, 1, False, 0.1, "bfloat16"),
+        (True, 1, False, 0.095, "bfloat16"),
+        (True, 1, False, 0.08, "float16"),
+        (False, 1, False, 0.1, "float16"),
+        (True, 2, False, 0.1, "float16"),  # DataParallel
+        (True, 2, True, 0.1, "bfloat16"),
+    ],
+)
+def test_what_a_gpu_trains_in(monkeypatch, supported, gpus, distributed, half, chosen):
+    """half: seconds of a step in float16, beside 0.1 in bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(rehearsal.Trial, "__init__", lambda trial, *words: None)
+    monkeypatch.setattr(rehearsal, "kept_random_stream", lambda Cuda: torch.no_grad())
+    seconds = iter(100 * [0.1, half])
+    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", lambda trial: next(seconds))
+    ticks = iter(range(100))
+    monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: 0.2 * next(ticks))
+    model, recipe, batch = get_parts(Cuda=True, distributed=distributed)
+    assert choose_precision(recipe.settings, model, batch)[0] == chosen
+
+
+OTHERS = {
+    "numbers": torch.tensor([0.5, 1.5]),
+    "columns": torch.tensor([[0, 1], [1, 0]]),
+    "shares": torch.tensor([[0.0, 1.0], [1.0, 0.0]]),
+    "maps": torch.zeros(2, 4, 4, dtype=torch.int64),
+    "ages": torch.tensor([41, 17]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "settings", [{"mixup_alpha": 0.2}, {"cutmix_alpha": 1}, {"class_weights": "sqrt"}]
+)
+def test_recipes_for_class_ids_refuse_other_targets(kind, settings):
+    off = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "class_weights": "none"}
+    check_targets(OTHERS[kind], off, 2)
+    check_targets(torch.tensor([0, 1]), {**off, **settings}, 2)
+    with pytest.raises(UserError, match=f"{next(iter(settings))} = .* class ids"):
+        check_targets(OTHERS[kind], {**off, **settings}, 2)
+
+
+def test_almost_black_pictures_get_a_note(capsys):
+    model, recipe, (images, targets, _) = get_parts(fp16=False)
+    rehearse((images // 16, targets, []), model, recipe, 3)
+    assert "almost black" in capsys.readouterr().out
+    rehearse((images, targets, []), model, recipe, 3)
+    assert "almost black" not in capsys.readouterr().out
+
+
+def test_the_header_comes_before_the_first_picture_is_read(tmp_path):
+    folder = make_project(tmp_path)
+    make_data(folder, train=24, test=6)
+    path = folder / "utils/rehearsal.py"
+    path.write_text(
+        path.read_text().replace(
+            "def first_batch(", "def first_batch(*words):\n    1 / 0\n\n\ndef unused("
+        )
+    )
+    out, err = train(folder, code=1)
+    assert "optimizer " in out and "input_shape" in out and "ZeroDivisionError" in err
+    assert not list((folder / "logs").glob("*/config.json"))
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path):
+    folder = make_project(tmp_path, fp16="'auto'", UnFreeze_Epoch=1)
+    make_data(folder, train=24, test=6)
+    path = folder / "utils/rehearsal.py"
+    text = path.read_text()
+    path.write_text(
+        text + "\n\ndef choose_on_cpu(settings, model, batch):\n    return 'bfloat16', 'tried'\n"
+    )
+    out, _ = train(folder)
+    assert (
+        "bfloat16 (tried)" in out
+        and '"fp16": "bfloat16"' in (run_of(folder) / "config.json").read_text()
+    )
+    path.write_text(
+        text + "\n\ndef choose_on_cpu(settings, model, batch):\n    return 'float32', 'tried'\n"
+    )
+    out, _ = train(folder, "--resume", run_of(folder), "--UnFreeze_Epoch", 2)
+    assert "precision    bfloat16\n" in out
+
+
+def test_a_clock_is_read(able_cpu):
+    model, recipe, batch = get_parts()
+    speed = choose_precision(recipe.settings, model, batch)[1]
+    assert speed.startswith("float32 ") and not any(
+        math.isinf(float(word)) for word in speed.split() if word.isdigit()
+    )

@@ -29,7 +29,13 @@ from nets import (
     profile,
 )
 from utils.checkpoint import Checkpoint
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate, own_data
+from utils.dataloader import (
+    DataGenerator,
+    EpochSampler,
+    count_workers,
+    detection_collate,
+    own_data,
+)
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.optimizer import (
@@ -56,7 +62,7 @@ distributed = "LOCAL_RANK" in os.environ  # several processes; torchrun sets LOC
 sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
 fp16 = "auto"  # mixed precision: True, False, a type such as 'bfloat16', or 'auto': the fastest
 compile = False  # torch.compile the network; may pay on CUDA
-num_workers = 2  # data-loader processes for each training process
+num_workers = "auto"  # loader processes for each training process; 'auto': by the cores and memory
 cache_mb = 500  # CPU: keep decoded pictures in memory if the whole list fits into it; 0 = off
 seed = 11  # of weights, order and augmentation
 
@@ -168,8 +174,8 @@ if __name__ == "__main__":
     )
     del train_lines, val_lines
     lists.check_same_everywhere(train_data, val_data)
-    if train_data.in_memory:
-        num_workers = 0  # loader processes would take more from a CPU that trains than they save
+    num_workers = count_workers(num_workers, Cuda, train_data.in_memory)
+    settings["num_workers"] = num_workers
     run, state = processes.on_rank_0(continued_run, resume, save_dir, settings, class_names)
 
     # The network

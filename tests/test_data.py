@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import re
+import time
 import warnings
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -13,12 +15,21 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from tests.helpers import make_data, make_project, make_run, train
-from utils.dataloader import AUGMENTATIONS, DataGenerator, EpochSampler, detection_collate
+from utils.dataloader import (
+    AUGMENTATIONS,
+    DataGenerator,
+    EpochSampler,
+    count_workers,
+    detection_collate,
+)
+from utils.fit import fit_one_epoch
+from utils.loss_history import LossHistory
 from utils.pictures import centre_box, normalize, random_box, read_crop
 from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS
 from utils.plumbing.processes import ignore_signals
 from utils.plumbing.shapes import SHAPES, draw_set, find_lists
+from utils.plumbing.waiting import WaitingTime
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
@@ -312,6 +323,122 @@ def test_memory_changes_nothing(tmp_path, augmentation):
             path.rename(path.with_suffix(".png"))
 
 
+class Items(list):
+    """A data set of one's own: what its items are, and are raised."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+@pytest.mark.parametrize(
+    "setting, Cuda, in_memory, cores, processes, expected",
+    [
+        ("auto", False, True, 16, 1, 0),
+        ("auto", False, False, 1, 1, 2),
+        ("auto", True, True, 16, 1, 8),
+        ("auto", True, False, 64, 4, 8),
+        ("auto", True, False, 16, 4, 4),
+        ("auto", True, False, 1, 2, 1),
+        (0, True, False, 16, 1, 0),
+        (3, False, True, 16, 1, 3),
+        (14, True, True, 4, 2, 14),
+    ],
+)
+def test_number_of_workers(monkeypatch, setting, Cuda, in_memory, cores, processes, expected):
+    monkeypatch.setattr("utils.dataloader.cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert count_workers(setting, Cuda, in_memory) == expected
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    if processes == 1:
+        assert count_workers(setting, Cuda, in_memory) == expected
+
+
+class Slow(Items):
+    """Each item takes a second of a clock."""
+
+    def __getitem__(self, index):
+        self.clock[0] += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("slow", ["reading", "reading into memory", "training"])
+def test_the_epoch_s_line_says_how_long_training_waited_for_pictures(
+    tmp_path, capsys, monkeypatch, slow
+):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    items = [(np.full((9, 9), i, np.uint8), i % 2) for i in range(8)]
+    source = Slow(items)
+    source.clock = clock
+    data = DataGenerator(source, (8, 8), cache_mb=int(slow == "reading into memory"))
+    options = dict(batch_size=4, collate_fn=detection_collate, drop_last=True)
+    assert data.fingerprint  # reads some pictures as well, once
+    gen = DataLoader(data, sampler=EpochSampler(8, 4), **options)
+    val = DataGenerator(items, (8, 8), random=False)
+    gen_val = DataLoader(val, sampler=EpochSampler(8, 4, shuffle=False), **options)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    if slow == "training":
+        model.register_forward_hook(lambda *parts: clock.append(clock.pop() + 6))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    history = LossHistory(tmp_path, input_shape=(8, 8))
+    fit_one_epoch(
+        model,
+        model,
+        history,
+        optimizer,
+        0,
+        2,
+        2,
+        gen,
+        gen_val,
+        1,
+        False,
+        False,
+        None,
+        1,
+        tmp_path,
+        0,
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    share = int(re.search(r"images/s, waited (\d+)% for pictures", line)[1])
+    assert share == (40 if slow == "training" else 100)  # 8 of 20 seconds
+    assert ("raise num_workers (now 0)" in line and "--shrink" in line) == (
+        slow != "reading into memory"
+    )
+
+
+def test_waiting_on_a_gpu_is_its_own_pauses(monkeypatch):
+    """The host waits at no cost while the GPU computes: events say when it came to them."""
+    clock = {"host": 0.0, "gpu": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = max(clock["host"], clock["gpu"])
+
+        def query(self):
+            return self.time <= clock["host"]
+
+        def elapsed_time(self, other):
+            return 1000 * (other.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waiting = WaitingTime(True)
+    for fetch, compute in [(1, 10), (4, 10), (5, 2), (20, 1)]:
+        begin = waiting.now()
+        clock["host"] += fetch
+        waiting.add(begin)
+        clock["gpu"] = max(clock["host"], clock["gpu"]) + compute
+    clock["host"] = 100  # the GPU has done all
+    waiting.add(waiting.now())
+    assert waiting.seconds == 1 + 0 + 0 + 7 and not waiting.pauses
+
+
 def test_what_is_kept_in_memory(lines):
     size = 3 * 300 * 300 * len(lines) / 1e6
     for augmentation in AUGMENTATIONS:
@@ -334,16 +461,6 @@ def test_training_refuses_a_plain_index(lines):
 def test_a_picture_that_comes_twice_is_augmented_twice(lines, augmentation):
     data = DataGenerator(lines, (32, 32), True, augmentation)
     assert len({data[0, place, 7][0].numpy().tobytes() for place in range(12)}) > 1
-
-
-class Items(list):
-    """A data set of one's own: what its items are, and are raised."""
-
-    def __getitem__(self, index):
-        item = super().__getitem__(index)
-        if isinstance(item, Exception):
-            raise item
-        return item
 
 
 @pytest.mark.parametrize(

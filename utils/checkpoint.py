@@ -18,6 +18,7 @@ from utils.plumbing.console import say
 from utils.plumbing.errors import NOT_FINITE, UserError
 from utils.plumbing.files import save_tensors
 from utils.plumbing.processes import rank
+from utils.plumbing.waiting import WaitingTime
 
 LAST = "last_checkpoint.pth"
 GO_ON, SAVE = 0, 1  # what a process wishes for the next step; 128 + a signal's number: save and end
@@ -184,8 +185,11 @@ class Checkpoint:
     def steps(self, gen, steps, number=1):
         """Yield `number` batches of `gen` at a time (fewer where a process has no share), `steps` in all, once all agree."""
         batches = iter(gen)
+        self.waiting = WaitingTime(next(self.parts["model"].parameters()).is_cuda)
         for done in range(0, steps, number):
+            begin = self.waiting.now()
             current = list(islice(batches, min(number, steps - done)))
+            self.waiting.add(begin)
             self.agree()
             yield current
 

@@ -4,6 +4,7 @@ Randomness is a function, not a stream: what happens to a picture depends on (se
 """
 
 import math
+import os
 import random
 import re
 import zlib
@@ -19,6 +20,7 @@ from utils.pictures import MEAN, centre_box, describe_cut, random_box, read_crop
 from utils.plumbing.errors import UserError
 from utils.plumbing.formats import BROKEN, failure_reason, read_size
 from utils.plumbing.lists import AnnotationLines
+from utils.plumbing.processes import cores
 from utils.task import read_label
 
 POLICIES = {
@@ -30,6 +32,17 @@ POLICIES = {
 RESIZES = ("crop", "squeeze")  # cut to input_shape's proportions, or keep the whole picture
 FIXED = ("none", "flip", "flips")  # these read the same crop of a picture in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
+
+
+def count_workers(num_workers, Cuda, in_memory):
+    """Return how many processes read pictures for each training process; num_workers: the setting."""
+    if num_workers != "auto":
+        return num_workers
+    if Cuda:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
+        return min(8, max(1, cores() // processes))
+    # out of memory, loader processes would take more from a CPU that trains than they save
+    return 0 if in_memory else 2
 
 
 def own_data(settings):

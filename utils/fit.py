@@ -14,6 +14,7 @@ from utils.plumbing import processes
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import NOT_FINITE, UserError, printable
 from utils.plumbing.processes import rank, world_size
+from utils.plumbing.waiting import describe_waiting
 from utils.recipe import Recipe
 from utils.task import batch_sums, logits_from, metric_text, metrics_from
 
@@ -95,6 +96,7 @@ def fit_one_epoch(
         progress.show(position.step, images_per_step, describe)
     progress.clear()
     seconds = time.monotonic() - begin
+    waiting = describe_waiting(checkpoint.waiting.seconds, seconds, gen)
 
     totals = position.totals()
     check_unreadable(totals["unreadable"], gen.dataset)
@@ -119,7 +121,7 @@ def fit_one_epoch(
         metrics[f"train_{name}"] = value
     metrics.update(validated)
     is_best = checkpoint.commit(metrics, validated_model, save_period, UnFreeze_Epoch)
-    say(f"{title}: {describe_epoch(metrics, validated, is_best)}")
+    say(f"{title}: {describe_epoch(metrics, validated, waiting, is_best)}")
     return metrics
 
 
@@ -235,13 +237,14 @@ def over_all_gpus(model, model_train):
     return model
 
 
-def describe_epoch(metrics, validated, is_best):
+def describe_epoch(metrics, validated, waiting, is_best):
     """Return what is printed of an epoch."""
     texts = metric_texts({"train_loss": metrics["train_loss"], **validated})
     if metrics["unreadable"]:
         texts.append(f"{metrics['unreadable']} unreadable, {metrics['scored']} scored")
     mark = " *" if is_best else ""
-    return f"{', '.join(texts)} ({metrics['images_per_second']:.0f} images/s){mark}"
+    speed = f"{metrics['images_per_second']:.0f} images/s, {waiting}"
+    return f"{', '.join(texts)} ({speed}){mark}"
 
 
 def current_lr(optimizer):

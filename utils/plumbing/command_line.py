@@ -6,7 +6,7 @@ import os
 from functools import partial
 
 from utils.plumbing.errors import UserError, did_you_mean, short_repr
-from utils.plumbing.settings import CHOICES, LIST, TEXTS, check_value
+from utils.plumbing.settings import BOUNDS, CHOICES, LIST, TEXTS, check_value
 
 
 def constants(path):
@@ -82,7 +82,7 @@ def parse(arguments, script, known):
 
 def from_word(name, word, default):
     """The value of a setting that a word of the command line gives: the Python value that it spells, or else the text."""
-    if isinstance(default, str) and True not in CHOICES.get(name, ()):
+    if isinstance(default, str) and True not in CHOICES.get(name, ()) and name not in BOUNDS:
         return (
             word[1:-1] if len(word) > 1 and word[0] == word[-1] in "'\"" else word
         )  # some shells leave them

@@ -232,6 +232,7 @@ def print_header(s, facts):
         **facts,
         "input_shape": s["input_shape"],
         "epochs": epochs,
+        "num_workers": s.get("num_workers", 0),
         "batch_size": f"{sizes} over {world_size()} processes, {s.get('accumulate', 1)} to a step",
     }
     for name, value in rows.items():

@@ -72,6 +72,7 @@ CHOICES = {  # setting: what it may be besides texts or such numbers, or instead
     "fp16": (True, False, "auto", "float32", "bfloat16", "float16"),
     "augmentation": AUGMENTATIONS,
     "resize": RESIZES,
+    "num_workers": ("auto",),
     "optimizer_type": OPTIMIZERS,
     "lr_decay_type": LR_DECAYS,
     "class_weights": ("none", *CLASS_WEIGHTS),

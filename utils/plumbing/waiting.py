@@ -1,0 +1,51 @@
+"""How long training waits for pictures, and what helps."""
+
+import time
+
+import torch
+
+MUCH = 1 / 3  # of an epoch's time: above it, the epoch's line says what helps
+
+
+class WaitingTime:
+    """Adds up the seconds in which what trains has nothing to do while batches are fetched.
+
+    A GPU's own clock measures its pauses: while it still computes, the host waits at no cost.
+    """
+
+    def __init__(self, Cuda):
+        self.Cuda = Cuda
+        self.pauses = []  # (begin, end) as `now` gives them, of which the GPU may be short yet
+        self.seconds = 0.0
+
+    def now(self):
+        """Return this moment, on the clock of what trains."""
+        if not self.Cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, begin):
+        """Count the time from `begin`, which `now` gave, until now."""
+        end = self.now()
+        if not self.Cuda:
+            self.seconds += end - begin
+            return
+        self.pauses.append((begin, end))
+        while self.pauses and self.pauses[0][1].query():  # the GPU has come so far
+            begin, end = self.pauses.pop(0)
+            self.seconds += begin.elapsed_time(end) / 1000  # of milliseconds
+
+
+def describe_waiting(seconds, epoch_seconds, gen):
+    """Return how much of an epoch training waited for pictures of `gen`, and if it was much, what helps."""
+    share = seconds / epoch_seconds
+    text = f"waited {share:.0%} for pictures"
+    read_once = getattr(gen.dataset, "in_memory", False)
+    if share <= MUCH or read_once:
+        return text
+    return (
+        f"{text}: raise num_workers (now {gen.num_workers}), or list smaller copies of large "
+        f"pictures with python -m utils.annotation DATASETS --shrink 512"
+    )

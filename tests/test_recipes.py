@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import get_model, head_layers
 from tests.bench_trainings import FINETUNE, SCRATCH
 from tests.helpers import command, history, make_data, make_project, run_of, same, train, weights
 from utils.fit import backward, optimizer_step
-from utils.optimizer import get_optimizer
+from utils.optimizer import check_trained, get_optimizer
+from utils.plumbing.errors import UserError
 from utils.recipe import EMA, Recipe, balanced_weights
 
 DEFAULTS = dict(
@@ -256,3 +258,100 @@ def test_the_best_scores_under_class_weights_are_right(counts):
         recipe.criterion(scores[labels], labels).backward()
         optimizer.step()
     assert scores.argmax(1).tolist() == list(range(len(counts)))
+
+
+def test_weights_by_the_square_root_of_frequency():
+    class_ids = torch.repeat_interleave(torch.tensor([0, 2, 3]), torch.tensor([100, 25, 4])).numpy()
+    weights = balanced_weights(class_ids, 5, 0.5)
+    assert weights[1] == weights[4] == 0 and weights[class_ids].mean() == pytest.approx(1)
+    assert weights[2] / weights[0] == pytest.approx(2) and weights[3] / weights[0] == pytest.approx(
+        5
+    )
+
+
+def test_a_head_of_zeros_learns_under_clipping():
+    """As torchvision's ViT has one, and as LoRA's second matrix begins: its steps are no shorter than others'."""
+    torch.manual_seed(0)
+    images, targets = torch.randn(64, 32), torch.arange(64) % 4
+    moved = {}
+    for begin in ("zeros", "usual"):
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+        if begin == "zeros":
+            nn.init.zeros_(model[2].weight)
+        optimizer = get_optimizer(model, {"2"}, "sgd", 0.9, 0.0)
+        before = model[2].weight.detach().clone()
+        for _ in range(60):
+            F.cross_entropy(model(images), targets).backward()
+            optimizer.param_groups[-1]["lr"] = 0.1
+            optimizer_step(optimizer, NO_SCALER, clip_ratio=0.5)
+        moved[begin] = (model[2].weight - before).norm().item()
+    assert moved["zeros"] > 0.7 * moved["usual"]
+
+
+@pytest.mark.parametrize("optimizer_type", ["sgd", "adam", "adamw"])
+def test_a_parameter_that_is_used_later(optimizer_type):
+    """As behind stochastic depth: its first step is one of its own."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    optimizer = get_optimizer(model, {"1"}, optimizer_type, 0.9, 5e-4)
+    for number in range(4):
+        x = model[0](torch.randn(3, 4))
+        before = model[1].weight.detach().clone()
+        (model[1](x) if number >= 2 else x).square().mean().backward()
+        optimizer_step(optimizer, NO_SCALER, clip_ratio=0.5)
+        assert torch.equal(model[1].weight, before) == (number < 2)
+
+
+def test_momentum_of_zeros_has_the_bits_of_none():
+    torch.manual_seed(0)
+    ours = nn.Linear(5, 3)
+    theirs = copy.deepcopy(ours)
+    optimizers = [
+        get_optimizer(ours, {""}, "sgd", 0.9, 0.0),
+        torch.optim.SGD(theirs.parameters(), 1e-3, 0.9, nesterov=True, fused=True),
+    ]
+    optimizers[0].param_groups[0]["lr"] = 1e-3
+    for number in range(3):
+        pictures = torch.randn(4, 5, generator=torch.Generator().manual_seed(number))
+        for model, optimizer in zip((ours, theirs), optimizers):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3
+            model(pictures).square().mean().backward()
+            optimizer_step(optimizer, NO_SCALER)
+    assert same(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm, orthogonal])
+def test_weight_decay_sees_parametrized_weights(wrap):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), wrap(nn.Linear(4, 3)))
+    optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 0.1)
+    decayed = {
+        id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    }
+    head = {id(p) for group in optimizer.param_groups[-2:] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_weight = "parametrizations" in name or name == "0.weight"
+        assert (id(parameter) in decayed) == is_weight, name
+        assert (id(parameter) in head) == name.startswith("2."), name
+
+
+def test_what_is_trained_outside_of_the_network_is_refused():
+    model = network()
+    optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
+    check_trained(optimizer, model)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 4))]})
+    with pytest.raises(UserError, match="neither saved nor the same in all processes"):
+        check_trained(optimizer, model)
+
+
+def test_an_overflowing_loss_is_the_scalers_to_skip():
+    """One infinite loss of float16 leaves no trace in the sums; without a scaler it stays, and ends the run."""
+    model, parts = network(), batches([4, 4])
+    recipe = Recipe()
+    values = iter((float("inf"), 0.0) * 2)
+    recipe.extra_loss = lambda inputs, logits, targets: torch.tensor(next(values))
+    for scaler, finite in ((torch.amp.GradScaler("cpu"), True), (NO_SCALER, False)):
+        sums = Counter()
+        for batch in backward(model, parts, False, False, scaler, recipe):
+            sums.update(batch)
+        assert sums["loss"].isfinite() == finite and sums["pictures"] == 8

@@ -2,7 +2,6 @@
 
 import random
 import signal
-import time
 
 import pytest
 import torch
@@ -11,15 +10,14 @@ from nets import get_model, head_layers
 from tests.helpers import (
     edit,
     history,
+    hooked,
     make_data,
     make_project,
     run_of,
     same,
-    start,
     train,
     weights,
 )
-from tests.test_resume import kill_group
 from utils.checkpoint import LAST, Checkpoint
 from utils.loss_history import LossHistory
 from utils.optimizer import get_optimizer
@@ -103,15 +101,13 @@ def test_weights_that_explode_in_the_last_step(tmp_path):
     """
     folder = make_project(tmp_path, UnFreeze_Epoch=3)
     make_data(folder, train=24, test=6)
-    text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(
-        text.replace(
-            "        progress.show(",
-            "        if epoch == 1 and position.step == epoch_step:\n"
-            "            model.classifier[1].bias.data.fill_(float('inf'))\n        progress.show(",
-        )
-    )
-    _, err = train(folder, code=1)
+    code = """
+def explode(optimizer, *rest):
+    optimizer.param_groups[-1]["params"][0].grad.fill_(float("inf"))
+
+before("torch.optim:SGD.step", explode, 6)
+"""
+    _, err = train(folder, script=hooked(folder, code), code=1)
     assert "not finite" in err and "Init_lr" in err and "Traceback" not in err
     run = run_of(folder)
     assert [row["epoch"] for row in history(run)] == [1] and load_checkpoint(run)["epoch"] == 1
@@ -120,7 +116,6 @@ def test_weights_that_explode_in_the_last_step(tmp_path):
         for name in ("last", "best")
         for t in weights(run, f"{name}_epoch_weights.pth").values()
     )
-    (folder / "utils/fit.py").write_text(text)
     train(folder, "--resume", run.name)
     assert [row["epoch"] for row in history(run)] == [1, 2, 3]
 
@@ -149,10 +144,10 @@ def test_changed_options_of_the_optimizer_train(tmp_path):
         "momentum: 0.9 → 0.5",
         "weight_decay: 0.0005 → 0.1",
         "backbone_lr_scale: 1.0 → 0.01",
-        "fp16: False → True",
+        "fp16: 'float32' → True",
     ):
         assert said in out
-    assert "mixed precision" in out
+    assert "bfloat16" in out
     groups = torch.load(run / LAST, weights_only=True)["optimizer"]["param_groups"]
     assert {group["momentum"] for group in groups} == {0.5} and {
         group["weight_decay"] for group in groups
@@ -164,32 +159,16 @@ def test_changed_options_of_the_optimizer_train(tmp_path):
     assert "optimizer_type was 'sgd' and is now 'adam'" in err and "Traceback" not in err
 
 
-def ends_at(folder, moment):
-    """train.py that dies, as by SIGKILL, right before its n-th `moment`, a line of a file of
-    utils/.
-    """
-    name, line, count = moment
-    text = (folder / "utils" / name).read_text()
-    assert text.count(line) == 1
-    (folder / "utils" / name).write_text(
-        text.replace(line, f"die_at({count}); {line}")
-        + "\n\ncalls = []\n\n\ndef die_at(count):\n    calls.append(1)\n"
-        "    if len(calls) == count:\n        import os\n        os._exit(77)\n"
-    )
-    train(folder, code=77)
-    (folder / "utils" / name).write_text(text)
+MOMENTS = [("utils.loss_history:LossHistory.write", 2), *(("os:replace", n) for n in range(2, 16))]
+QUICK = MOMENTS[0], ("os:replace", 9), ("os:replace", 13)
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        pytest.param(
-            ("checkpoint.py", "save_tensors(Path(self.run, LAST)", 2), marks=pytest.mark.slow
-        ),
-        ("files.py", "os.replace(fresh, path)", 9),
-        ("checkpoint.py", "history.write()", 2),
-    ],
-)
+def slow_unless_quick(moment):
+    marks = [] if moment in QUICK else [pytest.mark.slow]
+    return pytest.param(moment, marks=marks, id=f"{moment[0]} {moment[1]}")
+
+
+@pytest.mark.parametrize("moment", map(slow_unless_quick, MOMENTS))
 def test_an_epoch_ends_in_one_commit(tmp_path, moment):
     """Whatever instant it dies at, after resuming history, best and last weights tell the
     checkpoint's story.
@@ -198,21 +177,18 @@ def test_an_epoch_ends_in_one_commit(tmp_path, moment):
         tmp_path, UnFreeze_Epoch=3, Init_lr=5e-3, best_by="'val_loss'", save_period=1
     )
     make_data(folder, train=48, test=12)
-    ends_at(folder, moment)
+    place, number = moment
+    dies = hooked(folder, f"before('{place}', die, {number})")
+    train(folder, script=dies, code=-signal.SIGKILL)
     run = run_of(folder)
+    if not (run / LAST).exists():
+        return  # nothing was committed
     saved = load_checkpoint(run)
     rows = saved["history"]["rows"]
-    assert len(rows) == saved["epoch"] == (2 if moment[1] == "history.write()" else 1)
-    text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(
-        text.replace(
-            "    first_step, lr = position.step",
-            "    raise SystemExit(3)\n    first_step, lr = position.step",
-            1,
-        )
-    )
-    train(folder, "--resume", run.name, code=3)  # resumed, and nothing trained yet
-    (folder / "utils/fit.py").write_text(text)
+    assert len(rows) == saved["epoch"] and (place == "os:replace" or saved["epoch"] == 2)
+    stops = hooked(folder, "before('torch.optim:SGD.step', die, 1)")
+    if saved["epoch"] < 3:  # resumed, and nothing trained yet
+        train(folder, "--resume", run.name, script=stops, code=-signal.SIGKILL)
     assert [row["val_loss"] for row in history(run)] == pytest.approx(
         [row["val_loss"] for row in rows]
     )
@@ -225,14 +201,9 @@ def test_an_epoch_ends_in_one_commit(tmp_path, moment):
 
 
 def stopped_in_an_epoch(folder):
-    """Train until a first checkpoint is there, then SIGTERM; the checkpoint."""
-    process = start(folder)
-    while not list(folder.glob("logs/*/last_checkpoint.pth")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    kill_group(process, signal.SIGTERM)
-    process.communicate(timeout=300)
-    assert process.returncode == 143
+    """Train until SIGTERM comes in the tenth step; returns the checkpoint."""
+    stops = hooked(folder, "before('torch.optim:SGD.step', send_sigterm, 10)")
+    train(folder, script=stops, code=128 + signal.SIGTERM)
     return load_checkpoint(run_of(folder))
 
 

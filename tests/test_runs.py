@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from tests.helpers import (
     edit,
     environment,
     history,
+    hooked,
     make_data,
     make_project,
     run_of,
@@ -21,6 +23,7 @@ from tests.helpers import (
     same,
     train,
     weights,
+    write_network,
 )
 from utils.plumbing import processes, run
 from utils.plumbing.errors import UserError
@@ -85,8 +88,8 @@ def test_each_start_counts_on(tmp_path):
         "Unfreeze_batch_size": 2,
         "accumulate": 1,
     }
-    assert run.begin_run(mine, settings, ["a", "b"], {})["start"] == 8
-    assert run.begin_run(str(tmp_path / "zzz"), settings, ["a", "b"], {})["start"] == 9  # continued
+    assert run.begin_run(mine, settings, ["a", "b"])["start"] == 8
+    assert run.begin_run(str(tmp_path / "zzz"), settings, ["a", "b"])["start"] == 9  # continued
     assert run.find_run(True, str(tmp_path)) == str(tmp_path / "zzz")
 
 
@@ -101,7 +104,7 @@ def test_a_damaged_newest_run_is_said(tmp_path):
     settings = {**SETTINGS, "input_shape": [8, 8], "Unfreeze_batch_size": 2}
     assert (
         run.find_run("good", str(tmp_path))
-        and run.begin_run(tmp_path / "good", settings, ["a", "b"], {})["start"] == 2
+        and run.begin_run(tmp_path / "good", settings, ["a", "b"])["start"] == 2
     )
 
 
@@ -120,7 +123,7 @@ def test_only_its_own_launch_continues_a_run_without_resume(tmp_path, monkeypatc
 
 def holder(folder):
     """A process that holds a run's lock until its standard input ends."""
-    code = f"from utils import run; run.lock({str(folder)!r}); print('held', flush=True); input()"
+    code = f"from utils.plumbing import run; run.lock({str(folder)!r}); print('held', flush=True); input()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -193,25 +196,23 @@ def test_early_stop_and_what_follows(tmp_path):
     Without early_stop it does.
     """
     folder = make_project(
-        tmp_path, early_stop=2, UnFreeze_Epoch=30, best_by="'-top5'"
-    )  # always the same: the first epoch is the best
+        tmp_path, early_stop=2, UnFreeze_Epoch=30, backbone="'colour'", best_by="'val_loss'"
+    )
     make_data(folder, train=24, test=6)
+    layers = "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes)"
+    write_network(folder / "nets", "colour", layers)
+    lists = folder / "model_data/cls_test.txt"
+    wrong = {"0": "1", "1": "2", "2": "0"}  # what is learned makes the first epoch the best
+    lists.write_text("".join(wrong[line[0]] + line[1:] for line in lists.open()))
     train(folder)
     whole = run_of(folder)
     assert (
         len(history(whole)) == 3 and not json.loads((whole / "config.json").read_text())["finished"]
     )
     end = weights(whole)
-    text = (folder / "utils/fit.py").read_text()
-    (folder / "utils/fit.py").write_text(
-        text.replace(
-            "    told = [",
-            "    if epoch == 2:\n        import os\n        os._exit(77)\n    told = [",
-            1,
-        )
-    )
-    train(folder, "--save_dir", "killed", code=77)
-    (folder / "utils/fit.py").write_text(text)
+    # after the commit of the epoch that ends it, before what people read follows
+    dies = hooked(folder, "before('utils.loss_history:LossHistory.write', die, 3)")
+    train(folder, "--save_dir", "killed", script=dies, code=-signal.SIGKILL)
     out, _ = train(folder, "--save_dir", "killed", "--resume", True)
     (killed,) = (folder / "killed").iterdir()
     assert "best" in out and len(history(killed)) == 3 and same(weights(killed), end)

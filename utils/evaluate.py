@@ -181,7 +181,7 @@ def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_
     (out / "mistakes.png").unlink(missing_ok=True)  # of weights that made some
     for name, content in files.items():
         (save_csv if name.endswith(".csv") else save_image)(out / name, content)
-    print(f"wrote {', '.join(sorted(files))} into {printable(out)}")
+    print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
     return {**figures, "scored": len(indices)}
 
 

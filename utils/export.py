@@ -70,7 +70,7 @@ def export(run, weights=None):
         programs[Path(run.folder, "model.onnx")] = onnx.model_proto.SerializeToString()
     for path, program in programs.items():
         save_file(path, lambda file: file.write(program))
-        print(f"wrote {printable(path)} ({len(program) / 1e6:.1f} MB)")
+        print(f"wrote {printable(path)} ({len(program) / 1e6:.1f} MB)", flush=True)
     return list(programs)
 
 

@@ -23,8 +23,20 @@ def say(text, everyone=False, as_it_is=False, **options):
         return
     if not as_it_is:
         text = "\n".join(map(printable, text.split("\n")))
-    with contextlib.suppress(OSError, ValueError):
+    try:
         print(text, **options, flush=True)
+    except OSError:
+        discard_output()
+    except ValueError:  # the stream was closed
+        pass
+
+
+def discard_output():
+    """Point standard output to nowhere: what waits in its buffer would fail at each later flush."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def say_row(name, value):

@@ -70,7 +70,7 @@ seed = 11  # of weights, order and augmentation
 classes_path = "model_data/cls_classes.txt"  # class names, one a line
 train_annotation_path = "model_data/cls_train.txt"  # training pictures
 test_annotation_path = "model_data/cls_test.txt"  # pictures to validate on
-input_shape = [64, 64]  # [height, width] that the network sees
+input_shape = [48, 48]  # [height, width] that the network sees
 resize = "crop"  # 'crop': cut to input_shape's proportions; 'squeeze': keep the whole picture
 # 'none', 'flip', 'flips' (also upside down), 'crop', or 'crop' with one of the policies 'trivial',
 # 'rand', 'auto', 'aug_mix'
@@ -90,7 +90,7 @@ model_path = ""  # or from a weights file; '' for none
 Init_Epoch = 0  # epoch to start at
 Freeze_Epoch = 2  # last epoch of the frozen phase
 Freeze_batch_size = 32  # pictures a step over all processes, frozen
-UnFreeze_Epoch = 5  # last epoch of all: the number of epochs
+UnFreeze_Epoch = 3  # last epoch of all: the number of epochs
 Unfreeze_batch_size = 32  # pictures a step over all processes, unfrozen
 Freeze_Train = False  # begin with the frozen phase (useful from pretrained weights)
 accumulate = 1  # batches whose gradients make one optimizer step
@@ -101,7 +101,7 @@ Min_lr = Init_lr * 0.01  # lowest learning rate
 optimizer_type = "sgd"  # 'sgd', 'adam', 'adamw': OPTIMIZERS in utils/optimizer.py
 momentum = 0.9  # of sgd; adam's and adamw's beta1
 weight_decay = 5e-4  # not applied to biases and norm layers
-lr_decay_type = "cos"  # 'linear', 'cos', 'step': LR_DECAYS in utils/optimizer.py
+lr_decay_type = "linear"  # 'linear', 'cos', 'step': LR_DECAYS in utils/optimizer.py
 backbone_lr_scale = 1.0  # the backbone's share of the learning rate, for fine-tuning
 
 # Recipes

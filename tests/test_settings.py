@@ -332,7 +332,7 @@ def test_help(capsys):
     flat = re.sub(r"\s+", " ", out)
     assert (
         flat.count("default: ") == len(constants)
-        and '--input_shape "[64, 64]" ' in flat
+        and '--input_shape "[48, 48]" ' in flat
         and "default: 'model_data/cls_train.txt'" in flat
         and flat.count("'adamw'") == 1
     )
@@ -514,5 +514,5 @@ def test_a_launch_says_which_limit_changed_the_rate(tmp_path):
     )
     make_data(folder, train=24, test=6)
     out, _ = train(folder)
-    assert "adamw, cos, lr 0.0001 to 1e-06 (Init_lr and Min_lr ask for 2.5e-06 to 2.5e-08" in out
+    assert "adamw, linear, lr 0.0001 to 1e-06 (Init_lr and Min_lr ask for 2.5e-06 to 2.5e-08" in out
     assert history(run_of(folder))[0]["lr"] == pytest.approx(1e-5)  # a tenth, as the warm-up begins

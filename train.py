@@ -43,18 +43,18 @@ from utils.optimizer import (
     fit_lr,
     get_lr_scheduler,
     get_optimizer,
-    phases,
     set_optimizer_lr,
 )
 from utils.plumbing import lists, processes
-from utils.plumbing.command_line import command_line
+from utils.plumbing.command_line import command_line, sources
 from utils.plumbing.console import say, show_errors_as_sentences
 from utils.plumbing.processes import ignore_signals, rank, world_size
-from utils.plumbing.run import begin_run, continued_run, new_run, print_header, write_config
-from utils.plumbing.settings import check_phases, check_settings, too_small
+from utils.plumbing.run import begin_run, new_run, print_header, write_config
+from utils.plumbing.settings import check_launch, check_phases, check_settings, too_small
 from utils.plumbing.shapes import find_lists
 from utils.recipe import CLASS_WEIGHTS, Recipe, balanced_weights
 from utils.rehearsal import first_batch, rehearse, save_first_batch
+from utils.resume import check_class_names, check_goes_on, continued_run, describe_continued
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU
@@ -125,8 +125,13 @@ if __name__ == "__main__":
     show_errors_as_sentences()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     settings = command_line(globals())
-    check_settings(settings)
+    check_launch(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
+    run, config, state = processes.on_rank_0(continued_run, resume, save_dir)
+    if run:  # it goes on with its own settings
+        settings = command_line(globals(), config=config)
+        check_goes_on(run, config, state, settings)
+    check_settings(settings, continued=run is not None)
 
     # The data
     own = own_data(settings)
@@ -176,7 +181,8 @@ if __name__ == "__main__":
     lists.check_same_everywhere(train_data, val_data)
     num_workers = count_workers(num_workers, Cuda, train_data.in_memory)
     settings["num_workers"] = num_workers
-    run, state = processes.on_rank_0(continued_run, resume, save_dir, settings, class_names)
+    if run:
+        check_class_names(run, config, state, class_names)
 
     # The network
     torch.manual_seed(seed)
@@ -188,7 +194,6 @@ if __name__ == "__main__":
         load_pretrained(model, backbone, settings)
     if model_path and state is None:
         load_file(model, model_path, class_names, settings)
-    settings["Init_Epoch"] = Init_Epoch = state["epoch"] if state else Init_Epoch
     parameters, flops = profile(model, backbone, input_shape, num_classes)
     check_phases(settings, num_train, num_val)
     if sync_bn:
@@ -211,9 +216,12 @@ if __name__ == "__main__":
             "device": processes.describe_device(Cuda),
         },
     )
-    batch = first_batch(train_data, settings[phases(settings)[0]], seed)
+    frozen = Freeze_Train and Init_Epoch < Freeze_Epoch
+    batch = first_batch(train_data, Freeze_batch_size if frozen else Unfreeze_batch_size, seed)
     say(train_data.describe_cut(), end="")
     settings["fp16"] = fp16 = rehearse(batch, model, recipe, num_classes)
+    if run:
+        describe_continued(run, config, state, settings, is_transformer(model))
     scaler = torch.amp.GradScaler("cuda") if fp16 == "float16" else None
 
     # The run
@@ -221,6 +229,14 @@ if __name__ == "__main__":
     loss_history = (
         LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
     )
+    scored_on = {
+        **val_data.fingerprint,
+        "content": processes.on_rank_0(val_data.content),
+        "mean": mean,
+        "std": std,
+        "best_by": best_by,
+        "fp16": fp16,
+    }
     checkpoint = Checkpoint(
         save_dir,
         {
@@ -231,11 +247,11 @@ if __name__ == "__main__":
             "history": loss_history,
         },
         save_minutes,
-        scored_on=f"{val_data.fingerprint} {mean} {std} {best_by} {fp16}",
+        scored_on=scored_on,
     )
     if state:
         checkpoint.load(state)
-    config = processes.on_rank_0(begin_run, save_dir, settings, class_names)
+    config = processes.on_rank_0(begin_run, save_dir, settings, class_names, sources(__file__))
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
     if state is None and rank() == 0:

@@ -1,7 +1,10 @@
 """Interrupted runs end with the weights of the uninterrupted one, bit for bit."""
 
+import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import torch
 
 from tests.helpers import (
     edit,
+    environment,
     history,
     hooked,
     launch,
@@ -175,7 +179,7 @@ def test_signals_to_the_group(tmp_path, number, world):
     # torchrun kills what has not ended after 30 s: then nothing would be saved
     out, err = process.communicate(timeout=300)
     assert process.returncode == 128 + number if world == 1 else process.returncode != 0
-    assert (seen + out).count("continue with resume = ") == 1 and "Traceback" not in (
+    assert (seen + out).count("continue with\n") == 1 and "Traceback" not in (
         err if world == 1 else ""
     )
     state = torch.load(run_of(folder) / "last_checkpoint.pth", weights_only=True)
@@ -225,6 +229,77 @@ def test_another_number_of_processes(tmp_path):
         )
     for name, value in ends[0][1].items():
         torch.testing.assert_close(value, ends[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("launcher", [(sys.executable, "-u"), "torchrun"])
+def test_the_printed_command_continues_the_run(tmp_path, launcher):
+    """It is pasted into a shell, and trains what the stopped run would have trained."""
+    launcher = torchrun() if launcher == "torchrun" else launcher
+    folder = make_project(tmp_path / "it's a project", distributed="'LOCAL_RANK' in os.environ")
+    make_data(folder, train=64, test=16)
+    words = ("--input_shape", "[40, 40]", "--UnFreeze_Epoch", 20, "--save_dir", "my runs")
+    words = (*words, "--num_workers", 1, "--Cuda=False")
+    process = start(folder, *words, launcher=launcher)
+    seen = wait_for(process, "epoch 2/20:")
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=300)
+    command = re.search(r"continue with\n  (.*)\n", seen + out)[1]
+    (run,) = (folder / "my runs").iterdir()
+    assert command.endswith(f"train.py --num_workers 1 --Cuda=False --resume 'my runs/{run.name}'")
+    assert shlex.split(command)[: len(launcher)] == list(launcher)
+    command = f"{command} --UnFreeze_Epoch 4 --model_path nothing.pth --pretrained True"
+    result = subprocess.run(
+        command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "UnFreeze_Epoch: 20 → 4" in result.stdout and "nothing" not in result.stdout
+    assert "pretrained" not in result.stdout
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["input_shape"] == [40, 40] and config["settings"]["num_workers"] == 1
+    assert config["settings"]["save_dir"] == "my runs"
+    assert len(history(run)) == 4
+
+
+def killed_run(folder):
+    """Make a project, train two epochs in it, and end as by SIGKILL; returns the run."""
+    kill = "before('utils.checkpoint:Checkpoint.publish', die, 4)"
+    words = ("--input_shape", "[40,40]", "--UnFreeze_Epoch", 3, "--early_stop", 9)
+    train(folder, *words, script=hooked(folder, kill), code=-signal.SIGKILL)
+    return run_of(folder)
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path):
+    folder = make_project(tmp_path, resume=True)
+    make_data(folder, train=24, test=6)
+    run = killed_run(folder)
+    edit(folder, momentum=0.8)
+    out, _ = train(folder, "--early_stop", 0, "--save_dir", "other", "--resume", run)
+    assert "changed since: momentum: 0.9 → 0.8" in out and "early_stop: 9 → 0" in out
+    assert out.count("changed since") == 2 and "learning rate goes" not in out
+    assert len(history(run)) == 3 and not (folder / "other").exists()
+    _, err = train(folder, "--resume", run, code=1)
+    assert "has finished 3 epochs: raise UnFreeze_Epoch (now 3)" in err
+    out, _ = train(folder, "--resume", run, "--UnFreeze_Epoch", 9)
+    rate = re.search("learning rate goes from (.*) to (.*) here", out)
+    assert float(rate[2]) > 10 * float(rate[1])
+    assert float(rate[2]) == pytest.approx(history(run)[3]["lr"], rel=0.01)
+
+
+def test_a_run_without_its_checkpoint_is_not_begun_anew(tmp_path):
+    folder = make_project(tmp_path)
+    make_data(folder, train=24, test=6)
+    run = killed_run(folder)
+    (run / "last_checkpoint.pth").unlink()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for words in (("--resume", True), ("--resume", run)):
+        _, err = train(folder, *words, "--early_stop", 0, code=1)
+        assert "its checkpoint is gone" in err and "Traceback" not in err
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    for name in before:
+        if name != "history.csv" and name.endswith(("pth", "csv")):
+            (run / name).unlink()
+    _, err = train(folder, "--resume", True, code=1)
+    assert "history.csv" in err
 
 
 def children(pid):
@@ -318,7 +393,7 @@ def test_the_rules_of_resuming(tmp_path):
     _, err = train(folder, "--resume", relative, "--backbone", "squeezenet1_0", code=1)
     assert "backbone was 'squeezenet1_1'" in err
     (folder / "model_data" / "cls_classes.txt").write_text("a\nb\nc\n")
-    _, err = train(folder, "--resume", relative, code=1)
+    _, err = train(folder, "--resume", relative, "--UnFreeze_Epoch", 4, code=1)
     assert "and is now 'a'" in err
     _, err = train(folder, "--resume", "logs/nowhere", code=1)
     assert "not a run's folder" in err

@@ -131,13 +131,13 @@ def settings_of(**changes):
         (dict(Freeze_Train=True, Freeze_batch_size=32), "sgd, cos, lr 0.025 to 0.00025"),
         (
             dict(optimizer_type="adamw", Init_lr=2e-5, Min_lr=2e-7, Unfreeze_batch_size=8),
-            "adamw, cos, lr 0.0001 to 1e-06 (Init_lr and "
-            "Min_lr ask for 2.5e-06 to 2.5e-08; the limits are in utils/optimizer.py)",
+            "adamw, cos, lr 0.0001 to 1e-06 (Init_lr = 2e-05 gives 2.5e-06, outside adamw's "
+            "limits) (Min_lr = 2e-07 gives 2.5e-08, outside adamw's limits)",
         ),
         (
             dict(Init_lr=0.01, Min_lr=0.01, Unfreeze_batch_size=64),
-            "sgd, cos, lr 0.01 to 0.001 (Init_lr and Min_lr ask for 0.01 to 0.01; "
-            "the limits are in utils/optimizer.py)",
+            "sgd, cos, lr 0.01 to 0.001 (Min_lr = 0.01 gives 0.01, "
+            "outside sgd's limits)",
         ),
         (dict(Init_lr=0.001, Min_lr=0.001, Unfreeze_batch_size=64), "sgd, cos, lr 0.001 to 0.001"),
     ],

@@ -6,6 +6,7 @@ Every mistake is one sentence that names it.
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 import train as trainer
 from tests.helpers import history, make_data, make_project, run_of, train
 from utils.plumbing import settings as rules
-from utils.plumbing.command_line import command_line
+from utils.plumbing.command_line import command_line, sources
 from utils.plumbing.command_line import constants as constants_of
 from utils.plumbing.errors import UserError
+from utils.plumbing.run import as_json
 from utils.recipe import Recipe
 from utils.rehearsal import check_best_by
 
@@ -186,7 +188,7 @@ def test_only_phases_that_are_trained_are_checked(launched):
         rules.check_settings({**frozen, "Freeze_batch_size": 7})
     rules.check_settings({**frozen, "Freeze_batch_size": 7, "Init_Epoch": 5})
     rules.check_settings({**frozen, "Unfreeze_batch_size": 7, "UnFreeze_Epoch": 5})
-    with pytest.raises(ValueError, match="数据集过小.*Freeze_batch_size = 999"):
+    with pytest.raises(ValueError, match="Freeze_batch_size = 999.*数据集过小"):
         rules.check_phases({**frozen, "Freeze_batch_size": 999}, 100, 10)
     with pytest.raises(ValueError, match="100 training and 0 test pictures"):
         rules.check_phases(s, 100, 0)
@@ -269,9 +271,12 @@ def test_one_spelling_of_lists_and_paths(monkeypatch):
     [
         ("--Init_lrr 1", "did you mean 'Init_lr'"),
         ("Init_lr", "'Init_lr' is no setting"),
-        ("--seed", "--seed: expected one argument"),
-        ("--seed --Cuda False", "--seed: expected one"),
-        ("--best_by -mae", "write --name=value"),
+        ("--seed", "--seed needs a value .write --seed=VALUE"),
+        ("--seed --Cuda False", "--seed needs a value"),
+        ("--best_by -mae", "write --best_by=VALUE"),
+        ("help", "'help' is no setting of [^:]*; --help lists them"),
+        ("seed 3", "'seed' is no setting.*: write --seed"),
+        ("epochs=3", "did you mean 'UnFreeze_Epoch'"),
         ("--seed a", "seed = 'a' must be"),
         ("--Cuda yes", "True, False"),
         ("--seed " + "9" * 5000, "seed = "),
@@ -299,20 +304,31 @@ def test_one_spelling_of_lists_and_paths(monkeypatch):
         ("--save_dir a\udc80", "in UTF-8"),
         ("--init_lr 3", "did you mean 'Init_lr'"),
         *(
-            (f"--{word} 3", f"did you mean .*'{name}'")
+            (f"--{word} 3", f"did you mean '{name}'")
             for word, name in dict(
                 lr="Init_lr",
                 epochs="UnFreeze_Epoch",
                 epoch="UnFreeze_Epoch",
                 batch_size="Unfreeze_batch_size",
                 workers="num_workers",
-                model="model_path",
-                weights="weight_decay",
+                imgsz="input_shape",
+                image_size="input_shape",
+                model="backbone",
+                arch="backbone",
+                weights="model_path",
+                data="train_annotation_path",
+                gpu="Cuda",
+                device="Cuda",
+                amp="fp16",
                 optimizer="optimizer_type",
+                scheduler="lr_decay_type",
+                wd="weight_decay",
+                patience="early_stop",
+                output="save_dir",
                 LR="Init_lr",
             ).items()
         ),
-        ("--batch-size=3", "did you mean .*'Unfreeze_batch_size'"),
+        ("--batch-size=3", "did you mean 'Unfreeze_batch_size'"),
     ],
 )
 def test_mistakes_on_the_command_line(words, sentence):
@@ -356,6 +372,108 @@ def test_every_constant_has_a_rule_a_line_and_a_comment():
     assert set(constants) == NAMES and all(
         comment and title != "Settings" for _, comment, title in constants.values()
     )
+
+
+FILE = """
+Cuda = False
+distributed = "DISTRIBUTED" in os.environ
+num_workers = 2
+fp16 = "auto"
+pretrained = False
+model_path = ""
+Init_Epoch = 0
+UnFreeze_Epoch = 5
+Init_lr = 5e-2
+Min_lr = Init_lr * 0.01
+lowest = Min_lr / 10
+mean = [0.5, 0.5, 0.5]
+weights = np.ones(2)
+save_dir = "logs"
+resume = False
+"""
+
+
+def continued(tmp_path, text, *words, config=None):
+    """The settings of a script's start, as (what trains, config.json)."""
+    path = tmp_path / "script.py"
+    path.write_text(text)
+    script = {"__file__": str(path), "__doc__": "", "os": os, "np": np}
+    exec(text, script)
+    values = command_line(script, list(map(str, words)))
+    if config:
+        values = command_line(script, list(map(str, words)), config=config)
+    return values, {"settings": as_json(values), "constants": sources(path)}
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path):
+    first, config = continued(tmp_path, FILE, "--UnFreeze_Epoch", 12, "--Init_lr", 0.02)
+    assert first["Min_lr"] == pytest.approx(2e-4)
+    again, _ = continued(tmp_path, FILE, "--resume", True, config=config)
+    assert {**as_json(again), "resume": False} == config["settings"]
+    given, after = continued(tmp_path, FILE, "--Init_lr", 0.03, config=config)
+    assert given["UnFreeze_Epoch"] == 12  # the command line wins, and what is computed follows
+    assert given["Min_lr"] == pytest.approx(3e-4) and given["lowest"] == pytest.approx(3e-5)
+    edited = FILE.replace("5e-2", "0.04").replace("Epoch = 5", "Epoch = 0x5")  # the same number
+    values, _ = continued(tmp_path, edited, config=config)
+    assert values["Init_lr"] == 0.04 and values["Min_lr"] == pytest.approx(4e-4)
+    assert values["UnFreeze_Epoch"] == 12
+    values, _ = continued(tmp_path, edited, "--Init_lr", 0.01, config=config)
+    assert values["Init_lr"] == 0.01
+    values, _ = continued(tmp_path, FILE.replace("* 0.01", "* 0.1"), config=config)
+    assert values["Init_lr"] == 0.02 and values["Min_lr"] == pytest.approx(2e-3)
+    values, _ = continued(tmp_path, FILE, config=after)  # of the last start, not of the first
+    assert values["Init_lr"] == 0.03
+
+
+def test_what_was_given_to_a_run_is_not_computed_anew(tmp_path):
+    _, config = continued(tmp_path, FILE, "--Min_lr", 1e-5)
+    values, _ = continued(tmp_path, FILE, "--Init_lr", 0.03, config=config)
+    assert values["Min_lr"] == 1e-5 and values["lowest"] == pytest.approx(1e-6)
+
+
+def test_what_belongs_to_the_launch(tmp_path, monkeypatch):
+    words = ("--num_workers", 7, "--save_dir", "mine", "--pretrained", True)
+    _, config = continued(tmp_path, FILE, *words)
+    words = ("--save_dir", "other", "--pretrained", False, "--model_path", "nothing.pth")
+    monkeypatch.setenv("DISTRIBUTED", "1")
+    values, _ = continued(tmp_path, FILE, *words, "--Init_Epoch", 3, config=config)
+    assert values["num_workers"] == 2 and values["distributed"]
+    assert values["save_dir"] == "mine" and values["pretrained"] and values["model_path"] == ""
+    assert values["Init_Epoch"] == 0
+
+
+@pytest.mark.parametrize("words", [(), ("--fp16", "auto")])
+def test_a_chosen_precision_stays(tmp_path, words):
+    _, config = continued(tmp_path, FILE)
+    config["settings"]["fp16"] = True
+    assert continued(tmp_path, FILE, *words, config=config)[0]["fp16"] is True
+    assert continued(tmp_path, FILE, "--fp16", False, config=config)[0]["fp16"] is False
+    config["settings"]["Cuda"] = True
+    assert continued(tmp_path, FILE, *words, config=config)[0]["fp16"] == "auto"
+
+
+def test_runs_of_before_constants_were_kept(tmp_path):
+    _, config = continued(tmp_path, FILE, "--UnFreeze_Epoch", 12)
+    config["constants"] = {}
+    values, _ = continued(tmp_path, FILE, config=config)
+    assert values["UnFreeze_Epoch"] == 12 and values["weights"].tolist() == [1, 1]
+    more = FILE + "more = UnFreeze_Epoch + 1\n"  # a constant that the run has not
+    assert continued(tmp_path, more, config=config)[0]["more"] == 13
+    config["settings"]["UnFreeze_Epoch"] = "12"
+    with pytest.raises(UserError, match="UnFreeze_Epoch = '12' must be"):
+        continued(tmp_path, FILE, config=config)
+
+
+def test_arrays_as_constants(tmp_path):
+    text = FILE.replace("[0.5, 0.5, 0.5]", "np.array([0.5, 0.4, 0.3])")
+    text = text.replace("Epoch = 5", "Epoch = np.int64(5)")
+    values, config = continued(tmp_path, text)
+    assert values["mean"] == [0.5, 0.4, 0.3] and values["UnFreeze_Epoch"] == 5
+    assert config["settings"]["weights"] == [1, 1]
+    again, _ = continued(tmp_path, text, config=config)
+    assert isinstance(again["weights"], np.ndarray)
+    with pytest.raises(UserError, match="mean = .* must be"):
+        rules.check_value("mean", np.zeros((2, 2)))
 
 
 VALUES = (
@@ -514,5 +632,5 @@ def test_a_launch_says_which_limit_changed_the_rate(tmp_path):
     )
     make_data(folder, train=24, test=6)
     out, _ = train(folder)
-    assert "adamw, linear, lr 0.0001 to 1e-06 (Init_lr and Min_lr ask for 2.5e-06 to 2.5e-08" in out
+    assert "adamw, linear, lr 0.0001 to 1e-06 (Init_lr = 2e-05 gives 2.5e-06, outside adamw" in out
     assert history(run_of(folder))[0]["lr"] == pytest.approx(1e-5)  # a tenth, as the warm-up begins

@@ -1,27 +1,20 @@
-"""All that resuming needs, as one file that is the commit; the files that people read follow it. Before each step the
-processes agree on one number, so that none enters a step that another one leaves out."""
+"""All that resuming needs, in one file that is an epoch's commit; what people read follows it."""
 
 import atexit
-import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from utils.optimizer import restore_optimizer
 from utils.plumbing import processes
 from utils.plumbing.console import say
-from utils.plumbing.errors import NOT_FINITE, UserError
-from utils.plumbing.files import save_tensors
+from utils.plumbing.errors import NOT_FINITE, UserError, short_repr
+from utils.plumbing.files import LAST, load_tensors, save_tensors
 from utils.plumbing.processes import rank
-from utils.plumbing.waiting import WaitingTime
-
-LAST = "last_checkpoint.pth"
-GO_ON, SAVE = 0, 1  # what a process wishes for the next step; 128 + a signal's number: save and end
+from utils.steps import Steps
 
 
 @dataclass
@@ -30,117 +23,149 @@ class Position:
 
     epoch: int
     step: int = 0  # global batches done
-    sums: Counter = field(
-        default_factory=Counter
-    )  # of recipe.sums_of, whose update() adds; on the device, so no step waits
+    sums: Counter = field(default_factory=Counter)  # of batch_sums, on the device: no step waits
     unreadable: int = 0
 
     def totals(self):
-        """{name: sum of all processes, on the CPU}, with 'unreadable' among them. Collective."""
-        own, total = {name: value.cpu() for name, value in self.sums.items()}, Counter()
-        for sums in processes.gather_objects({**own, "unreadable": self.unreadable}):
+        """Return {name: sum over all processes, on the CPU}, with 'unreadable'. Collective."""
+        own = {name: value.cpu() for name, value in self.sums.items()}
+        own["unreadable"] = self.unreadable
+        total = Counter()
+        for sums in processes.gather_objects(own):
             total.update(sums)
         return dict(total)
 
 
-class Checkpoint:
-    """A run's state: saved, loaded and published; and the steps, before each of which the processes agree.
+class Checkpoint(Steps):
+    """A run's state: saved, loaded and published.
 
-    parts: {name: object with state_dict()/load_state_dict() or None}: model, optimizer, scaler, ema, history.
-    scored_on: a text of all that a score depends on; when it has changed, the best epoch is sought anew.
+    parts: {name: object with state_dict() and load_state_dict(), or None} of model, optimizer,
+    scaler, ema and history. scored_on: {name: value} of all that a score depends on; when one has
+    changed, the best epoch is sought anew.
     """
 
-    def __init__(self, run, parts, save_minutes=0, scored_on=""):
+    def __init__(self, run, parts, save_minutes=0, scored_on=None):
         atexit.register(processes.stop_workers)  # Python would wait for workers that ignore SIGTERM
-        self.run, self.parts, self.save_minutes, self.scored_on = (
-            run,
-            parts,
-            save_minutes,
-            scored_on,
-        )
-        self.best, self.best_is_new = (
-            None,
-            False,
-        )  # the best epoch's weights, on the CPU: one story with the history
-        self.position, self.order, self.resumed = Position(0), "", {}
-        self.signal, self.signalled_at, self.saved_at = 0, 0, time.monotonic()
-        self.asked = (
-            torch.tensor([GO_ON]),
-            None,
-        )  # the last wish, and its journey to the other processes
+        super().__init__(run)
+        self.parts = parts
+        self.save_minutes = save_minutes
+        self.scored_on = {name: str(value) for name, value in (scored_on or {}).items()}
+        self.best = None  # the weights of history's best epoch, on the CPU
+        self.best_is_new = False
+        self.position = Position(0)
+        self.order = ""
+        self.resumed = {}
+        self.saved_at = time.monotonic()
 
     def load(self, state):
-        """Give every part its own back, taking it out of `state`: it would fill memory for the rest of the run."""
+        """Load each part's state and drop it from `state`, to free its memory.
+
+        UserError: the state of another network or optimizer, or one that is not whole.
+        """
+        check_fits(self.run, state, self.parts)
         for name, part in self.parts.items():
-            kept = state.pop(name)
-            if part and kept:
-                restore_optimizer(part, kept) if name == "optimizer" else part.load_state_dict(kept)
-        self.best, self.best_is_new = state.pop("best"), True
-        if state["scored_on"] != self.scored_on:
+            saved = state.pop(name)
+            if part is None or saved is None:
+                continue
+            try:
+                if name == "optimizer":
+                    restore_optimizer(part, saved)
+                else:
+                    part.load_state_dict(saved)
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise cannot_continue(
+                    self.run, f"the {name}'s state does not fit ({error})"
+                ) from None
+        self.best = state.pop("best")
+        self.best_is_new = True
+        if rank() == 0:
+            self.compare_scores(state["scored_on"])
+        self.resumed = state
+        self.position = Position(state["epoch"], state["step"])
+
+    def compare_scores(self, before):
+        """Seek the best epoch anew where something that a score depends on is not as it was before."""
+        if not isinstance(before, dict):
+            changed = ["what a score depends on was recorded by another version"]
+        else:
+            names = {**before, **self.scored_on}
+            changed = [name for name in names if before.get(name) != self.scored_on.get(name)]
+        if changed:
             self.best = None
-            if rank() == 0:
-                self.parts["history"].seek_best_anew()
-            say(
-                "  the best epoch is sought anew: the test pictures, how they are read or best_by changed"
-            )
-        self.resumed, self.position = state, Position(state["epoch"], state["step"])
+            self.parts["history"].seek_best_anew()
+            say(f"  the best epoch is sought anew: changed since: {', '.join(changed)}")
 
     def begin(self, epoch, order):
-        """The Position at an epoch's beginning, or where it was interrupted if its `order`, a text, is still the same."""
-        kept, self.position, self.order = self.resumed, Position(epoch), order
-        interrupted = kept.get("epoch") == epoch and kept["step"]
-        if interrupted and kept["order"] != order:
-            say(
-                f"  epoch {epoch + 1} begins again, as the training pictures, how they are read or their order changed"
-            )
-        elif interrupted:
-            self.position.step = kept["step"]
-            if rank() == 0:
-                self.position.unreadable = kept["totals"].pop("unreadable")
-                device = next(self.parts["model"].parameters()).device
-                self.position.sums.update(
-                    {name: value.to(device) for name, value in kept["totals"].items()}
+        """Return the Position at an epoch's beginning, or where the epoch was interrupted.
+
+        order: a text of all that the pictures of a step depend on; if it has changed since the
+        interruption, the epoch begins again.
+        """
+        self.position = Position(epoch)
+        self.order = order
+        if self.resumed.get("epoch") == epoch and self.resumed["step"]:
+            if self.resumed["order"] == order:
+                self.go_on()
+            else:
+                say(
+                    f"  epoch {epoch + 1} begins again, as the training pictures, how they are read "
+                    f"or their order changed"
                 )
         return self.position
 
-    def save(self, epoch, step=0, totals=None):
-        """Write last_checkpoint.pth on rank 0. Collective. UserError: weights that are not finite, a full disk."""
+    def go_on(self):
+        """Set the position to where the epoch was interrupted; rank 0 takes the sums of all."""
+        self.position.step = self.resumed["step"]
         if rank() == 0:
-            state = {name: part and part.state_dict() for name, part in self.parts.items()}
-            state.update(
-                best=self.best,
-                epoch=epoch,
-                step=step,
-                totals=totals,
-                order=self.order,
-                scored_on=self.scored_on,
-            )
-            for name, what in (
-                ("model", "weights are"),
-                ("ema", "averaged weights are"),
-                ("totals", "loss is"),
-            ):
-                tensors = [
-                    value
-                    for value in (state[name] or {}).values()
-                    if isinstance(value, torch.Tensor)
-                ]
-                if not all(tensor.isfinite().all() for tensor in tensors):
-                    raise UserError(
-                        f"the {what} not finite any more after epoch {epoch}, step {step}: {NOT_FINITE}"
-                    )
+            totals = self.resumed["totals"]
+            device = self.device()
+            self.position.unreadable = totals.pop("unreadable")
+            self.position.sums.update({name: value.to(device) for name, value in totals.items()})
+
+    def device(self):
+        """Return where the model is."""
+        return next(self.parts["model"].parameters()).device
+
+    def on_gpu(self):
+        return self.device().type == "cuda"
+
+    def is_due(self):
+        """Return whether rank 0 has not saved for save_minutes."""
+        seconds = time.monotonic() - self.saved_at
+        return rank() == 0 and self.save_minutes > 0 and seconds > 60 * self.save_minutes
+
+    def save_position(self):
+        """Save inside an epoch. Collective."""
+        self.save(self.position.epoch, self.position.step, self.position.totals())
+
+    def save(self, epoch, step=0, totals=None):
+        """Write last_checkpoint.pth on rank 0. Collective.
+
+        UserError: weights that are not finite, a full disk.
+        """
+        if rank() == 0:
+            state = {
+                name: None if part is None else part.state_dict()
+                for name, part in self.parts.items()
+            }
+            state.update(epoch=epoch, step=step, totals=totals)
+            state.update(best=self.best, order=self.order, scored_on=self.scored_on)
+            check_finite(state)
             save_tensors(Path(self.run, LAST), state)
         processes.barrier()
         self.saved_at = time.monotonic()
 
     def commit(self, figures, judged, save_period, last_epoch):
-        """End an epoch in one checkpoint; whether `judged`, the model that was validated, is the best (rank 0). Collective."""
+        """Record an epoch, write the checkpoint, then the files for people. Collective.
+
+        judged: the model that was validated. Return whether it is the best so far (rank 0).
+        """
         best = rank() == 0 and self.parts["history"].append_loss(figures)
         if best:
             self.best_is_new = True
+            weights = judged.state_dict()
             self.best = {
-                name: value.detach().to("cpu", copy=True)
-                for name, value in judged.state_dict().items()
+                name: value.detach().to("cpu", copy=True) for name, value in weights.items()
             }
         self.position = Position(figures["epoch"])
         self.save(figures["epoch"])
@@ -148,75 +173,166 @@ class Checkpoint:
         return best
 
     def publish(self, save_period, last_epoch):
-        """After an epoch's end, also when resuming there: what people read follows the checkpoint, on rank 0."""
-        history, judged = self.parts["history"], self.parts["ema"] or self.parts["model"]
+        """Write the files that people read, on rank 0, if the checkpoint is that of an epoch's end."""
+        history = self.parts["history"]
         if rank() or not history.rows or self.position.step:
             return
         history.write()
         if self.best_is_new and self.best is not None:
             save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
         self.best_is_new = False
-        row, weights = history.rows[-1], getattr(judged, "module", judged).state_dict()
+        row, weights = history.rows[-1], judged_model(self.parts).state_dict()
         save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
         if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:
-            name = "ep%03d-loss%.3f-val_loss%.3f.pth" % (
-                row["epoch"],
-                row["train_loss"],
-                row["val_loss"],
-            )
-            save_tensors(Path(self.run, name), weights)
+            losses = f"loss{row['train_loss']:.3f}-val_loss{row['val_loss']:.3f}"
+            save_tensors(Path(self.run, f"ep{row['epoch']:03d}-{losses}.pth"), weights)
 
-    def catch_signals(self):
-        """From now on SIGTERM, Ctrl-C and SIGHUP are noted and obeyed before the next step; a second Ctrl-C ends at once."""
 
-        def note(number, frame):
-            if (
-                self.signal and number == signal.SIGINT and time.monotonic() - self.signalled_at > 1
-            ):  # torchrun repeats the first
-                say(f"\nended at once: {self.run} is as it was saved last")
-                processes.end(128 + number)
-            if not self.signal:
-                self.signal, self.signalled_at = number, time.monotonic()
+def judged_model(parts):
+    """Return the model that is validated and published: the averaged one where there is one."""
+    return parts["model"] if parts["ema"] is None else parts["ema"].module
 
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
-                signal.signal(number, note)
 
-    def steps(self, gen, steps, number=1):
-        """Yield `number` batches of `gen` at a time (fewer where a process has no share), `steps` in all, once all agree."""
-        batches = iter(gen)
-        self.waiting = WaitingTime(next(self.parts["model"].parameters()).is_cuda)
-        for done in range(0, steps, number):
-            begin = self.waiting.now()
-            current = list(islice(batches, min(number, steps - done)))
-            self.waiting.add(begin)
-            self.agree()
-            yield current
+def check_finite(state):
+    """Raise UserError where weights or sums of a state hold a number that is not finite."""
+    for name, what in (
+        ("model", "weights are"),
+        ("ema", "averaged weights are"),
+        ("totals", "loss is"),
+    ):
+        for value in (state[name] or {}).values():
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                raise UserError(
+                    f"the {what} not finite any more after epoch {state['epoch']}, "
+                    f"step {state['step']}: {NOT_FINITE}"
+                )
 
-    def agree(self):
-        """Obey the largest wish of the step before (go on, save, save and end); the next travels while a step computes."""
-        wish, journey = self.asked
-        if journey:
-            journey.wait()
-        if wish != GO_ON:
-            epoch, step = self.position.epoch, self.position.step
-            self.save(epoch, step, self.position.totals())
-        if wish > 128:
-            say(
-                f"\n{signal.Signals(int(wish) - 128).name}: saved at epoch {epoch + 1}, step {step}; continue with "
-                f"resume = {self.run!r} (or resume = True), the other settings as they are"
-            )
-            processes.barrier()
-            processes.end(int(wish))
-        due = (
-            self.save_minutes
-            and rank() == 0
-            and time.monotonic() - self.saved_at > 60 * self.save_minutes
+
+# What the values of a checkpoint must be
+KINDS = {
+    "epoch": int,
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "history": dict,
+    "scaler": (dict, type(None)),
+    "ema": (dict, type(None)),
+    "best": (dict, type(None)),
+    "totals": (dict, type(None)),
+    "order": str,
+    "scored_on": (dict, str),  # a text before it was a dictionary
+}
+
+
+def load_checkpoint(run):
+    """Return a run's checkpoint; None when it never wrote one. UserError: one that cannot be used."""
+    path = Path(run, LAST)
+    if not path.exists():
+        return None
+    try:
+        state = load_tensors(path, "resume")
+        check_whole(state, path)
+    except UserError as error:
+        weights = str(Path(run, "last_epoch_weights.pth"))
+        raise UserError(
+            f"{error}: start anew with resume = False, perhaps from model_path = {weights!r}"
+        ) from None
+    return state
+
+
+def check_whole(state, path):
+    """Raise UserError unless a checkpoint has all its parts, each of its kind."""
+    wrong = [
+        name
+        for name, kind in KINDS.items()
+        if name not in state or not isinstance(state[name], kind)
+    ]
+    if not wrong:
+        wrong = wrong_parts(state)
+    if wrong:
+        raise UserError(
+            f"resume: {str(path)!r} is no checkpoint of this version of the program "
+            f"({', '.join(wrong)})"
         )
-        wish = torch.tensor([128 + self.signal if self.signal else SAVE if due else GO_ON])
-        self.asked = (
-            wish,
-            dist.all_reduce(wish, dist.ReduceOp.MAX, async_op=True)
-            if processes.connected()
-            else None,
-        )
+
+
+def wrong_parts(state):
+    """Return the names of those parts of a checkpoint that hold what they cannot hold."""
+    totals = state["totals"]
+    right = {
+        "epoch": state["epoch"] >= 0,
+        "step": state["step"] >= 0 and (state["step"] == 0 or totals is not None),
+        "history": are_rows(state["history"].get("rows")),
+        "totals": totals is None or type(totals.get("unreadable")) is int,
+    }
+    for name in ("model", "best"):
+        right[name] = all_tensors(state[name] or {})
+    if totals is not None:
+        sums = {name: value for name, value in totals.items() if name != "unreadable"}
+        right["totals"] = right["totals"] and all_tensors(sums)
+    return [name for name, is_right in right.items() if not is_right]
+
+
+def all_tensors(state):
+    return all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def are_rows(rows):
+    """Return whether `rows` are figures of epochs as LossHistory keeps them."""
+    needed = {"epoch", "train_loss", "val_loss"}
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and needed <= row.keys()
+        and all(isinstance(value, (int, float)) for value in row.values())
+        for row in rows
+    )
+
+
+def check_fits(run, state, parts):
+    """Raise UserError unless a checkpoint's tensors have the shapes that the parts' have now."""
+    pairs = [("network", state["model"], parts["model"])]
+    if parts["ema"] is not None:
+        pairs.append(("averaged network", state["ema"] or {}, parts["ema"]))
+    if state["best"] is not None:
+        pairs.append(("network of the best epoch", state["best"], judged_model(parts)))
+    for what, saved, part in pairs:
+        before, now = shapes(saved), shapes(part.state_dict())
+        different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if different:
+            name = different[0]
+            raise cannot_continue(
+                run,
+                f"the {what} has changed since it was saved ({len(different)} tensors; "
+                f"{short_repr(name)} was {before.get(name, 'absent')}, "
+                f"and is {now.get(name, 'absent')})",
+            )
+    check_buffers(run, state["optimizer"], parts["optimizer"])
+
+
+def shapes(state):
+    return {name: tuple(getattr(value, "shape", ("no tensor",))) for name, value in state.items()}
+
+
+BUFFERS = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # of a parameter, in the parameter's shape
+
+
+def check_buffers(run, state, optimizer):
+    """Raise UserError where what an optimizer has learned is not of its parameters' shapes."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    learned = state.get("state")
+    if not isinstance(learned, dict):
+        raise cannot_continue(run, "the optimizer's state is missing")
+    for number, values in learned.items():
+        fits = number in range(len(parameters)) and isinstance(values, dict)
+        for name in BUFFERS:
+            if fits and values.get(name) is not None:
+                fits = getattr(values[name], "shape", None) == parameters[number].shape
+        if not fits:
+            raise cannot_continue(run, f"the optimizer's state {short_repr(number)} does not fit")
+
+
+def cannot_continue(run, reason):
+    return UserError(
+        f"{run} cannot be continued: {reason}. Undo what was changed, or start anew with "
+        f"resume = False"
+    )

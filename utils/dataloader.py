@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from utils.pictures import MEAN, centre_box, describe_cut, random_box, read_crop
 from utils.plumbing.errors import UserError
+from utils.plumbing.files import content_sum
 from utils.plumbing.formats import BROKEN, failure_reason, read_size
 from utils.plumbing.lists import AnnotationLines
 from utils.plumbing.processes import cores
@@ -162,6 +163,12 @@ class DataGenerator(Dataset):
             for name, part in parts.items()
             if name not in ("kept", "in_memory")
         }
+
+    def content(self):
+        """Return a sum over the pictures' files: it tells other pictures under the same names."""
+        if not isinstance(self.source, AnnotationLines):
+            return ""
+        return content_sum(self.source[index][0] for index in range(len(self)))
 
     def read(self, index):
         """(uint8 (H, W, 3) that nobody may change, target); raises one of BROKEN for a picture that cannot be read."""

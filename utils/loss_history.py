@@ -33,7 +33,7 @@ class LossHistory:
         return self.best() is figures
 
     def best(self):
-        """The best epoch's figures, or None."""
+        """Return the best epoch's figures, or None."""
         rows = [
             row
             for row in self.rows[self.best_since :]

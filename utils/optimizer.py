@@ -208,21 +208,33 @@ def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+def rate_at(settings, epoch, transformer):
+    """Return the learning rate at an epoch (0 …), before layers' scales."""
+    frozen = settings.get("Freeze_Train") and epoch < settings["Freeze_Epoch"]
+    batch_size = settings["Freeze_batch_size" if frozen else "Unfreeze_batch_size"]
+    pictures = batch_size * settings.get("accumulate", 1)
+    rates = settings["Init_lr"], settings["Min_lr"]
+    fitted = fit_lr(pictures, *rates, settings["optimizer_type"], transformer)
+    curve = get_lr_scheduler(settings["lr_decay_type"], *fitted, settings["UnFreeze_Epoch"])
+    return curve(epoch)
+
+
 def describe_rates(settings, transformer):
-    """Return the header's text: the optimizer, each phase's highest and lowest rate, and which limits have changed them."""
+    """Return the header's text: the optimizer, each phase's rates, and where a limit changed them."""
     optimizer_type = settings["optimizer_type"]
     texts = []
     for name in phases(settings):
         batch_size = settings[name] * settings.get("accumulate", 1)
         rates = settings["Init_lr"], settings["Min_lr"]
         fitted = fit_lr(batch_size, *rates, optimizer_type, transformer)
-        scaled = tuple(batch_size / pictures_per_step(transformer) * rate for rate in rates)
         text = f"lr {fitted[0]:.3g} to {fitted[1]:.3g}"
-        if fitted != scaled:
-            text += (
-                f" (Init_lr and Min_lr ask for {scaled[0]:.3g} to {scaled[1]:.3g}; "
-                f"the limits are in utils/optimizer.py)"
-            )
+        for rate, value in zip(("Init_lr", "Min_lr"), fitted):
+            scaled = batch_size / pictures_per_step(transformer) * settings[rate]
+            if scaled != value:
+                text += (
+                    f" ({rate} = {settings[rate]:.3g} gives {scaled:.3g}, "
+                    f"outside {optimizer_type}'s limits)"
+                )
         if text not in texts:
             texts.append(text)
     return f"{optimizer_type}, {settings['lr_decay_type']}, {', then '.join(texts)}"

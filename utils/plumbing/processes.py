@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from utils.plumbing.errors import UserError
 
+LAUNCH_SETTINGS = ("Cuda", "distributed", "num_workers", "resume")  # the machine's, not a run's
 launch_id = uuid.uuid4().hex  # of all processes of one launch, also after torchrun restarts them
 
 

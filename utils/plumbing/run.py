@@ -1,11 +1,10 @@
-"""A run is a folder: which one to continue, how a new one is made, and its config.json."""
+"""A run is a folder: its config.json, its lock, which run to continue, and how a new one is made."""
 
 import json
 import os
 import platform
 import time
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy
@@ -18,148 +17,174 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from utils.checkpoint import LAST
 from utils.optimizer import phases
 from utils.plumbing import processes
 from utils.plumbing.console import say, say_row
-from utils.plumbing.errors import UserError, printable, short_repr
-from utils.plumbing.files import check_regular, clear_drafts, load_tensors, save_text, writable
+from utils.plumbing.errors import UserError, printable
+from utils.plumbing.files import LAST, check_regular, save_text, writable
+from utils.plumbing.lists import check_names
 from utils.plumbing.processes import world_size
+
+KINDS = {  # what config.json must hold
+    "settings": dict,
+    "constants": dict,
+    "class_names": list,
+    "finished": bool,
+    "start": int,
+}
+MISSING = {"start": 0, "constants": {}}  # in runs of before these were written
+HIGHEST_START = 10**9  # nobody starts as often
 
 
 def read_config(run):
-    """A run's config.json: a dictionary with at least settings, class_names, finished, start. UserError for any other."""
+    """Return a run's config.json, with at least the names in KINDS. UserError for any other file."""
     path = Path(run, "config.json")
     try:
         check_regular(path, "config.json")
-        config = {
-            "start": 0,
-            **json.loads(path.read_text(encoding="utf-8")),
-        }  # 0: of before starts were counted
-        kinds = {"settings": dict, "class_names": list, "finished": bool, "start": int}
-        if not all(type(config[key]) is kind for key, kind in kinds.items()) or {
-            *map(type, config["class_names"])
-        } != {str}:
-            raise ValueError("settings, class_names, finished or start are of another kind")
-        return config
+        config = {**MISSING, **json.loads(path.read_text(encoding="utf-8"))}
+        for name, kind in KINDS.items():
+            if type(config[name]) is not kind:
+                raise ValueError(f"{name} is no {kind.__name__}")
+        if not 0 <= config["start"] <= HIGHEST_START:
+            raise ValueError("start is out of range")
+        check_names(config["class_names"], "class_names")
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        raise UserError(f"{str(run)!r} is not a run's folder: {printable(error)[:200]}") from None
+        reason = f"{printable(error)[:200]}{newest_hint(run)}"
+        raise UserError(f"{str(run)!r} is not a run's folder: {reason}") from None
+    return config
+
+
+def newest_hint(run):
+    """Return '; the newest run there is …' for a folder that is none but stands beside runs, or ''."""
+    if Path(run, "config.json").exists():
+        return ""
+    for folder in (Path(run).parent, Path("logs")):
+        runs = runs_in(folder, damaged=True)
+        if runs:
+            return f"; the newest run in {str(folder)!r} is {runs[0][1]!r}"
+    return ""
 
 
 def write_config(run, config):
-    save_text(
-        Path(run, "config.json"),
-        json.dumps(config, indent=1, ensure_ascii=False, default=str) + "\n",
-    )
+    text = json.dumps(config, indent=1, ensure_ascii=False, default=as_list_or_text)
+    save_text(Path(run, "config.json"), text + "\n")
 
 
-def load_checkpoint(run):
-    """A run's checkpoint; None when it never wrote one; UserError when it cannot be read."""
-    path = Path(run, LAST)
-    if not path.exists():
-        return None
-    try:
-        state = load_tensors(path, "resume", check_sums=True)
-        kinds = {
-            "epoch": int,
-            "step": int,
-            "model": dict,
-            "optimizer": dict,
-            "history": dict,
-            "order": str,
-            "scored_on": str,
-        }
-        if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-            raise UserError(
-                f"resume: {str(path)!r} is no checkpoint of this version of the program"
-            )
-        return state
-    except UserError as error:
-        raise UserError(
-            f"{error}: start anew with resume = False, perhaps from model_path = "
-            f"{str(Path(run, 'last_epoch_weights.pth'))!r}"
-        ) from None
+def as_list_or_text(value):
+    """Return what stands in config.json for a value that JSON does not have."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def as_json(settings):
+    """Return settings as they read in config.json."""
+    return json.loads(json.dumps(settings, default=as_list_or_text))
 
 
 def runs_in(save_dir, damaged=False):
-    """[(its config, its folder)] of the runs in a folder, the one that was begun or continued last first."""
-    found = []
+    """Return [(config, folder)] of the runs in a folder, the one that was started last first.
+
+    damaged: pass over a run whose config.json cannot be read, in place of raising UserError.
+    """
+    runs = []
     for path in Path(save_dir).glob("*/config.json"):
+        run = str(path.parent)
         try:
-            found.append((read_config(path.parent), str(path.parent)))
+            runs.append((read_config(run), run))
         except UserError as error:
-            if (
-                not damaged and Path(path.parent, LAST).exists()
-            ):  # else another program's config.json
+            is_a_run = Path(run, LAST).exists()  # else the file is another program's
+            if is_a_run and not damaged:
                 raise UserError(
-                    f"{error}. It may be the newest run: name the run to continue with resume = '…', or move "
-                    f"{str(path.parent)!r} away"
+                    f"{error}. It may be the newest run: name the run to continue with "
+                    f"resume = '…', or move {run!r} away"
                 ) from None
-    return sorted(found, key=lambda run: run[0]["start"], reverse=True)
+    return sorted(runs, key=start_number, reverse=True)
+
+
+def start_number(run):
+    """Return the number of the start that a run of runs_in recorded; clocks and names can be wrong."""
+    config, _ = run
+    return config["start"]
 
 
 def lock(run, seconds=0):
-    """Take the run for this process's life; UserError when another one still trains it after so many seconds."""
+    """Hold the run for this process's life. UserError where another one still does after `seconds`."""
     try:
-        number = os.open(
-            Path(run, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666
-        )
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        number = os.open(Path(run, ".lock"), flags, 0o666)
     except OSError as error:  # it may be another user's run
         raise UserError(
             f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})"
         ) from None
     end = time.monotonic() + seconds
-    while fcntl:
-        try:
-            return fcntl.lockf(
-                number, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the file stays open, as closing it would end the lock
-        except OSError as error:
-            if not isinstance(
-                error, (BlockingIOError, PermissionError)
-            ):  # a file system without locks
-                return None
+    while fcntl and not is_locked_now(number):
         if time.monotonic() >= end:
             raise UserError(
-                f"{run} is being trained by another process, and cannot be continued before that has ended "
-                f"(resume = False begins a new run)"
+                f"{run} is being trained by another process, and cannot be continued before that "
+                f"has ended (resume = False begins a new run)"
             )
         time.sleep(0.5)
 
 
+def is_locked_now(number):
+    """Lock an open file, and return whether that was possible. Closing it would end the lock."""
+    try:
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
 def find_run(resume, save_dir):
-    """The folder of the run to continue, locked, or None for a new one."""
-    again = (
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        or os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
-    )
+    """Return the folder of the run to continue, locked, or None for a new one."""
+    restarted = is_restarted()
     if isinstance(resume, str):
-        found = [
-            str(Path(save_dir, resume))
-            if not os.path.exists(resume) and Path(save_dir, resume).exists()
-            else resume
-        ]
-        read_config(found[0])
-    else:  # a group that torchrun has started anew, or that has torchrun's --rdzv_id, continues its own
-        found = (
-            [
-                run
-                for config, run in runs_in(save_dir)
-                if not config["finished"]
-                and (resume or config.get("launch") == processes.launch_id)
-            ]
-            if resume or again
-            else []
-        )
-    empty = None  # a start that ended before it had saved anything: its folder will do when nothing else is there
-    for run in found:
-        lock(run, seconds=30 if again else 0)
-        if again or resume is not True or Path(run, LAST).exists():
+        inside = Path(save_dir, resume)
+        run = resume if os.path.exists(resume) or not inside.exists() else str(inside)
+        read_config(run)
+        lock(run, seconds=30 if restarted else 0)
+        return run
+    if not resume and not restarted:
+        return None
+    empty = None  # a start that has saved nothing, where nothing else is there
+    for run in unfinished_runs(save_dir, any_launch=resume):
+        lock(run, seconds=30 if restarted else 0)
+        if restarted or has_trained(run):
             return run
         empty = empty or run
     if resume and not empty:
         say(f"resume = True: there is no unfinished run in {save_dir!r}, starting a new one")
     return empty
+
+
+def is_restarted():
+    """Return whether torchrun has restarted this group, or could have: it has an --rdzv_id."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return restarts > 0 or os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
+
+
+def unfinished_runs(save_dir, any_launch):
+    """Return the folders of all unfinished runs, or of this launch's, the last start first."""
+    return [
+        run
+        for config, run in runs_in(save_dir)
+        if not config["finished"] and (any_launch or config.get("launch") == processes.launch_id)
+    ]
+
+
+def has_trained(run):
+    """Return whether a run's folder holds a checkpoint or anything else that was trained."""
+    return Path(run, LAST).exists() or bool(trained_files(run))
+
+
+def trained_files(run):
+    """Return the names of a run's history and weights."""
+    return sorted(path.name for path in Path(run).iterdir() if is_trained(path.name))
+
+
+def is_trained(name):
+    return name == "history.csv" or (name.endswith(".pth") and not name.startswith("."))
 
 
 def new_run(save_dir):
@@ -174,89 +199,48 @@ def new_run(save_dir):
         time.sleep(0.1)  # another run has begun in this second
 
 
-def continued_run(resume, save_dir, settings, class_names):
-    """(folder, checkpoint or None) of the run that is to go on, or (None, None); what has changed in it is said."""
-    run = find_run(resume, save_dir)
-    if run is None:
-        return None, None
-    config, state, last = read_config(run), load_checkpoint(run), settings["UnFreeze_Epoch"]
-    old = config["settings"]
-    if state:
-        check_same(
-            run,
-            {**old, "ema_decay": bool(state["ema"])},
-            {**settings, "ema_decay": bool(settings.get("ema_decay"))},
-            config["class_names"],
-            class_names,
-        )
-    if settings["fp16"] == "auto" and old.get("Cuda") == settings["Cuda"]:
-        settings["fp16"] = old.get("fp16", "auto")
-    done = state["epoch"] + bool(state["step"]) if state else 0
-    if done > last or config["finished"] and (done == last or state is None):
-        so_far = "finished" if config["finished"] else f"trained {done} epochs"
-        raise UserError(f"{run} has {so_far}: raise UnFreeze_Epoch (now {last}) to train on")
-    clear_drafts(run)
-    place = f"epoch {state['epoch'] + 1}, step {state['step'] + 1}" if state else "its beginning"
-    changed = [
-        f"{name}: {short_repr(old[name])} → {short_repr(value)}"
-        for name, value in json.loads(json.dumps(settings)).items()
-        if name in old and old[name] != value and name not in ("resume", "Init_Epoch")
-    ]
-    say(f"continuing {run} at {place}" + "".join(f"\n  changed since: {c}" for c in changed))
-    return run, state
+def begin_run(run, settings, class_names, constants=None):
+    """Print the run's folder; write and return what its config.json holds.
 
-
-def check_same(run, old, new, was, now):
-    """UserError where a checkpoint cannot go on, as settings (old, new) or class names (was, now) are others."""
-    pairs = [
-        (name, old.get(name, new[name]), new[name])
-        for name in ("backbone", "optimizer_type", "ema_decay")
-    ]
-    pairs += [(f"class {number}", *names) for number, names in enumerate(zip_longest(was, now))]
-    others = [
-        f"{name} was {short_repr(before)} and is now {short_repr(after)}"
-        for name, before, after in pairs
-        if before != after
-    ]
-    if others:
-        raise UserError(f"{run} cannot be continued: {others[0]} (give what it was started with)")
-
-
-def print_header(s, facts):
-    """Print what is about to be trained: `facts`, then rows of the settings s."""
-    epochs = f"{s.get('Init_Epoch', 0)} to {s['UnFreeze_Epoch']}"
-    if s.get("Freeze_Train"):
-        epochs += f", frozen to {s['Freeze_Epoch']}"
-    sizes = ", then ".join(str(s[name]) for name in phases(s))
-    rows = {
-        **facts,
-        "input_shape": s["input_shape"],
-        "epochs": epochs,
-        "num_workers": s.get("num_workers", 0),
-        "batch_size": f"{sizes} over {world_size()} processes, {s.get('accumulate', 1)} to a step",
-    }
-    for name, value in rows.items():
-        say_row(name, value)
-
-
-def begin_run(run, s, class_names):
-    """Print the run's folder; write and return what its config.json holds."""
+    constants: {name: source} of train.py.
+    """
     say_row("run", run)
-    versions = {
-        "python": platform.python_version(),
-        **{m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL)},
-    }
-    # clocks and names do not tell which run is the newest: each start counts on
-    number = 1 + max(
-        (config["start"] for config, _ in runs_in(Path(run).parent, damaged=True)), default=0
-    )
+    modules = (torch, torchvision, numpy, PIL)
+    versions = {module.__name__: module.__version__ for module in modules}
+    others = runs_in(Path(run).parent, damaged=True)
+    last = start_number(others[0]) if others else 0
     config = {
-        "settings": s,
+        "settings": settings,
+        "constants": constants or {},
         "class_names": class_names,
         "launch": processes.launch_id,
-        "start": number,
+        "start": min(last + 1, HIGHEST_START),
         "finished": False,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions},
     }
     write_config(run, config)
     return config
+
+
+def print_header(settings, facts):
+    """Print what is about to be trained: `facts`, then how long and how large."""
+    first = settings.get("Init_Epoch", 0) + 1
+    epochs = f"{first} to {settings['UnFreeze_Epoch']}"
+    if first > settings["UnFreeze_Epoch"]:
+        epochs = f"all {settings['UnFreeze_Epoch']} are trained"
+    if settings.get("Freeze_Train"):
+        epochs += f", frozen to {settings['Freeze_Epoch']}"
+    sizes = ", then ".join(str(settings[name]) for name in phases(settings))
+    if world_size() > 1:
+        sizes += f" over {world_size()} processes"
+    if settings.get("accumulate", 1) > 1:
+        sizes += f", {settings['accumulate']} batches to a step"
+    rows = {
+        **facts,
+        "input_shape": settings["input_shape"],
+        "epochs": epochs,
+        "num_workers": settings.get("num_workers", 0),
+        "batch_size": sizes,
+    }
+    for name, value in rows.items():
+        say_row(name, value)

@@ -7,7 +7,7 @@ import torch
 from utils.dataloader import AUGMENTATIONS, RESIZES
 from utils.optimizer import LR_DECAYS, OPTIMIZERS, phases
 from utils.plumbing.errors import TOO_SMALL, UserError, did_you_mean, short_repr
-from utils.plumbing.processes import world_size
+from utils.plumbing.processes import LAUNCH_SETTINGS, local_rank, world_size
 from utils.recipe import CLASS_WEIGHTS
 
 WHOLE, NUMBER, TEXT, LIST = (int,), (int, float), (str,), (list, tuple)
@@ -80,128 +80,161 @@ CHOICES = {  # setting: what it may be besides texts or such numbers, or instead
 }
 
 
-def fits(value, kind, low, high):
-    """Whether a value is of one of the types, a number within its bounds, a text that a file name can hold."""
+def fits(name, value, kind):
+    """Return whether a value is of a type, and a number within its bounds or a text for file names."""
     if isinstance(value, bool) or not isinstance(value, kind):  # Python counts True as an int
         return False
-    if isinstance(value, str):
-        return "\0" not in value and value == value.encode(errors="replace").decode()
-    return kind not in (WHOLE, NUMBER) or low <= value <= high
+    if kind is TEXT:
+        in_utf8 = value == value.encode(errors="replace").decode()
+        return in_utf8 and "\0" not in value and (value != "" or name not in TEXTS)
+    low, high = BOUNDS.get(name, (-1e300, 1e300))  # nan and inf are outside
+    return kind is LIST or low <= value <= high
+
+
+def kind_of(name, default):
+    """Return the type of a setting; of a fork's own one its default's; None for choices alone."""
+    if name in BOUNDS:
+        default = BOUNDS[name][0]
+    elif name in TEXTS:
+        default = ""
+    elif name in CHOICES or isinstance(default, bool):
+        return None
+    for kind in TYPES:
+        if isinstance(default, kind):
+            return kind
+    return None
+
+
+def choices_of(name, default):
+    """Return what a setting may be besides its type, or instead of it."""
+    flag = (True, False) if isinstance(default, bool) else ()
+    return CHOICES.get(name, flag)
+
+
+def is_one_of(value, choices):
+    """Return whether a value is a choice; 1 is not True."""
+    same_kind = [
+        choice for choice in choices if isinstance(choice, bool) == isinstance(value, bool)
+    ]
+    return value in same_kind
 
 
 def check_value(name, value, default=None):
-    """UserError when `value` is not one that the setting `name` can have; one of a fork's own is typed by its `default`."""
-    low, high = BOUNDS.get(name, (-1e300, 1e300))  # nan and inf are outside
-    choices, names = (
-        CHOICES.get(name, (True, False) if isinstance(default, bool) else ()),
-        ITEMS.get(name, ()),
-    )
-    example = (
-        low if name in BOUNDS else "" if name in TEXTS else None if choices else default
-    )  # of the type
-    kind = next((kind for kind in TYPES if isinstance(example, kind)), None)
-    items = value if names and isinstance(value, LIST) else [value]
-    chosen = any(
-        value == choice and isinstance(value, bool) == isinstance(choice, bool)
-        for choice in choices
-    )
-    right = (
-        kind
-        and len(items) == max(len(names), 1)
-        and all(fits(item, kind, low, high) for item in items)
-    )
-    if chosen or right and (value != "" or name not in TEXTS) or not (kind or choices):
+    """Raise UserError unless the setting can have the value; `default` types one of a fork's own."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # an array
+    choices = choices_of(name, default)
+    kind = kind_of(name, default)
+    items = [value]
+    if name in ITEMS and isinstance(value, LIST):
+        items = value
+    right = kind and len(items) == len(ITEMS.get(name, "1"))
+    if right and all(fits(name, item, kind) for item in items):
         return
-    wanted = list(map(repr, choices))
-    if kind:
-        wanted.append(
-            ("or " if choices else "")
-            + (f"[{', '.join(names)}], each " if names else "")
-            + TYPES[kind]
-            + (
-                f" from {low:g} to {high:,}"
-                if name in BOUNDS
-                else ""
-                if name in TEXTS
-                else ", as its default is"
-            )
-        )
+    if is_one_of(value, choices) or not (kind or choices):
+        return
     hint = did_you_mean(short_repr(value).strip("'"), map(str, choices))
-    raise UserError(
-        f"{name} = {short_repr(value)} must be {'' if kind else 'one of '}{', '.join(wanted)}{hint}"
-    )
+    raise UserError(f"{name} = {short_repr(value)} must be {allowed(name, kind, choices)}{hint}")
 
 
-RELATIONS = (  # settings, what must hold between them, and what is said otherwise; passed over where one is gone
-    (
-        ("Init_Epoch", "UnFreeze_Epoch"),
-        lambda a, b: a < b,
-        "Init_Epoch = {} must be below UnFreeze_Epoch = {}",
-    ),
-    (
-        ("Freeze_Epoch", "UnFreeze_Epoch", "Freeze_Train"),
-        lambda a, b, on: a <= b or not on,
-        "Freeze_Epoch = {} must be at most UnFreeze_Epoch = {}",
-    ),
-    (("Min_lr", "Init_lr"), lambda a, b: a <= b, "Min_lr = {} must be at most Init_lr = {}"),
-    (
-        ("distributed",),
-        lambda on: (
-            not on
-            or {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-            <= os.environ.keys()
-        ),
-        "distributed = {} needs a launcher: torchrun --nproc_per_node=2 train.py, or set distributed = False",
-    ),
-    (
-        ("distributed",),
-        lambda on: on or world_size() == 1,
-        "a launcher started several processes, but distributed = {}: set it to True",
-    ),
-    (
-        ("Cuda",),
-        lambda on: not on or int(os.environ.get("LOCAL_RANK", 0)) < torch.cuda.device_count(),
-        "Cuda = {} needs a GPU for each process, and PyTorch sees fewer here: set Cuda = False, or lower --nproc_per_node",
-    ),
-    (
-        ("sync_bn", "Cuda", "distributed"),
-        lambda on, a, b: not on or (a and b),
-        "sync_bn = {} works under torchrun on GPUs only (PyTorch's SyncBatchNorm has no CPU version): set sync_bn = False",
-    ),
-    (
-        ("compile", "Cuda", "distributed"),
-        lambda on, a, b: not on or not a or b or torch.cuda.device_count() < 2,
-        "compile = {} on several GPUs needs torchrun --nproc_per_node=2 train.py (DataParallel cannot copy a compiled network)",
-    ),
-)
+def allowed(name, kind, choices):
+    """Return the values that a setting can have, for a message."""
+    texts = [repr(choice) for choice in choices]
+    if not kind:
+        return f"one of {', '.join(texts)}"
+    text = "or " if choices else ""
+    if name in ITEMS:
+        text += f"[{', '.join(ITEMS[name])}], each "
+    text += TYPES[kind]
+    if name in BOUNDS:
+        low, high = BOUNDS[name]
+        text += f" from {low:g} to {high:,}"
+    elif name not in TEXTS:
+        text += ", as its default is"
+    return ", ".join([*texts, text])
 
 
-def check_settings(s):
-    """UserError for the first setting that is out of range, of the wrong type, or at odds with another one."""
+def check_launch(s):
+    """Raise UserError where the settings of the machine do not fit this machine or this launch."""
+    for name in (*LAUNCH_SETTINGS, "save_dir"):
+        if name in s:
+            check_value(name, s[name])
+    distributed = s.get("distributed")
+    from_launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if distributed and not from_launcher <= os.environ.keys():
+        raise UserError(
+            "distributed = True needs a launcher: torchrun --nproc_per_node=2 train.py, or set "
+            "distributed = False"
+        )
+    if distributed is False and world_size() > 1:
+        raise UserError(
+            "a launcher started several processes, but distributed = False: set it to True"
+        )
+    if s.get("Cuda") and local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            "Cuda = True needs a GPU for each process, and PyTorch sees fewer here: set "
+            "Cuda = False, or lower --nproc_per_node"
+        )
+
+
+def check_settings(s, continued=False):
+    """Raise UserError for the first setting that is out of range, or at odds with another one.
+
+    continued: a run's own settings, of which every epoch may be trained already.
+    """
+    check_launch(s)
     for name, value in s.items():
         check_value(name, value)
-    for names, holds, sentence in RELATIONS:
-        if all(name in s for name in names) and not holds(*(s[name] for name in names)):
-            raise UserError(sentence.format(*(s[name] for name in names)))
+    check_epochs(s, continued)
+    if {"Min_lr", "Init_lr"} <= s.keys() and s["Min_lr"] > s["Init_lr"]:
+        raise UserError(f"Min_lr = {s['Min_lr']} must be at most Init_lr = {s['Init_lr']}")
+    if s.get("sync_bn") and not (s.get("Cuda", True) and s.get("distributed", True)):
+        raise UserError(
+            "sync_bn = True works under torchrun on GPUs only (PyTorch's SyncBatchNorm has no CPU "
+            "version): set sync_bn = False"
+        )
+    several_gpus = s.get("Cuda") and not s.get("distributed") and torch.cuda.device_count() > 1
+    if s.get("compile") and several_gpus:
+        raise UserError(
+            "compile = True on several GPUs needs torchrun --nproc_per_node=2 train.py "
+            "(DataParallel cannot copy a compiled network)"
+        )
     for name in phases(s):
-        if s[name] % world_size():
-            below = s[name] - s[name] % world_size()
-            sizes = " or ".join(str(n) for n in (below, below + world_size()) if n)
-            raise UserError(
-                f"{name} = {s[name]} cannot be divided by {world_size()} processes: set it to {sizes}"
-            )
+        check_divisible(name, s[name])
+
+
+def check_epochs(s, continued):
+    """Raise UserError where an epoch number of the settings lies behind the last one."""
+    last = s.get("UnFreeze_Epoch", MOST)
+    first = s.get("Init_Epoch", 0)
+    if first >= last and not continued:
+        raise UserError(f"Init_Epoch = {first} must be below UnFreeze_Epoch = {last}")
+    frozen = s.get("Freeze_Epoch", 0)
+    if s.get("Freeze_Train") and frozen > last:
+        raise UserError(f"Freeze_Epoch = {frozen} must be at most UnFreeze_Epoch = {last}")
+
+
+def check_divisible(name, batch_size):
+    """Raise UserError unless every process gets the same share of a batch."""
+    rest = batch_size % world_size()
+    if not rest:
+        return
+    sizes = [str(size) for size in (batch_size - rest, batch_size - rest + world_size()) if size]
+    raise UserError(
+        f"{name} = {batch_size} cannot be divided by {world_size()} processes: "
+        f"set it to {' or '.join(sizes)}"
+    )
 
 
 def too_small(num_train, num_val, name, batch_size):
-    """The documented words next to a sentence with the numbers."""
+    """Return a sentence with the numbers, and the documented words beside it."""
     return (
-        f"{TOO_SMALL} {num_train} training and {num_val} test pictures do not fill one batch of {name} = {batch_size}: "
-        f"add pictures, or set it to {num_train} or less"
+        f"{num_train} training and {num_val} test pictures do not fill one batch of "
+        f"{name} = {batch_size}: add pictures, or set it to {num_train} or less ({TOO_SMALL})"
     )
 
 
 def check_phases(s, num_train, num_val):
-    """ValueError unless each phase that will be trained has a whole batch: found out now, not after hours of the first."""
+    """Raise ValueError unless each phase has a whole batch: now, not after hours of the first."""
     for name in phases(s):
         if num_train < s[name] or not num_val:
             raise ValueError(too_small(num_train, num_val, name, s[name]))

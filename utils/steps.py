@@ -1,0 +1,148 @@
+"""The steps of an epoch: the processes agree before each, and signals end a run between two of them.
+
+The agreement is on one number (0: go on, 1: save, 128 + a signal's number: save and end; the largest
+decides), so that no process enters a step that another one leaves out.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from utils.plumbing import processes
+from utils.plumbing.console import say
+from utils.plumbing.processes import LAUNCH_SETTINGS
+from utils.plumbing.waiting import WaitingTime
+
+GO_ON, SAVE, END = 0, 1, 128
+
+
+class Steps:
+    """A run's steps, before each of which the processes agree.
+
+    A subclass has `position`, save_position(), is_due() and on_gpu().
+    """
+
+    def __init__(self, run):
+        self.run = run
+        self.signal = 0
+        self.signalled_at = 0.0
+        self.request = torch.tensor([GO_ON])  # the largest of all processes once `work` is done
+        self.work = None
+        self.waiting = None  # for the pictures of the last call of steps()
+
+    def catch_signals(self):
+        """Note SIGTERM, Ctrl-C and SIGHUP from now on, and obey them before the next step."""
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
+                signal.signal(number, self.note_signal)
+
+    def note_signal(self, number, frame):
+        """Note the first signal; end at once at a second Ctrl-C."""
+        repeated = time.monotonic() - self.signalled_at < 1  # by torchrun
+        if self.signal and number == signal.SIGINT and not repeated:
+            say(
+                f"\nended at once: {self.run} is as it was saved last; "
+                f"{advice_to_continue(self.run)}"
+            )
+            processes.end(END + number)
+        if not self.signal:
+            self.signal = number
+            self.signalled_at = time.monotonic()
+
+    def steps(self, gen, steps, number=1):
+        """Yield `number` batches of `gen` at a time (fewer at the end), `steps` in all.
+
+        A process without a share of the last step gets an empty list.
+        """
+        self.waiting = WaitingTime(self.on_gpu())
+        batches = iter(gen)
+        for done in range(0, steps, number):
+            begin = self.waiting.now()
+            current = list(islice(batches, min(number, steps - done)))
+            self.waiting.add(begin)
+            self.agree()
+            yield current
+
+    def agree(self):
+        """Act on the largest request made one step ago, then send the next.
+
+        It travels while the step computes.
+        """
+        if self.work:
+            self.work.wait()
+        request = int(self.request)
+        if request != GO_ON:
+            self.save_position()
+        if request > END:
+            self.stop(request)
+        self.request = torch.tensor([self.next_request()])
+        if processes.connected():
+            self.work = dist.all_reduce(self.request, dist.ReduceOp.MAX, async_op=True)
+
+    def next_request(self):
+        if self.signal:
+            return END + self.signal
+        return SAVE if self.is_due() else GO_ON
+
+    def stop(self, request):
+        """Say how to continue, and end every process with 128 + the signal's number."""
+        name = signal.Signals(request - END).name
+        place = f"epoch {self.position.epoch + 1}, step {self.position.step}"
+        say(f"\n{name}: saved at {place}; {advice_to_continue(self.run)}")
+        processes.barrier()
+        processes.end(request)
+
+
+def advice_to_continue(run):
+    """Return the words 'continue with' and the command that continues a run, to be pasted."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return f"continue with the same command on every machine, and --resume {run} at its end"
+    return f"continue with\n  {command_to_continue(run)}"
+
+
+def command_to_continue(run):
+    """Return the command of this launch with `--resume RUN` in place of the run's own settings."""
+    arguments = sys.argv[1:]
+    words = launcher(arguments) + launch_arguments(arguments) + ["--resume", str(run)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def launcher(arguments):
+    """Return the words before the script's own arguments: Python's or torchrun's, and the script."""
+    words = sys.orig_argv
+    fallback = ["python", sys.argv[0]]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        words = parent_command()
+        number = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        fallback = ["torchrun", f"--nproc_per_node={number}", sys.argv[0]]
+    end = len(words) - len(arguments)
+    known = end > 1 and words[end:] == arguments and words[end - 1] == sys.argv[0]
+    return words[:end] if known else fallback
+
+
+def parent_command():
+    """Return the words of the command that started this process's parent; [] where it is unknown."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:  # not Linux
+        return []
+    return [os.fsdecode(word) for word in words.split(b"\0")[:-1]]
+
+
+def launch_arguments(arguments):
+    """Return those of a script's arguments that a continued run does not bring itself."""
+    kept = []
+    for number, word in enumerate(arguments):
+        name, equals, _ = word.partition("=")
+        if name.startswith("--") and name[2:] in LAUNCH_SETTINGS and name != "--resume":
+            kept += [word] if equals else arguments[number : number + 2]
+    return kept

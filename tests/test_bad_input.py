@@ -5,7 +5,6 @@ import pickle
 import re
 import resource
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -97,8 +96,10 @@ def test_folders_that_cannot_be_made(tmp_path):
 
 def test_interrupt_while_importing(tmp_path):
     folder = make_project(tmp_path)
-    process = start(folder)
-    time.sleep(0.4)
+    code = "import time\nprint('importing', flush=True)\ntime.sleep(600)\n"
+    (folder / "numpy.py").write_text(code)  # the folder comes first among the places of modules
+    process = start(folder, fresh=True)
+    assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import ROOT, environment, make_run, picture, weights
+from tests import helpers
+from tests.helpers import HOOKS, ROOT, environment, make_run, picture, weights
 from utils import dataloader, predict
 from utils.plumbing.errors import UserError, explain
 
@@ -59,17 +60,10 @@ def call(folder, monkeypatch, capfd):
     return call
 
 
-def begin(folder, *words, encoding="utf-8"):
+def begin(folder, *words, encoding="utf-8", program=("-m", "utils.predict")):
     """The command as a process of its own, in a group of its own; its streams are bytes."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "utils.predict", *map(str, words)],
-        cwd=folder,
-        start_new_session=True,
-        env={**environment(), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    env = {**environment(), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    return helpers.begin(folder, *program, *words, env=env, text=False, stdin=subprocess.PIPE)
 
 
 def test_a_folder_is_answered_in_order_by_several_processes(folder, call, monkeypatch):
@@ -199,14 +193,14 @@ def test_ctrl_c_in_a_folder(folder, when):
     long.mkdir(exist_ok=True)
     for i in range(len(list(long.iterdir())), 3000):
         os.link(folder / "many/00.png", long / f"{i}.png")
-    process = begin(folder, "run", "long")
+    (folder / "hooks.py").write_text(
+        HOOKS + "before('utils.dataloader:read_crop', lambda *words: os.write(2, b'reading\\n'), 1)"
+    )
+    (folder / "command.py").write_text("import hooks\nfrom utils import predict\npredict.main()\n")
+    process = begin(folder, "run", "long", program=["command.py"])
+    assert process.stderr.readline() == b"reading\n"  # in a process of several
     if when == "answers come":
         process.stdout.readline()
-    while (
-        len(subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout.split())
-        < 2
-    ):
-        assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (

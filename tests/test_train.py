@@ -12,6 +12,7 @@ from PIL import Image
 from tests.helpers import (
     edit,
     history,
+    hooked,
     make_data,
     make_project,
     run_of,
@@ -258,8 +259,13 @@ def test_bfloat16_on_cpu(tmp_path):
     )
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler on a CPU")
-def test_compile(tmp_path):
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor wants a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])]
+)
+def test_compile(tmp_path, backend):
     """The same keys, and the same training within rounding.
 
     A network whose BatchNorm has many values to a channel and that has no dropout: torchvision's
@@ -275,7 +281,10 @@ def test_compile(tmp_path):
     )
     make_data(tmp_path, train=24, test=6)
     train(tmp_path, "--save_dir", "plain")
-    train(tmp_path, "--save_dir", "compiled", "--compile", True)
+    code = f"import torch, functools\ntorch.compile = functools.partial(torch.compile, backend='{backend}')"
+    script = hooked(tmp_path, code + "\nbefore('torch:compile', lambda *given: print('compiled'))")
+    out, _ = train(tmp_path, "--save_dir", "compiled", "--compile", True, script=script)
+    assert out.count("compiled") >= 2
     plain, compiled = (weights(next((tmp_path / name).iterdir())) for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
     for name in plain:

@@ -139,17 +139,15 @@ if __name__ == "__main__":
         class_names, train_lines, val_lines = lists.check_names(own[0], "own_data"), *own[1:]
     else:
         classes_path, train_annotation_path, test_annotation_path = find_lists(settings)
+        train_version = lists.version(train_annotation_path)
         class_names, num_classes = lists.get_classes(classes_path)
         with open(train_annotation_path, encoding="utf-8") as f:
             train_lines = f.readlines()
         with open(test_annotation_path, encoding="utf-8") as f:
             val_lines = f.readlines()
-        lists.check_unchanged(classes_path, class_names)
-        train_lines = lists.check_lines(
-            train_lines, train_annotation_path, num_classes, classes_path
+        train_lines, val_lines = lists.check_all(
+            train_lines, val_lines, settings, class_names, train_version
         )
-        val_lines = lists.check_lines(val_lines, test_annotation_path, num_classes, classes_path)
-        lists.check_both(train_lines, val_lines, train_annotation_path, test_annotation_path)
         np.random.seed(10101)
         np.random.shuffle(train_lines)
         np.random.seed(None)

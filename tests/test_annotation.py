@@ -106,10 +106,7 @@ def test_each_file_is_listed_once(capsys):
         and sum(line.endswith("/dog/far.png") for line in listed()) == 1
         and listed()["1;ds/test/dog/0.png"] == 1
     )
-    assert (
-        "left out: 3 pictures outside of the class folders, or listed already"
-        in capsys.readouterr().out
-    )
+    assert "left out: 3 links to pictures that are listed already: " in capsys.readouterr().out
     assert pictures_below("ds/train/cat") == [f"ds/train/cat/{i}.png" for i in range(5)] + [
         "ds/train/cat/a copy.png",
         "ds/train/cat/dog.png",
@@ -127,7 +124,8 @@ def test_links_to_pictures_of_a_folder_that_is_not_used(capsys):
         "0;ds/val/cat/a.png",
         "0;ds/val/cat/b.png",
     ]
-    assert "left out: 6 pictures outside" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "left out: 5 pictures outside" in out and "1 links to pictures that are listed" in out
 
 
 def test_names_that_no_list_can_hold(capsys):
@@ -136,22 +134,25 @@ def test_names_that_no_list_can_hold(capsys):
         tree("odd.png")
         os.rename("odd.png", os.path.join(b"ds/cat", name))
     annotate(["ds"])
-    assert (
-        sum(listed().values()) == 10
-        and "left out: 2 files (.png) that are not read" in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert sum(listed().values()) == 10
+    assert "left out: 2 paths with a line break" in out and r"ds/cat/line\nfeed.png" in out
 
 
 def test_only_regular_files_are_listed(capsys):
     numbered("ds/cat", "ds/dog")
     os.mkfifo("ds/cat/fifo.png")
     os.symlink("/dev/zero", "ds/cat/zero.png")
+    os.symlink("round.png", "ds/dog/round.png")
+    os.symlink("nowhere.png", "ds/dog/nowhere.png")
     server = socket.socket(socket.AF_UNIX)
     server.bind("ds/cat/socket.png")
     annotate(["ds", "--check"])
     server.close()
     assert sum(listed().values()) == 10
-    assert "left out: 3 files (.png) that are not read" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "left out: 3 pipes, sockets and devices: ds/cat/fifo.png, ds/cat/socket.png, …" in out
+    assert "left out: 2 links that lead nowhere: ds/dog/nowhere.png, ds/dog/round.png\n" in out
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,158 @@ def test_a_class_called_train(folders, expected):
     assert {line.partition(";ds/")[2].rpartition("/")[0] for line in listed()} == set(folders) - (
         {"test"} if "train/a" in folders else set()
     )
+
+
+@pytest.mark.parametrize(
+    "train, val, test",
+    [
+        ("Train", "Test", ""),
+        ("TRAIN", "VAL", "TEST"),
+        ("training_set", "test_set", ""),
+        ("Training Set", "Validation Set", "Test Set"),
+        ("training", "validation", "testing"),
+        ("train", "dev", "eval"),
+        ("train", "eval", "test"),
+        ("train", "test", "holdout"),
+        ("train2017", "val2017", ""),
+        ("trainset", "valid", "tests"),
+        ("my-train-images", "my-test-images", ""),
+        ("seg_train", "seg_test", ""),
+        ("Trainingsdaten", "Testdaten", ""),
+        ("训练集", "验证集", "测试集"),
+    ],
+)
+def test_folders_of_a_split(train, val, test, capsys):
+    """Whatever they are called: the first beside training validates, the other has its own list."""
+    numbered(*(f"ds/{part}/{name}" for part in (train, val, test) if part for name in "ab"))
+    annotate(["ds"])
+    assert classes() == ["a", "b"]
+    out = capsys.readouterr().out
+    for part, list_name in ((train, "train"), (val, "test"), (test, "holdout")):
+        path = Path(f"model_data/cls_{list_name}.txt")
+        assert path.exists() == bool(part)
+        for line in path.read_text(encoding="utf-8").splitlines() if part else ():
+            assert line.startswith((f"0;ds/{part}/a/", f"1;ds/{part}/b/"))
+    assert ("--annotation model_data/cls_holdout.txt" in out) == bool(test)
+    assert (f"{test!r} is kept for the end" in out) == bool(test)
+
+
+def test_a_list_for_the_end_goes_with_its_data_set():
+    numbered(*(f"ds/{part}/{name}" for part in ("train", "val", "test") for name in "ab"))
+    annotate(["ds"])
+    assert Path("model_data/cls_holdout.txt").read_text().count("\n") == 10
+    numbered("other/a", "other/b")
+    annotate(["other"])
+    assert not os.path.exists("model_data/cls_holdout.txt")
+
+
+@pytest.mark.parametrize(
+    "tops",
+    [("known", "unknown"), ("part 1", "part 2"), ("entrenamiento", "prueba"), ("A", "b", "c")],
+)
+def test_the_same_names_side_by_side(tops):
+    """They may be parts of a split; an option takes them for classes."""
+    numbered(*(f"ds/{top}/{name}" for top in tops for name in ("cat", "dog")))
+    with pytest.raises(UserError, match="hold folders of the same names, 'cat', 'dog'.*--nested"):
+        annotate(["ds"])
+    annotate(["ds", "--nested"])
+    assert classes() == sorted(tops)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["cat/images", "dog/images"],
+        ["cat/2019", "cat/2020", "dog/2021"],
+        ["model train/old", "model train/new", "test tube/glass", "bus"],
+    ],
+)
+def test_folders_in_class_folders(folders):
+    numbered(*(f"ds/{folder}" for folder in folders))
+    annotate(["ds"])
+    assert classes() == sorted({folder.split("/")[0] for folder in folders})
+
+
+def split_of(*words):
+    """(training, test) paths of ds by utils.annotation."""
+    annotate(["ds", "--force", *words])
+    return [
+        {line.partition(";")[2] for line in Path(f"model_data/cls_{name}.txt").open()}
+        for name in ("train", "test")
+    ]
+
+
+def test_a_split_stays_when_the_data_set_grows():
+    numbered("ds/cat", "ds/dog", count=150)
+    train, test = split_of()
+    assert 40 <= len(test) <= 80  # a fifth of 300
+    tree("ds/cat/!first.png", "ds/dog/new/0.png", *(f"ds/cat/1{i}x.png" for i in range(30)))
+    numbered("ds/bird", count=40)
+    os.unlink("ds/cat/3.png")
+    os.rename("ds/dog/4.png", "ds/dog/renamed.png")
+    after_train, after_test = split_of()
+    gone = {"ds/cat/3.png\n", "ds/dog/4.png\n"}
+    assert train - gone <= after_train and test - gone <= after_test
+    assert split_of("--seed", "1")[1] != after_test
+    assert len(split_of("--test-share", "0.5")[1]) > 2 * len(test)
+
+
+@pytest.mark.parametrize(
+    "count, share", [(1, "0.5"), (2, "0.01"), (2, "0.99"), (3, "0.2"), (9, "0.9")]
+)
+def test_small_classes_are_split(count, share):
+    """Each class of two pictures or more trains and is tested."""
+    numbered(*(f"ds/{name}" for name in "abcdef"), count=count)
+    numbered("ds/large", count=20)
+    train, test = split_of("--test-share", share)
+    for name in "abcdef":
+        assert any(f"/{name}/" in path for path in train)
+        assert any(f"/{name}/" in path for path in test) == (count > 1)
+
+
+def test_a_class_that_loses_its_training_pictures(capsys):
+    numbered("ds/train/a", "ds/train/b", "ds/train/c", "ds/test/a", "ds/test/b", "ds/test/c")
+    for path in Path("ds/train/b").iterdir():
+        path.write_bytes(b"nothing")
+    annotate(["ds", "--check"])
+    assert "WARNING: no training pictures: it cannot be learnt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--test-share", "1"], "--test-share 1.0 must be above 0 and below 1"),
+        (["--test-share", "20"], "--test-share 20.0 must be"),
+        (["--test-share", "nan"], "--test-share nan must be"),
+        (["--shrink", "0"], "--shrink 0 must be 1 or more"),
+        (["--shrink", "-3"], "--shrink -3 must be 1 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_named(words, sentence):
+    numbered("ds/a", "ds/b")
+    with pytest.raises(UserError, match=sentence):
+        annotate(["ds", *words])
+
+
+def test_a_path_with_blanks(capsys):
+    with pytest.raises(SystemExit):
+        annotate(["Obst", "und", "Früchte", "--check"])
+    assert "a path with blanks needs quotes, 'Obst und Früchte'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        annotate(["ds", "--chek"])
+    assert "quotes" not in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_named(capsys):
+    numbered("ds/cat", "ds/dog")
+    Path("ds/cat/IMG 1.HEIC").touch()
+    Path("ds/notes").touch()
+    annotate(["ds"])
+    out = capsys.readouterr().out
+    assert (
+        "files (.heic) that are not read, convert pictures to JPEG or PNG: ds/cat/IMG 1.HEIC" in out
+    )
+    assert "files (no ending) that are not read" in out and ": ds/notes\n" in out
 
 
 def test_what_is_left_out_is_counted_once(capsys):
@@ -221,10 +374,8 @@ def test_class_names_that_no_file_can_hold(name, capsys):
     numbered("ds/yy", "ds/zz", "ds/new")
     os.rename(b"ds/new", os.path.join(b"ds", os.fsencode(name)))
     annotate(["ds"])
-    assert (
-        classes() == ["yy", "zz"]
-        and "left out: 5 files (.png) that are not read" in capsys.readouterr().out
-    )
+    assert classes() == ["yy", "zz"]
+    assert "left out: 5 paths with a line break or letters that are" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [" a", "a\u2003", "a "])
@@ -240,14 +391,15 @@ def test_class_names_with_space_around_them(name):
 def test_outputs_that_cannot_be_made_are_found_first(output, monkeypatch):
     numbered("ds/cat", "ds/dog")
     Path("blocked").write_text("a file")
-    monkeypatch.setattr("utils.annotation.shrink", None)
+    monkeypatch.setattr("utils.annotation.collect", None)
     with pytest.raises(UserError, match="cannot be written.*--out"):
         annotate(["ds", "--check", "--out", output])
 
 
 def test_a_linked_list_is_replaced():
     """What it leads to stays."""
-    numbered("ds/cat", "ds/dog")
+    numbered("ds/train/cat", "ds/train/dog", count=4)
+    numbered("ds/test/cat", "ds/test/dog", count=1)
     Path("far.txt").write_text("old")
     for name in ("a_classes.txt", "a_train.txt", "a_test.txt"):
         os.symlink("far.txt", name)
@@ -264,12 +416,14 @@ REFUSALS = UserError, FileNotFoundError  # a list is away while it is replaced
 
 def reader():
     """What train.py does, in three parts; an error, or names and lists that belong together."""
+    version = lists.version(DEFAULT_PATHS[1])
     names, _ = lists.get_classes(DEFAULT_PATHS[0])
     yield
     train = Path(DEFAULT_PATHS[1]).read_text().split()
     yield
     test = Path(DEFAULT_PATHS[2]).read_text().split()
-    lists.check_unchanged(DEFAULT_PATHS[0], names)
+    settings = dict(zip(lists.PATH_SETTINGS, DEFAULT_PATHS))
+    lists.check_all(train, test, settings, names, version)
     pairs = [
         (names[int(label)], path.split("/")[1])
         for label, path in map(lists.split_line, train + test)
@@ -288,34 +442,38 @@ def refuses(steps):
 
 
 def instants(monkeypatch, act):
-    """Call act(number) before each step of writing files."""
+    """Call act(number, name of the function) before each step of writing files."""
     count = iter(range(1000))
     for name in ("replace", "unlink", "fsync"):
 
-        def step(*words, real=getattr(os, name), **options):
-            act(next(count))
+        def step(*words, real=getattr(os, name), name=name, **options):
+            act(next(count), name)
             return real(*words, **options)
 
         monkeypatch.setattr(os, name, step)
     return count
 
 
-def two_sets():
-    """Lists of two classes, and a third class, which comes first, and another split to write now."""
+def two_sets(new_class=True):
+    """Lists of two classes, and another split to write now, with a third class, which comes first."""
     numbered("ds/b", "ds/c")
     annotate(["ds"])
-    numbered("ds/a")
+    if new_class:
+        numbered("ds/a")
     return ["ds", "--force", "--seed", "3"]
 
 
-def test_whoever_reads_meanwhile_gets_what_belongs_together(monkeypatch):
-    """A reader that reads its three files at any three instants."""
-    words, waiting, ends = two_sets(), [], []
-    # instants: two lists are taken away; each of three files is made safe, put into place, and its
-    # draft cleared away
-    last = 11
+# Three lists are taken away; each of three files is made safe, put into place, its draft cleared
+INSTANTS = 3 + 3 * 3
 
-    def act(now):
+
+@pytest.mark.parametrize("new_class", [True, False])
+def test_whoever_reads_meanwhile_gets_what_belongs_together(monkeypatch, new_class):
+    """A reader that reads its three files at any three instants."""
+    words, waiting, ends = two_sets(new_class), [], []
+    last = INSTANTS
+
+    def act(now, name=""):
         assert now <= last
         for schedule, steps in waiting:
             if now in schedule:
@@ -339,11 +497,9 @@ def test_whoever_reads_meanwhile_gets_what_belongs_together(monkeypatch):
         annotate(words)
         act(next(count))
     assert not waiting and {kind for _, kind in ends} == {*REFUSALS, StopIteration}
-    assert (
-        dict(ends)[0, 0, 0] == dict(ends)[last, last, last] == StopIteration
-        and dict(ends)[6, 6, 6] in REFUSALS
-    )
-    assert len(listed()) == 15 and not refuses(reader())
+    assert dict(ends)[0, 0, 0] == dict(ends)[last, last, last] == StopIteration
+    assert dict(ends)[6, 6, 6] in REFUSALS
+    assert len(listed()) == 10 + 5 * new_class and not refuses(reader())
 
 
 def test_a_kill_at_any_instant(monkeypatch):
@@ -353,7 +509,7 @@ def test_a_kill_at_any_instant(monkeypatch):
         child = os.fork()
         if not child:
             instants(
-                monkeypatch, lambda now: now == number and os.kill(os.getpid(), signal.SIGKILL)
+                monkeypatch, lambda now, _: now == number and os.kill(os.getpid(), signal.SIGKILL)
             )
             annotate(words)
             os._exit(0)
@@ -366,17 +522,19 @@ def test_a_kill_at_any_instant(monkeypatch):
             break
         number += 1
         annotate(["ds", "--force", "--seed", str(number)])
-    assert number == 11 and refused == 9
+    assert number == INSTANTS and refused == 10
 
 
-@pytest.mark.parametrize("at", [2, 5, 8])
-def test_a_full_disk(at, monkeypatch):
+@pytest.mark.parametrize("file", [0, 1, 2])
+def test_a_full_disk(file, monkeypatch):
     """Nobody finds what does not belong together, and with some room the same command mends it."""
-    words = two_sets()
+    words, written = two_sets(), []
 
-    def full(now):
-        if now == at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(now, name):
+        if name == "fsync":
+            written.append(now)
+            if len(written) == file + 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         instants(patch, full)
@@ -396,7 +554,7 @@ def test_a_full_disk(at, monkeypatch):
         (["up/ds/train/cat", "up/ds/test/cat"], "up", "classes: ds"),
         (["ds/train/cat", "ds/test/cat"], "ds", "classes: cat"),
         (["ds/cat"], "ds", "classes: cat"),
-        (["ds"], "ds", "classes: none.*folder of pictures for each class"),
+        (["ds"], "ds", "5 pictures and no folders of pictures: make a folder for each class"),
     ],
 )
 def test_one_class_is_nothing_to_learn(folders, given, named):
@@ -411,7 +569,7 @@ def test_one_class_where_the_other_cannot_be_read():
     numbered("ds/cat", "ds/dog")
     for path in Path("ds/dog").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="4 training and 1 test pictures, of these classes: cat"):
+    with pytest.raises(UserError, match="training and . test pictures, of these classes: cat;"):
         annotate(["ds", "--check"])
 
 
@@ -550,7 +708,7 @@ import utils.plumbing.shrink
 def work(path):
     open("begun", "w").close()
     time.sleep(60)
-utils.plumbing.shrink.decode = work
+utils.plumbing.shrink.check = work
 if __name__ == "__main__":
     main(["ds", "--check"])
 """
@@ -585,4 +743,4 @@ def test_ctrl_c_ends_a_check_at_once():
     while group():
         assert time.monotonic() - begin < 60
         time.sleep(0.1)
-    assert Path("out.txt").read_text() == ""
+    assert Path("out.txt").read_text() == "looking for pictures in ds\n"

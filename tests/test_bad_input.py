@@ -72,10 +72,10 @@ def test_only_regular_files_are_read(tmp_path):
 
 
 def test_few_files_may_be_open(tmp_path):
-    """ulimit -n 24: a sentence, whatever it is that cannot be opened."""
+    """ulimit -n 20: a sentence, whatever it is that cannot be opened."""
     folder = make_project(tmp_path, num_workers=4)
     make_data(folder, train=24, test=6)
-    process = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
+    process = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)))
     out, err = process.communicate(timeout=300)
     assert (
         process.returncode == 1

@@ -114,7 +114,7 @@ def test_class_files(tmp_path):
 
 
 def both(train, val):
-    lists.check_both(train, val, "train.txt", "test.txt")
+    lists.check_both(train, val, "train.txt", "test.txt", ["a", "b", "c"])
 
 
 def test_two_lists(tmp_path, monkeypatch, capsys):
@@ -122,7 +122,7 @@ def test_two_lists(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("real").mkdir()
     Path("linked").symlink_to("real")
-    both(["0;a\n", "1;b\n", "0;c\n"], ["1;b\n", "0;c\n", "0;d\n"])
+    both(["0;a\n", "1;b\n", "2;c\n"], ["1;b\n", "0;c\n", "0;d\n"])
     assert capsys.readouterr().out.count("WARNING") == 1
     both(
         ["0;a", "1;real/b", "0;c", "1;other/c", "1;d"],
@@ -144,13 +144,47 @@ def test_one_label_is_nothing_to_learn():
         both(["0;a", "0;b"], ["0;c", "1;d"])
 
 
-def test_classes_that_change_while_the_lists_are_read(tmp_path):
-    path = tmp_path / "classes.txt"
-    path.write_text("a\nb\n")
-    lists.check_unchanged(path, ["a", "b"])
-    path.write_text("b\na\n")
-    with pytest.raises(UserError, match="being written"):
-        lists.check_unchanged(path, ["a", "b"])
+def test_classes_without_training_pictures(capsys):
+    both(["0;a", "2;b"], ["1;c"])
+    assert (
+        "1 classes have no training pictures and cannot be learnt: b\n" in capsys.readouterr().out
+    )
+    both(["0;a", "1;b", "2;c"], ["1;d"])
+    both(["0.5;a", "7;b"], ["1;d"])  # of another task
+    assert capsys.readouterr().out == ""
+
+
+def test_lists_that_change_while_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).touch()
+    given = dict(zip(NAMES, ("classes.txt", "train.txt", "test.txt")))
+    lines = ["0;a\n", "1;b\n"]
+    Path("train.txt").write_text("".join(lines))
+    version = lists.version("train.txt")
+    assert lists.check_all(lines, lines, given, ["a", "b"], version) == (["0;a", "1;b"],) * 2
+    for replaced in (lambda: Path("new").write_text("0;b\n"), lambda: os.unlink("train.txt")):
+        replaced()
+        if os.path.exists("new"):
+            os.replace("new", "train.txt")
+        with pytest.raises(UserError, match="being written"):
+            lists.check_all(lines, lines, given, ["a", "b"], version)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_every_reader_knows_all_line_ends(tmp_path, ending):
+    path = tmp_path / "list.txt"
+    path.write_bytes(ending.join(["0;a b", "1;c", ""]).encode())
+    with open(path, encoding="utf-8") as file:
+        assert [line.rstrip("\n") for line in file] == lists.read_lines("annotation", path)
+
+
+@pytest.mark.parametrize("text", ["0;a\n1;b\n", "\ufeff12;a b.jpg\r\n0;c;d\r\n", "0;a\r2;b\rcat"])
+def test_a_list_given_for_the_class_file(tmp_path, text):
+    path = tmp_path / "list.txt"
+    path.write_bytes(text.encode())
+    with pytest.raises(UserError, match="holds annotation lines such as"):
+        lists.get_classes(path)
 
 
 @settings(max_examples=300)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -235,6 +236,90 @@ def test_small_pictures_are_decoded_as_well(capsys):
     )
 
 
+def damaged(data):
+    """Copies of a JPEG's bytes that decoders read with a warning or not at all: {name: bytes}."""
+    middle = len(data) // 2
+    return {
+        "cut": data[: middle * 3 // 2],
+        "zeros": data[:middle] + bytes(40) + data[middle + 40 :],
+        "marker": data[:middle] + b"\xff\xd9" + data[middle:],
+        "trailing": data[:-2] + bytes(100) + data[-2:],
+    }
+
+
+@pytest.mark.parametrize("words", [["--check"], ["--shrink", "64"]])
+def test_damaged_jpegs_are_named(words, capfd):
+    """Also those that Pillow reads without a word, and in training libjpeg speaks of without a name."""
+    large()
+    for name, data in damaged(Path("photos/cat/a.jpg").read_bytes()).items():
+        Path(f"photos/cat/{name}.jpg").write_bytes(data)
+    annotate(["photos", *words])
+    out, err = capfd.readouterr()
+    for name in ("cut", "zeros", "marker", "trailing"):
+        assert f"unreadable: photos/cat/{name}.jpg (" in out
+    assert "zeros.jpg (OSError: damaged: Corrupt JPEG data: " in out
+    assert "JPEG" not in err and len(listed()) == 4
+
+
+def test_pictures_that_are_too_large_for_pillow(monkeypatch, capsys):
+    """A JPEG is decoded reduced; of others, the limit holds."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # 40,000 are refused
+    for name in ("cat/a", "cat/b", "dog/a", "dog/b"):
+        save(f"photos/{name}.jpg", photo(100, 80))
+    save("photos/cat/large.jpg", photo(400, 300))
+    save("photos/cat/large progressive.jpg", photo(270, 270), progressive=True)
+    save("photos/cat/huge progressive.jpg", photo(400, 300), progressive=True)
+    save("photos/dog/large.png", photo(400, 300))
+    for words, copy in ((["--check"], ""), (["--shrink", "64"], "-shrunk-64")):
+        annotate(["photos", *words])
+        out = capsys.readouterr().out
+        assert (
+            f"photos{copy}/cat/large.jpg"
+            in {path.removesuffix(".jpg") for path in listed()} | listed()
+        )
+        assert "unreadable: photos/dog/large.png (DecompressionBombError: " in out
+        assert "Only a JPEG" in out and "huge progressive.jpg (DecompressionBombError" in out
+        assert out.count("unreadable") == 2
+
+
+def test_a_panorama_whose_copy_would_be_longer_than_a_jpeg_can_be():
+    large()
+    save("photos/cat/wide.png", Image.new("RGB", (100_000, 20), "red"))
+    save("photos/dog/high.png", Image.new("RGB", (20, 90_000), "red"))
+    annotate(["photos", "--shrink", "16"])
+    for path, size in (("cat/wide", (65_500, 13)), ("dog/high", (15, 65_500))):
+        with Image.open(f"photos-shrunk-16/{path}.png.jpg") as copy:
+            assert copy.size == size
+
+
+def test_what_is_wrong_with_a_picture(capsys):
+    """Damaged and rare files of a known format are not called unknown."""
+    large()
+    save("photos/cat/sum.png", photo(40, 30))
+    data = bytearray(Path("photos/cat/sum.png").read_bytes())
+    data[29] ^= 1
+    Path("photos/cat/sum.png").write_bytes(data)
+    bands = [
+        struct.pack("<HHII", tag, kind, 1, value)
+        for tag, kind, value in (
+            (256, 3, 2), (257, 3, 2), (258, 3, 8), (259, 3, 1), (262, 3, 1),
+            (273, 4, 128), (277, 3, 5), (278, 3, 2), (279, 4, 20),
+        )
+    ]  # fmt: skip
+    start = b"II*\0" + struct.pack("<IH", 8, len(bands)) + b"".join(bands)
+    Path("photos/cat/bands.tif").write_bytes(start.ljust(128, b"\0") + bytes(20))
+    Path("photos/cat/words.jpg").write_text("no picture at all")
+    annotate(["photos", "--check"])
+    out = capsys.readouterr().out
+    assert (
+        "sum.png (UnidentifiedImageError: a damaged PNG, or" in out and "checksum in b'IHDR'" in out
+    )
+    assert (
+        "bands.tif (UnidentifiedImageError: a damaged TIFF, or" in out and "of unusual bands" in out
+    )
+    assert "words.jpg (UnidentifiedImageError: none of the formats" in out
+
+
 def test_stopped_and_continued():
     """Ctrl-C leaves whole copies and no lists; the same command does the rest."""
     save("photos/cat/0.png", Image.effect_noise((2000, 1500), 50), compress_level=1)
@@ -255,7 +340,8 @@ def test_stopped_and_continued():
         assert process.poll() is None, Path("out.txt").read_text()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT and Path("out.txt").read_text() == ""
+    assert process.wait(10) == -signal.SIGINT
+    assert Path("out.txt").read_text() == "looking for pictures in photos\n"
     early = {
         path: file
         for path, file in snapshot("photos-shrunk-32").items()

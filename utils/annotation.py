@@ -1,22 +1,16 @@
-"""Write the class file and both annotation files from folders of pictures.
+"""Write the class file and the annotation lists from folders of pictures.
 
-python -m utils.annotation DATASETS        DATASETS/train/<class>/… and DATASETS/test/<class>/… (or val, valid)
-python -m utils.annotation DATASETS --test-share 0.2        DATASETS/<class>/…, split class by class
-python -m utils.annotation DATASETS --shrink 512        lists copies of the large ones, in DATASETS-shrunk-512/
+python -m utils.annotation DATASETS        DATASETS/train/<class>/… and DATASETS/test/<class>/…
+python -m utils.annotation DATASETS --test-share 0.2        DATASETS/<class>/…, split at random
+python -m utils.annotation DATASETS --shrink 512        lists copies of the large pictures
+
+Where there are train, val and test, val validates and test gets a list of its own, for the end.
 """
-
-from utils.plumbing.start import start_program
-
-if __name__ == "__main__":
-    start_program()
-
 
 import argparse
 import os
-import random
 import shlex
 from collections import Counter
-from itertools import groupby
 from pathlib import Path
 
 from utils.plumbing.console import say, show_errors_as_sentences
@@ -24,178 +18,208 @@ from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_text, writable
 from utils.plumbing.folders import walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, class_name, get_classes, hint
-from utils.plumbing.shrink import shrink
+from utils.plumbing.shrink import check_all, shrink_all
+from utils.plumbing.splits import find_splits, quote, split_by_chance
 
 FEW = 10  # a class with fewer training pictures is warned about
-SPLITS = ("train", "test", "val", "valid")
 
 
-def find_split(datasets, folders):
-    """(the folder of the training classes, the test's or None), as walk names them. folders: those that hold pictures.
-
-    A folder called train may be a class, if others stand by it. UserError where one cannot see what is meant.
-    """
-    tops = {names[0] for names in folders if names}
-    deep = [
-        split for split in SPLITS if any(names[0] == split for names in folders if len(names) > 1)
-    ]
-    if not deep and (not tops or tops.difference(SPLITS)):
-        return (), None
-    if "train" not in deep or tops.difference(SPLITS) or len(deep) < 2 <= len(tops):
-        raise UserError(
-            f"{datasets!r} holds {', '.join(map(repr, sorted(tops)))}: make it one folder of pictures for each "
-            f"class, or 'train' and 'test' with such folders in each, and nothing else"
-        )
-    return ("train",), (deep[1],) if deep[1:] else None
-
-
-def split_by_class(pairs, share, seed):
-    """[training pairs, test pairs] of sorted pairs: `share` of each class for the test, at least one where there are two."""
-    test = set()
-    for name, group in groupby(pairs, lambda pair: pair[0]):
-        mine = [*group]
-        count = min(max(round(len(mine) * share), 1), len(mine) - 1)
-        test.update(random.Random(f"{seed} {name}").sample(mine, count))
-    return [[pair for pair in pairs if pair not in test], sorted(test)]
-
-
-def collect(datasets, test_share, seed):
-    """(class names, [training [(class name, path)], test the same], what was left out and how often)."""
+def find_pictures(datasets):
+    """Return what walk does of a folder that holds folders of pictures; else raise UserError."""
     if not os.path.isdir(datasets):
         raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
+    say(f"looking for pictures in {datasets}")
     pictures, left_out = walk(datasets)
-    train, test = find_split(datasets, {names for _, names, *_ in pictures})
-    found, depth = {}, len(train)
-    for _, names, path, lies in sorted(pictures):  # a picture before the links to it
-        if len(names) > depth and names[:depth] in (train, test):
-            found.setdefault(lies, (names[:depth], class_name(names[depth].strip()), path))
-    left_out["pictures outside of the class folders, or listed already"] = len(pictures) - len(
-        found
-    )
-    lists = [
-        sorted((name, path) for part, name, path in found.values() if part == wanted)
-        for wanted in (train, test)
-    ]
-    names, tested = (sorted({name for name, _ in pairs}) for pairs in lists)
-    if unknown := [name for name in tested if name not in names]:
+    if pictures and not any(picture.folders for picture in pictures):
         raise UserError(
-            f"{test[0]} has classes that training does not have: {', '.join(map(printable, unknown[:10]))}"
+            f"{datasets!r} holds {len(pictures)} pictures and no folders of pictures: make a "
+            f"folder for each class in it, and move the pictures there"
         )
-    if not test:
-        lists = split_by_class(lists[0], test_share, seed)
+    return pictures, left_out
+
+
+def sort_pictures(pictures, splits, left_out):
+    """Return [training, validation, kept] of find_splits, each [(class name, path, path below]."""
+    depth = 1 if splits else 0
+    lists = [[], [], []]
+    listed = set()
+    for picture in sorted(pictures):  # a picture comes before the links to it
+        folders = picture.folders
+        if len(folders) <= depth or splits and folders[0] not in splits:
+            left_out["pictures outside of the class folders"].append(picture.path)
+            continue
+        if picture.real_path in listed:
+            left_out["links to pictures that are listed already"].append(picture.path)
+            continue
+        listed.add(picture.real_path)
+        name = class_name(folders[depth].strip())
+        below = "/".join([*folders[depth + 1 :], os.path.basename(picture.path)])
+        number = splits.index(folders[0]) if splits else 0
+        lists[number].append((name, picture.path, class_name(below)))
+    return lists
+
+
+def collect(datasets, test_share, seed, nested=False):
+    """Return (class names, lists, {reason: [path, …] that were left out}).
+
+    lists: training, validation and what is kept for the end, each sorted [(class name, path), …].
+    """
+    pictures, left_out = find_pictures(datasets)
+    splits = [] if nested else find_splits(pictures, datasets)
+    lists = sort_pictures(pictures, splits, left_out)
+    if len(splits) < 2:
+        lists[:2] = split_by_chance(lists[0], test_share, seed)
+    lists = [sorted((name, path) for name, path, _ in entries) for entries in lists]
+    names = sorted({name for name, _ in lists[0]})
+    for split, pairs in zip(splits, lists):
+        if unknown := {name for name, _ in pairs}.difference(names):
+            raise UserError(f"{split!r} has classes that training does not have: {quote(unknown)}")
+    if len(splits) == 3:
+        say(f"{splits[1]!r} is for validation, {splits[2]!r} is kept for the end")
     return names, lists, left_out
 
 
 def check_lists(datasets, lists):
-    """UserError where nothing can be learnt from the lists, or nothing tested."""
+    """Raise UserError where nothing can be learnt from the lists, or nothing tested."""
     taught = sorted({printable(name) for name, _ in lists[0]})
     if len(taught) < 2 or not lists[1]:
         raise UserError(
-            f"{datasets!r} gives {len(lists[0])} training and {len(lists[1])} test pictures, of these classes: "
-            f"{', '.join(taught[:10]) or 'none'}; both need some, of two classes or more: name the folder that "
-            f"holds a folder of pictures for each class"
+            f"{datasets!r} gives {len(lists[0])} training and {len(lists[1])} test pictures, of "
+            f"these classes: {', '.join(taught[:10]) or 'none'}; both need some, of two classes or "
+            f"more: name the folder that holds a folder of pictures for each class"
         )
+
+
+def check_order(names, path):
+    """Raise UserError where a class file has other class ids, which trained weights depend on."""
+    if not os.path.exists(path):
+        return
+    old, _ = get_classes(path)
+    if names[: len(old)] != old:
+        raise UserError(
+            f"{path} has other classes or another order, and trained weights depend on it: "
+            f"--force overwrites it, --out NAME writes other files"
+        )
+
+
+def keep_readable(lists, datasets, size):
+    """Return the lists without unreadable pictures; with copies of this shorter side, if given."""
+    paths = [path for pairs in lists for _, path in pairs]
+    readable = shrink_all(paths, datasets, size) if size else check_all(paths)
+    return [[(name, readable[path]) for name, path in pairs if path in readable] for pairs in lists]
 
 
 def write_together(paths, names, lists):
-    """Write the class file, the training and the test list, which belong together.
+    """Write the class file and the lists for training, validation and the end.
 
-    The lists are taken away first, and the test list comes back last: at whatever instant this stops, nobody finds files
-    that do not belong together, as one of each two is absent until both are new.
+    They belong together, so the training list is removed first and written last: wherever this is
+    stopped, train.py finds it missing, or new as the others are. An empty list is not written.
     """
     numbers = {name: number for number, name in enumerate(names)}
-    texts = ["".join(f"{numbers[name]};{path}\n" for name, path in pairs) for pairs in lists]
-    for path in paths[:0:-1]:
-        Path(path).unlink(missing_ok=True)
-    for path, text in zip(paths, ["\n".join(names) + "\n", *texts]):
-        save_text(path, text)
+    for list_path in paths[1:]:
+        Path(list_path).unlink(missing_ok=True)
+    save_text(paths[0], "\n".join(names) + "\n")
+    for list_path, pairs in reversed(list(zip(paths[1:], lists))):
+        if pairs:
+            save_text(list_path, "".join(f"{numbers[name]};{path}\n" for name, path in pairs))
+
+
+def report_left_out(left_out):
+    """Print how many files were left out for each reason, and which."""
+    reasons = Counter({reason: len(found) for reason, found in left_out.items()})
+    for reason, count in reasons.most_common(10):
+        examples = ", ".join(sorted(map(printable, left_out[reason]))[:2])
+        more = ", …" if count > 2 else ""
+        say(f"left out: {count} {printable(reason)}: {examples}{more}")
+
+
+def describe_lack(training, test):
+    """Return a warning where a class has too few pictures, or ''."""
+    if not training:
+        return "  WARNING: no training pictures: it cannot be learnt"
+    if training < FEW:
+        return "  WARNING: few training pictures"
+    return "" if test else "  WARNING: no test pictures"
 
 
 def report(names, lists):
-    """Print how many pictures each class has."""
-    train, test = (Counter(name for name, _ in pairs) for pairs in lists)
+    """Print how many pictures of each class every list has."""
+    counts = [Counter(name for name, _ in pairs) for pairs in lists if pairs]
+    titles = ["training", "test", "the end"][: len(counts)]
     width = max(len(printable(name)) for name in [*names, "class"])
-    say(f"{'class':<{width}}  {'training':>8}  {'test':>8}")
+    say(f"{'class':<{width}}" + "".join(f"  {title:>8}" for title in titles))
     for name in names:
-        note = (
-            "  WARNING: few training pictures"
-            if train[name] < FEW
-            else ""
-            if test[name]
-            else "  WARNING: no test pictures"
-        )
-        say(f"{printable(name):<{width}}  {train[name]:>8}  {test[name]:>8}{note}")
+        numbers = [count[name] for count in counts]
+        columns = "".join(f"  {number:>8}" for number in numbers)
+        say(f"{printable(name):<{width}}{columns}{describe_lack(*numbers[:2])}")
 
 
-def main(arguments=None):
+def read_arguments(arguments):
+    """Return the options of the command line, checked."""
     parser = argparse.ArgumentParser(
         prog="python -m utils.annotation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("datasets", help="folder of train/ and test/ folders, or of class folders")
-    parser.add_argument(
-        "--test-share",
-        type=float,
-        default=0.2,
-        help="of each class for testing, if there is no test folder",
+    option = parser.add_argument
+    option("datasets", help="folder of train/ and test/ folders, or of class folders")
+    option(
+        "--test-share", type=float, default=0.2, help="of each class, without a test folder (0.2)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="decode every picture and leave out the unreadable ones",
-    )
-    parser.add_argument(
-        "--shrink",
-        type=int,
-        default=0,
-        metavar="512",
-        help="list copies of large pictures, of this shorter side",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="overwrite a class file with other ids"
-    )
-    parser.add_argument(
-        "--out",
-        default="model_data/cls",
-        help="how the names of the three files begin (model_data/cls)",
-    )
-    options = parser.parse_args(arguments)
-    show_errors_as_sentences()
-    if not 0 < options.test_share < 1 or options.shrink < 0:
-        raise UserError("--test-share must be between 0 and 1, --shrink 1 or more")
-    paths = tuple(f"{options.out}_{part}.txt" for part in ("classes", "train", "test"))
-    writable(Path(options.out).parent, "name another place with --out")
-    names, lists, left_out = collect(options.datasets, options.test_share, options.seed)
-    for what, count in (+left_out).most_common(10):
-        say(f"left out: {count} {printable(what)}")
-    check_lists(options.datasets, lists)
-    if os.path.exists(paths[0]) and not options.force:
-        old, _ = get_classes(paths[0])
-        if names[: len(old)] != old:
-            raise UserError(
-                f"{paths[0]} has other classes or another order, and trained weights depend on it: "
-                f"--force overwrites it, --out NAME writes other files"
-            )
-    if options.shrink or options.check:
-        readable = shrink(
-            [path for pairs in lists for _, path in pairs], options.datasets, options.shrink
+    option("--seed", type=int, default=0, help="of the random split")
+    option("--check", action="store_true", help="decode all pictures, leave out the damaged ones")
+    option("--shrink", type=int, metavar="512", help="list copies of this shorter side instead")
+    option("--nested", action="store_true", help="all folders in DATASETS are classes")
+    option("--force", action="store_true", help="overwrite a class file with other ids")
+    option("--out", default="model_data/cls", help="beginning of the files' names (model_data/cls)")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        path = shlex.quote(" ".join([options.datasets, *unknown]))
+        advice = "" if unknown[0].startswith("-") else f": a path with blanks needs quotes, {path}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    if not 0 < options.test_share < 1:
+        raise UserError(
+            f"--test-share {options.test_share} must be above 0 and below 1, such as 0.2"
         )
-        lists = [
-            [(name, readable[path]) for name, path in pairs if path in readable] for pairs in lists
-        ]
+    if options.shrink is not None and options.shrink < 1:
+        raise UserError(f"--shrink {options.shrink} must be 1 or more: the copies' shorter side")
+    return options
+
+
+def main(arguments=None):
+    show_errors_as_sentences()
+    options = read_arguments(arguments)
+    paths = [f"{options.out}_{part}.txt" for part in ("classes", "train", "test", "holdout")]
+    writable(Path(options.out).parent, "name another place with --out")
+    names, lists, left_out = collect(
+        options.datasets, options.test_share, options.seed, options.nested
+    )
+    report_left_out(left_out)
+    check_lists(options.datasets, lists)
+    if not options.force:
+        check_order(names, paths[0])
+    if options.shrink or options.check:
+        lists = keep_readable(lists, options.datasets, options.shrink)
         check_lists(options.datasets, lists)
     report(names, lists)
     write_together(paths, names, lists)
-    given = (
-        ""
-        if paths == DEFAULT_PATHS
-        else "".join(f" --{name} {shlex.quote(path)}" for name, path in zip(PATH_SETTINGS, paths))
-    )
+    print_next_steps(paths, names, lists)
+
+
+def print_next_steps(paths, names, lists):
+    """Print what was written, and the commands to paste."""
+    if lists[2]:
+        say(
+            f"{len(lists[2])} pictures are kept for the end, after training: "
+            f"python -m utils.evaluate RUN --annotation {shlex.quote(paths[3])}"
+        )
+    command = "python train.py"
+    if tuple(paths[:3]) != DEFAULT_PATHS:
+        for name, path in zip(PATH_SETTINGS, paths):
+            command += f" --{name} {shlex.quote(path)}"
     say(
-        f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; to train on them:\n"
-        f"python train.py{given}"
+        f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; "
+        f"to train on them:\n{command}"
     )
 
 

@@ -54,7 +54,7 @@ def pictures_of(run, annotation=None):
         return own[2]
     try:
         return lists.check_lines(
-            lists.check_text_file("annotation", path).split("\n"),
+            lists.read_lines("annotation", path),
             path,
             len(run.class_names),
             run.folder,

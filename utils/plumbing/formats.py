@@ -2,12 +2,14 @@
 
 import errno
 import io
+import math
 import os
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from utils.plumbing.errors import UserError, printable
 
@@ -54,6 +56,8 @@ def to_rgb(image):
     16 bits are always 0 … 65535, however dark. Of 32 bits white is 1, 255 or 65535: the first whose double no finite value
     reaches, as filters overshoot; beyond them it is the largest value. NaN is black.
     """
+    if image.format in REDUCIBLE:
+        check_pixels(image)
     if image.mode.startswith("I") or image.mode == "F":
         raw, white = np.asarray(image, np.float32), 65535
         if image.mode in ("I", "F") and image.format != "PPM":  # whose 16 bits Pillow reads into 32
@@ -99,6 +103,8 @@ def failure_reason(error):
     """One line of the reason for an unreadable picture; what the machine lacks is not the picture's fault, and raised again."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist"
     return printable(f"{type(error).__name__}: {error}")
 
 
@@ -115,15 +121,7 @@ def open_picture(source):
             data = file.read(size)  # devices have no end, and kernel files without one say 0
     if not isinstance(data, (bytes, bytearray, memoryview)):
         return Image.fromarray(pixels(data))
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:  # whose own words name the place of the bytes in memory
-        raise UnidentifiedImageError(
-            "none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
-            "PNG"
-            if data
-            else "an empty file"
-        ) from None
+    image = open_bytes(data)
     scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(
         image.format == "PNG" and image.tile[0][3]
     )
@@ -134,6 +132,52 @@ def open_picture(source):
             np.multiply(image.info["transparency"], scale).astype(int).tolist()
         )
     return image
+
+
+def open_bytes(data):
+    """Return Pillow's image of a file's bytes, not decoded yet.
+
+    A JPEG may be larger than Pillow opens, as it is decoded reduced: to_rgb minds what is left.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:  # its own words name the place of the bytes in memory
+        raise UnidentifiedImageError(explain_unknown(data)) from None
+    except Image.DecompressionBombError as error:
+        if bytes(data[:3]) != b"\xff\xd8\xff":
+            raise Image.DecompressionBombError(
+                f"{error} Only a JPEG can be decoded at a smaller size: save a smaller copy"
+            ) from None
+        image = JpegImageFile(io.BytesIO(data))
+        if image.info.get("progressive"):  # its decoder holds all of it, whatever it gives
+            check_pixels(image, 2)
+        return image
+
+
+def check_pixels(image, times=1):
+    """Raise DecompressionBombError above so many times the number of pixels that Pillow opens."""
+    if image.width * image.height > 2 * times * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError(
+            f"{image.width} × {image.height} pixels are too many for memory: save a smaller copy"
+        )
+
+
+def explain_unknown(data):
+    """Return why Pillow cannot open a file's bytes, as the opener of their first ones says it."""
+    if not data:
+        return "an empty file"
+    for kind in FORMATS:
+        opener, accepts = Image.OPEN[kind]
+        if accepts and accepts(bytes(data[:16])) is True:
+            try:
+                opener(io.BytesIO(data), "")
+            except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
+                bands = ", as of unusual bands" if kind == "TIFF" else ""
+                return f"a damaged {kind}, or of a kind that is not read ({error}{bands})"
+    return (
+        "none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
+        "PNG"
+    )
 
 
 def file_size(path):

@@ -1,11 +1,11 @@
-"""Class names and annotation lines: what can be wrong with them, each as one sentence, and the lines as a data set."""
+"""Class names and annotation lines: what can be wrong with them, and the lines as a data set."""
 
 import os
 import re
 import unicodedata
 from collections import Counter
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 
 import torch
 
@@ -24,30 +24,32 @@ DEFAULT_PATHS = (
 
 
 def split_line(line):
-    """'class_id;path' → (class_id text, path): only the first ';' splits."""
-    return line.rstrip("\r\n").partition(";")[::2]
+    """Return (class id as text, path) of 'class_id;path'; only the first ';' splits."""
+    label, _, path = line.rstrip("\r\n").partition(";")
+    return label, path
 
 
 def class_name(text):
-    """The one spelling of a name: é may be one character or two, and look the same."""
+    """Return the one spelling of a name: é may be one character or two that look the same."""
     return unicodedata.normalize("NFC", text)
 
 
 def hint(path):
-    """' (why a path may lead nowhere)', or ''."""
+    """Return ' (why a path may lead nowhere)', or ''."""
     if str(path).startswith("~"):
         return " ('~' means nothing outside of a shell: write the whole path)"
-    return (
-        " (folders are divided by '/', not by a backslash)"
-        if "\\" in str(path) and os.sep == "/"
-        else ""
-    )
+    if "\\" in str(path) and os.sep == "/":
+        return " (folders are divided by '/', not by a backslash)"
+    return ""
 
 
 def check_text_file(
     name, path, remedy="python -m utils.annotation DATASETS writes it from folders of pictures"
 ):
-    """The file's text without a BOM; UserError when it is missing, no regular file, empty, unreadable or not UTF-8."""
+    """Return a file's text without its byte-order mark.
+
+    Raise UserError, which calls it `name`, if it is missing, no regular file, empty or not UTF-8.
+    """
     try:
         check_regular(path, name)
         with open(path, "rb") as file:
@@ -62,110 +64,191 @@ def check_text_file(
     return text
 
 
+def read_lines(name, path):
+    """Return the lines of a text file, ended as on any system. Raises what check_text_file does."""
+    return re.split("\r\n?|\n", check_text_file(name, path).rstrip("\r\n"))
+
+
 def get_classes(classes_path):
-    """(class names, their number) from a text file, one name a line."""
-    text = check_text_file("classes_path", classes_path, "write one class name a line")
-    names = check_names(
-        [class_name(line.strip()) for line in re.split("\r\n?|\n", text.rstrip())], classes_path
-    )
+    """Return (class names, their number) of a text file with one name a line."""
+    lines = [line.strip() for line in read_lines("classes_path", classes_path)]
+    while not lines[-1]:
+        lines.pop()
+    if sum(bool(re.match(r"-?\d+\s*;.", line)) for line in lines) > len(lines) / 2:
+        raise UserError(
+            f"classes_path: {classes_path} holds annotation lines such as {lines[0][:80]!r}, not "
+            f"one class name a line: python -m utils.annotation writes both files"
+        )
+    names = check_names(map(class_name, lines), classes_path)
     return names, len(names)
 
 
-def check_unchanged(classes_path, class_names):
-    """UserError where utils.annotation has replaced the class file since its names were read, and with it the lists."""
-    if get_classes(classes_path)[0] != class_names:
-        raise UserError(
-            f"{classes_path} and its lists are being written: start again when they are complete"
-        )
+def version(path):
+    """Return what changes when another file takes the place of this one, or None without one."""
+    with suppress(OSError, ValueError):
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def check_names(names, source):
-    """Class names as a list of texts. UserError, which calls the list `source`, unless there are some, all different."""
+    """Return class names as a list of texts, some and all different; else raise UserError.
+
+    source: what the sentence calls them.
+    """
     names = list(names)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(
-            f"{source}: class names must be texts, none of them blank, as ids count them; not {names[:5]}"
+            f"{source}: class names must be texts, none of them blank, as ids count them; "
+            f"not {names[:5]}"
         )
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
         raise UserError(
-            f"{source} names a class more than once: {', '.join(map(printable, twice[:5]))}"
+            f"{source} names a class more than once: {', '.join(map(printable, repeated[:5]))}"
         )
     return list(map(str, names))
 
 
+def check_all(train_lines, val_lines, settings, class_names, train_version):
+    """Return the training and the test list as check_lines does, after every check of them.
+
+    train_version: of the training list before any file was read. utils.annotation removes that one
+    first and writes it last.
+    """
+    classes_path, train_path, val_path = (settings[name] for name in PATH_SETTINGS)
+    if version(train_path) != train_version:
+        raise UserError(
+            f"{classes_path} and its lists are being written: start again when they are complete"
+        )
+    train_lines = check_lines(train_lines, train_path, len(class_names), classes_path)
+    val_lines = check_lines(val_lines, val_path, len(class_names), classes_path)
+    check_both(train_lines, val_lines, train_path, val_path, class_names)
+    return train_lines, val_lines
+
+
 def check_lines(lines, path, num_classes, classes_path):
-    """Annotation lines without blank ones and BOMs. UserError names the first wrong line; missing pictures are counted."""
-    kept, folders, missing, read = [], {}, [], cache(partial(read_label, num_classes=num_classes))
+    """Return annotation lines without line ends, byte-order marks and blank lines.
+
+    Raise UserError for the first line that is wrong, or if pictures do not exist.
+    """
+    numbered = []
     for number, line in enumerate(lines, 1):
-        line = line.removeprefix("\ufeff").rstrip(
-            "\r\n"
-        )  # a BOM stands inside as well where files were joined
-        if not line.strip():
-            continue
+        line = line.rstrip("\r\n").removeprefix("\ufeff")  # also inside, where files were joined
+        if line.strip():
+            numbered.append((number, line))
+    if len(numbered) > 100_000:
+        say(f"checking {len(numbered)} lines of {path}")
+    check_labels(numbered, path, num_classes, classes_path)
+    check_pictures(numbered, path)
+    return [line for _, line in numbered]
+
+
+def check_labels(numbered, path, num_classes, classes_path):
+    """Raise UserError for the first line that is not 'class_id;path', or whose class is unknown."""
+    known = set()
+    for number, line in numbered:
         label, picture = split_line(line)
         if not picture.strip():
             raise UserError(f"{path}:{number} is not 'class_id;path': {line[:120]!r}")
+        if label in known:
+            continue
         try:
-            read(label)
+            read_label(label, num_classes)
         except UserError as error:
             raise UserError(
                 f"{path}:{number}: {error} ({classes_path} has {num_classes} classes)"
             ) from None
+        known.add(label)
+
+
+def check_pictures(numbered, path):
+    """Raise UserError with the number of pictures that do not exist and the first of them.
+
+    Each folder is listed once: a million questions for single files are slow on a network disk.
+    """
+    folders, missing = {}, []
+    for number, line in numbered:
+        _, picture = split_line(line)
         folder, slash, name = picture.rpartition("/")
-        if (
-            folder not in folders
-        ):  # listed once, as a million questions for single files are slow on a network disk
+        if folder not in folders:
             folders[folder] = set()
             with suppress(OSError, ValueError):
                 folders[folder].update(os.listdir(folder + slash or "."))
         if name not in folders[folder] and not os.path.isfile(picture):
             missing.append((number, picture))
-        kept.append(line)
     if missing:
         number, picture = missing[0]
         raise UserError(
-            f"{len(missing)} of {len(kept)} pictures do not exist (relative paths start at {os.getcwd()}; "
-            f"python -m utils.annotation writes the lists anew), the first is {path}:{number} {picture!r}{hint(picture)}"
+            f"{len(missing)} of {len(numbered)} pictures do not exist (relative paths start at "
+            f"{os.getcwd()}; python -m utils.annotation writes the lists anew), the first is "
+            f"{path}:{number} {picture!r}{hint(picture)}"
         )
-    return kept
 
 
-def check_both(train_lines, val_lines, train_path, val_path):
-    """Checked lines: UserError when there is one label alone; a warning of pictures with two labels, or in both lists."""
-    folders, found = cache(os.path.realpath), []  # one picture may be spelled in several ways
-    for path, lines in ((train_path, train_lines), (val_path, val_lines)):
-        labels, others = {}, []
-        for label, picture in map(split_line, lines):
-            folder, slash, file = picture.rpartition("/")
-            if labels.setdefault((folders(folder + slash), file), label.strip()) != label.strip():
-                others.append(picture)
-        if others:
-            say(
-                f"WARNING: {path}: {len(others)} lines give a picture another label than a line before, as {others[0]!r}"
-            )
-        found.append(labels)
-    train, val = found
-    if len(set(train.values())) == 1:
-        raise UserError(
-            f"{train_path}: all pictures have the label {min(train.values())!r}, nothing to tell apart: name the folder "
-            f"whose folders are the classes to utils.annotation, not one around it"
-        )
-    if shared := len(train.keys() & val.keys()):
+def label_pictures(lines, path):
+    """Return {(real folder, file name): label} of checked lines; warn of pictures with two labels.
+
+    A picture may be spelled in several ways.
+    """
+    real_path = cache(os.path.realpath)
+    labels, others = {}, []
+    for line in lines:
+        label, picture = split_line(line)
+        folder, slash, name = picture.rpartition("/")
+        place = real_path(folder + slash), name
+        first = labels.setdefault(place, label.strip())
+        if first != label.strip():
+            others.append(picture)
+    if others:
         say(
-            f"WARNING: {shared} pictures are in both the training and the test list: the scores will flatter"
+            f"WARNING: {path}: {len(others)} lines give a picture another label than a line "
+            f"before, as {others[0]!r}"
+        )
+    return labels
+
+
+def check_both(train_lines, val_lines, train_path, val_path, class_names):
+    """Raise UserError if all training pictures have one label.
+
+    Warn of classes without training pictures, and of pictures in both lists.
+    """
+    train = label_pictures(train_lines, train_path)
+    val = label_pictures(val_lines, val_path)
+    learnt = set(train.values())
+    if len(learnt) == 1:
+        raise UserError(
+            f"{train_path}: all pictures have the label {min(learnt)!r}, nothing to tell apart: "
+            f"name the folder whose folders are the classes to utils.annotation, not one around it"
+        )
+    ids = [str(class_id) for class_id in range(len(class_names))]
+    if learnt < set(ids):  # labels of another task are no class ids
+        others = [printable(class_names[int(text)]) for text in ids if text not in learnt]
+        say(
+            f"WARNING: {len(others)} classes have no training pictures and cannot be learnt: "
+            f"{', '.join(others[:5])}"
+        )
+    shared = len(train.keys() & val.keys())
+    if shared:
+        say(
+            f"WARNING: {shared} pictures are in both the training and the test list: the scores "
+            f"will flatter"
         )
 
 
 class AnnotationLines:
-    """Checked 'class_id;path' lines as a data set: item i is (path, class id as text). They stand in one shared-memory tensor: a
-    list of strings would be copied into every worker little by little, as its reference counts are touched."""
+    """Checked 'class_id;path' lines as a data set: item i is (path, class id as text).
+
+    They are packed into one tensor. A list of strings would be copied into every forked worker
+    little by little, as its reference counts are touched; where workers are spawned, torch shares
+    the tensor.
+    """
 
     def __init__(self, lines):
         text = "\n".join(["", *(line.rstrip("\r\n") for line in lines), ""])
-        self.text = torch.frombuffer(
-            bytearray(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8
-        ).share_memory_()
-        self.ends = (self.text == ord("\n")).nonzero()[:, 0].share_memory_()
+        data = bytearray(text.encode("utf-8", "surrogateescape"))
+        self.text = torch.frombuffer(data, dtype=torch.uint8)
+        self.ends = (self.text == ord("\n")).nonzero()[:, 0]
 
     def __len__(self):
         return len(self.ends) - 1
@@ -175,14 +258,16 @@ class AnnotationLines:
         return bytes(text.numpy()).decode("utf-8", "surrogateescape")
 
     def __getitem__(self, index):
-        return split_line(self.line(index))[::-1]
+        label, path = split_line(self.line(index))
+        return path, label
 
 
 def check_same_everywhere(*data):
-    """UserError unless every process has read the same lists into its training and test data. Collective."""
-    found = {*map(str, gather_objects([part.fingerprint["source"] for part in data]))}
-    if len(found) > 1:
+    """Raise UserError unless every process has read the same lists into this data. Collective."""
+    sources = [part.fingerprint["source"] for part in data]
+    different = sorted(set(map(str, gather_objects(sources))))
+    if len(different) > 1:
         raise UserError(
             f"train_annotation_path or test_annotation_path differ between the processes "
-            f"({' and '.join(sorted(found)[:2])}): every machine needs the same lists"
+            f"({' and '.join(different[:2])}): every machine needs the same lists"
         )

@@ -1,22 +1,37 @@
-"""The same work on many pictures on all cores; reduced copies of large ones."""
+"""Decoding all pictures of a list on all cores: finding the damaged ones, making reduced copies."""
 
 import os
+import re
 import sys
+import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from utils.pictures import decode_jpeg
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import clear_drafts, draft, not_written, writable
-from utils.plumbing.formats import failure_reason, open_picture, orientation, to_rgb, upright
+from utils.plumbing.formats import (
+    REDUCIBLE,
+    check_pixels,
+    failure_reason,
+    open_picture,
+    orientation,
+    to_rgb,
+    upright,
+)
 from utils.plumbing.processes import cores, ignore_signals
+
+LONGEST = 65500  # pixels of a JPEG's side, libjpeg's limit
 
 
 def attempt(work, item):
-    """(item, what `work` makes of it, None or why it cannot be read)"""
+    """Return (item, what `work` makes of it, None or why it cannot be read)."""
     try:
         return item, work(item), None
     except UserError:
@@ -25,14 +40,28 @@ def attempt(work, item):
         return item, None, failure_reason(error)
 
 
+def prepare_worker(worker_id):
+    """worker_init_fn: without Pillow's warnings, which name no file."""
+    ignore_signals(worker_id)
+    warnings.simplefilter("ignore")
+
+
 def on_all_cores(work, items, title):
-    """{item: work(item)} of the items that raise nothing; the others are printed. Progress and the time left go to stderr."""
-    progress, done = ProgressLine(title, len(items), stream=sys.stderr), {}
+    """Return {item: work(item)} of the items that raise nothing, and print the others.
+
+    Progress and the time left go to stderr.
+    """
+    progress = ProgressLine(title, len(items), stream=sys.stderr)
+    results = {}
+
+    def describe():
+        return f"{number - len(results)} unreadable"
+
     loader = DataLoader(
         items,
         batch_size=None,
         collate_fn=partial(attempt, work),
-        worker_init_fn=ignore_signals,
+        worker_init_fn=prepare_worker,
         num_workers=min(cores(), 60, len(items)),
     )
     for number, (item, result, reason) in enumerate(loader, 1):
@@ -40,64 +69,116 @@ def on_all_cores(work, items, title):
             progress.clear()
             say(f"unreadable: {printable(item)} ({reason})")
         else:
-            done[item] = result
-        progress.show(
-            number, 1, lambda: f"{number - len(done)} unreadable", due=number == len(items)
-        )
+            results[item] = result
+        progress.show(number, 1, describe, due=number == len(items))
     progress.clear()
-    return done
+    return results
 
 
-def decode(path):
-    """The path of a picture that can be decoded; else Pillow's exception."""
+def jpeg_warnings(data):
+    """Return what libjpeg prints about damage while it decodes a JPEG's bytes, or ''.
+
+    Pillow silences it, and what it prints during training names no file. Nothing else may write to
+    stderr meanwhile.
+    """
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 2)
+        try:
+            decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        except RuntimeError:
+            pass  # Pillow says why, or can read it
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        printed.seek(0)
+        text = printed.read().decode(errors="replace")
+    return ", ".join(re.findall("^(?:Corrupt|Premature|Inconsistent).*", text, re.M))
+
+
+def check_undamaged(image):
+    """Raise OSError for a JPEG that can be decoded, but not as it was. image: not loaded yet."""
+    is_jpeg = image.format in REDUCIBLE
+    if is_jpeg and decode_jpeg and image.width * image.height < Image.MAX_IMAGE_PIXELS:
+        if damage := jpeg_warnings(image.fp.getvalue()):
+            raise OSError(f"damaged: {damage}")
+
+
+def decode(image):
+    """Decode an opened image, a JPEG at an eighth. Raises what Pillow does for a broken one."""
+    image.draft(image.mode, (1, 1))
+    check_pixels(image)
+    image.load()
+
+
+def check(path):
+    """Return the path of a picture that can be decoded; raise the reason why another one cannot."""
     with open_picture(path) as image:
-        image.load()
+        check_undamaged(image)
+        decode(image)
     return path
 
 
-def reduced_copy(path, datasets, folder, size, drafts):
-    """The path to list for a picture: its own, or its copy's where its shorter side is well above `size`.
+def reduced(image, size):
+    """Return an RGB copy of this shorter side as training sees the picture: upright, laid on white.
 
-    The copy is made unless it has the picture's times. Its pixels are what training makes of the picture's: upright,
-    transparency on white. A JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than the copy.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than the copy.
     """
-    copy, fresh = (
-        Path(folder, f"{Path(path).relative_to(datasets)}.jpg"),
-        Path(drafts, f"{os.getpid()}.jpg"),
-    )
-    if not os.path.realpath(copy).startswith(os.path.join(os.path.realpath(folder), "")):
-        raise UserError(f"{str(copy)!r} would be written through a link out of {folder}: remove it")
-    found = os.stat(
-        path
-    )  # its second time changes as well when another file takes the picture's place
-    made = (found.st_mtime_ns + found.st_ctime_ns) // 2000 * 1000  # file systems keep microseconds
-    if copy.exists() and os.stat(copy).st_mtime_ns == made:
-        return copy.as_posix()
-    with open_picture(path) as image:
-        if min(image.size) < 1.25 * size:  # a copy would save less than a third of the pixels
-            image.load()
-            return path
-        turn = orientation(image)
-        wide, high = (round(side * size / min(image.size)) for side in image.size)
-        image.draft(image.mode, (wide, high))
-        small = upright(to_rgb(image).resize((wide, high), Image.Resampling.BICUBIC), turn)
+    turn = orientation(image)
+    scale = min(size / min(image.size), LONGEST / max(image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    image.draft(image.mode, (width, height))
+    small = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+    return upright(small, turn)
+
+
+def save_copy(image, copy, fresh, time_ns):
+    """Save a copy with this time of change, by way of the file `fresh`."""
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        small.save(fresh, quality=95, subsampling=0)
-        os.utime(fresh, ns=(made, made))
+        image.save(fresh, quality=95, subsampling=0)
+        os.utime(fresh, ns=(time_ns, time_ns))
         os.replace(fresh, copy)
     except OSError as error:
+        if error.errno is None:  # the encoder's, for this picture
+            raise
         raise not_written(copy, error) from None
+
+
+def reduced_copy(path, datasets, folder, size, drafts):
+    """Return a picture's path, or its copy's where the shorter side is well above `size`.
+
+    The copy is made unless there is one with the picture's times.
+    """
+    copy = Path(folder, f"{Path(path).relative_to(datasets)}.jpg")
+    if not os.path.realpath(copy).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise UserError(f"{str(copy)!r} would be written through a link out of {folder}: remove it")
+    found = os.stat(path)
+    # Another file in the picture's place has another second time; file systems keep microseconds
+    time_ns = (found.st_mtime_ns + found.st_ctime_ns) // 2000 * 1000
+    if copy.exists() and os.stat(copy).st_mtime_ns == time_ns:
+        return copy.as_posix()
+    with open_picture(path) as image:
+        check_undamaged(image)
+        if min(image.size) < 1.25 * size:  # a copy would save less than a third of the pixels
+            decode(image)
+            return path
+        small = reduced(image, size)
+    save_copy(small, copy, Path(drafts, f"{os.getpid()}.jpg"), time_ns)
     return copy.as_posix()
 
 
-def shrink(paths, datasets, size):
-    """{picture: the path to list} of the readable ones, a copy's where one pays; what is new or changed is copied.
+def check_all(paths):
+    """Return {picture: its path} of the readable ones."""
+    return on_all_cores(check, paths, "checked")
 
-    size: the copies' shorter side; 0: none are made. They lie beside the data set, as in photos-shrunk-512.
+
+def shrink_all(paths, datasets, size):
+    """Return {picture: the path to list} of the readable ones: a copy's where one pays.
+
+    size: the copies' shorter side. They lie beside the data set, as in photos-shrunk-512; those
+    that are new or changed are made.
     """
-    if not size:
-        return on_all_cores(decode, paths, "checked")
     base = Path(datasets) if Path(datasets).name not in ("", "..") else Path(datasets).resolve()
     folder = writable(
         base.with_name(f"{base.name}-shrunk-{size}"),
@@ -107,7 +188,6 @@ def shrink(paths, datasets, size):
     with draft(folder / "copies", folder=True) as drafts:
         work = partial(reduced_copy, datasets=datasets, folder=folder, size=size, drafts=drafts)
         listed = on_all_cores(work, paths, "shrunk")
-    say(
-        f"{sum(path != copy for path, copy in listed.items())} of {len(paths)} pictures are listed as copies in {folder}"
-    )
+    number = sum(path != copy for path, copy in listed.items())
+    say(f"{number} of {len(paths)} pictures are listed as copies in {folder}")
     return listed

@@ -63,7 +63,7 @@ sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
 fp16 = "auto"  # mixed precision: True, False, a type such as 'bfloat16', or 'auto': the fastest
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = "auto"  # loader processes for each training process; 'auto': by the cores and memory
-cache_mb = 500  # CPU: keep decoded pictures in memory if the whole list fits into it; 0 = off
+cache_mb = 500  # keep decoded pictures in memory if the whole list fits into it; 0 = off
 seed = 11  # of weights, order and augmentation
 
 # The data: lines of 'class_id;path', written by python -m utils.annotation
@@ -162,10 +162,10 @@ if __name__ == "__main__":
         val_crop,
         seed,
         num_classes,
-        cache_mb * (not Cuda),
+        cache_mb,
         mean,
         resize,
-    )  # beside a GPU each loader process would keep its own
+    )
     val_data = DataGenerator(
         val_lines,
         input_shape,
@@ -179,6 +179,9 @@ if __name__ == "__main__":
     lists.check_same_everywhere(train_data, val_data)
     num_workers = count_workers(num_workers, Cuda, train_data.in_memory)
     settings["num_workers"] = num_workers
+    if num_workers:
+        train_data.share_memory()
+        val_data.share_memory()
     if run:
         check_class_names(run, config, state, class_names)
 

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import time
 import warnings
 from multiprocessing.reduction import ForkingPickler
@@ -239,9 +240,11 @@ def test_workers_change_nothing(lines, context):
         )
 
 
-def test_lines_are_shared_tensors(lines):
+def test_lines_are_tensors_and_shared_where_workers_need_it(lines):
     data = DataGenerator(lines, (32, 32))
     assert [data.name(i) for i in range(len(data))] == [line.rstrip("\n") for line in lines]
+    assert not data.source.text.is_shared() and not data.source.ends.is_shared()
+    ForkingPickler.dumps(data)  # as for a worker that is not forked
     assert data.source.text.is_shared() and data.source.ends.is_shared()
     assert not any(isinstance(v, (list, np.ndarray)) and len(v) > 10 for v in vars(data).values())
 
@@ -289,11 +292,11 @@ def test_validation_counts_every_picture_once(number, world):
     ] == list(map(len, shares))
 
 
-def epochs(data, number=3):
+def epochs(data, numbers=range(3), **workers):
     """All batches of some epochs."""
     sampler = EpochSampler(len(data), 4, shuffle=data.random, seed=1)
-    loader = DataLoader(data, 4, sampler=sampler, collate_fn=detection_collate)
-    for epoch in range(number):
+    loader = DataLoader(data, 4, sampler=sampler, collate_fn=detection_collate, **workers)
+    for epoch in numbers:
         sampler.set_epoch(epoch)
         yield from loader
 
@@ -448,7 +451,60 @@ def test_what_is_kept_in_memory(lines):
         assert DataGenerator(lines, (300, 300), False, augmentation, cache_mb=size).in_memory
     assert not DataGenerator(lines, (300, 301), cache_mb=size).in_memory  # all of them, or none
     data = DataGenerator(lines[:1], (300, 301), random=False)
-    assert torch.equal(data[0][0], data[0][0]) and not data.kept
+    assert torch.equal(data[0][0], data[0][0]) and data.memory is None
+
+
+@pytest.mark.parametrize(
+    "context", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)]
+)
+def test_workers_share_what_they_have_read(tmp_path, context):
+    """Each picture's file is read once, by whichever worker; the second epoch needs no file."""
+    lines = [f"{i % 3};{tmp_path / f'{i}.png'}" for i in range(20)]
+    for i, line in enumerate(lines[1:]):  # the first is unreadable
+        photo(40, 30, i).save(line.partition(";")[2])
+    expected = list(epochs(DataGenerator(lines, (24, 24), True, "flips", seed=3), range(2)))
+    data = DataGenerator(lines, (24, 24), True, "flips", seed=3, cache_mb=1)
+    data.share_memory()
+    assert data.in_memory and data.memory.filled.sum() == 1
+    got = []
+    for number in range(2):
+        workers = dict(
+            num_workers=2, multiprocessing_context=context, worker_init_fn=ignore_signals
+        )
+        got += epochs(data, [number], **workers)
+        for path in tmp_path.glob("*.png"):
+            path.rename(path.with_suffix(".away"))
+        assert data.memory.filled.tolist() == [0] + [1] * 19
+    assert all(map(same, expected, got)) and len(got) == len(expected)
+
+
+def test_without_workers_and_without_room_nothing_is_shared(lines, monkeypatch):
+    data = DataGenerator(lines, (24, 24), random=False, cache_mb=1)
+    assert data[3][1] == data[3][1] == 0 and data.memory.filled.tolist()[3] == 1
+    assert not data.memory.images.is_shared()
+    data.share_memory()
+    assert data.memory.images.is_shared() and data.in_memory
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=24 * 24 * 3 * 20))
+    data = DataGenerator(lines, (24, 24), random=False, cache_mb=1)
+    data.share_memory()
+    assert not data.in_memory and data[3][1] == 0 and data.memory is None
+
+
+def test_own_data_without_a_readable_picture_is_not_kept():
+    data = DataGenerator(Items([OSError("gone")] * 3), (8, 8), random=False, cache_mb=1)
+    data.share_memory()
+    assert not data.in_memory and data[0][0] is None
+
+
+def test_targets_of_other_kinds_are_not_kept_as_the_first_one(monkeypatch):
+    targets = [1, 0.5, [1, 2], 3]
+    monkeypatch.setattr("utils.dataloader.read_label", lambda label, number: targets[label])
+    grey = np.zeros((9, 9), np.uint8)
+    data = DataGenerator([(grey, i) for i in range(4)], (8, 8), random=False, cache_mb=1)
+    for _ in range(2):
+        assert [data[i][1] for i in range(4)] == targets
+    assert data.memory.filled.tolist() == [1, 0, 0, 1]
 
 
 def test_training_refuses_a_plain_index(lines):

@@ -21,6 +21,7 @@ from utils.plumbing.errors import UserError
 from utils.plumbing.files import content_sum
 from utils.plumbing.formats import BROKEN, failure_reason, read_size
 from utils.plumbing.lists import AnnotationLines
+from utils.plumbing.memory import PictureMemory
 from utils.plumbing.processes import cores
 from utils.task import read_label
 
@@ -60,7 +61,7 @@ class DataGenerator(Dataset):
 
     Item (epoch, place, index), or a plain index where nothing is random → (uint8 (H, W, 3), target, [(index, reason)] of what
     was unreadable). random: augment, and replace an unreadable picture by another one; else it and its target are None.
-    cache_mb (10⁶ bytes): where all crops fit and are the same in every epoch, each process keeps what it has read (in_memory).
+    cache_mb (10⁶ bytes): where all crops fit and are the same in every epoch, what was read is kept (in_memory).
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class DataGenerator(Dataset):
         self.random_crops = random and augmentation not in FIXED
         size = len(self) * math.prod(self.input_shape) * 3
         self.in_memory = not self.random_crops and size <= cache_mb * 1e6
-        self.kept = {}  # index → what read() has found
+        self.memory = None  # the PictureMemory, when the first picture has been read
         self.transforms = [POLICIES[augmentation]()] if random and augmentation in POLICIES else []
         if random and random_erasing:
             self.transforms.append(v2.RandomErasing(random_erasing, value=[255 * m for m in mean]))
@@ -161,7 +162,7 @@ class DataGenerator(Dataset):
         return {
             name: re.sub(" at 0x[0-9a-f]+", "", str(part))
             for name, part in parts.items()
-            if name not in ("kept", "in_memory")
+            if name not in ("memory", "in_memory")
         }
 
     def content(self):
@@ -170,51 +171,84 @@ class DataGenerator(Dataset):
             return ""
         return content_sum(self.source[index][0] for index in range(len(self)))
 
-    def read(self, index):
-        """(uint8 (H, W, 3) that nobody may change, target); raises one of BROKEN for a picture that cannot be read."""
-        if index in self.kept:
-            return self.kept[index]
-        picture, label = self.source[index]
-        found = read_crop(picture, self.input_shape, self.choose_box), self.target(index, label)
-        if self.in_memory:
-            self.kept[index] = found
-        return found
-
-    def __getitem__(self, item):
-        if self.random and not (isinstance(item, tuple) and len(item) == 3):
-            raise UserError(
-                f"a training picture is asked for by (epoch, place, index), not {item!r}: derive your sampler from "
-                f"EpochSampler, with another order()"
-            )
-        epoch, place, index = item if isinstance(item, tuple) else (0, 0, item)
-        rng, unreadable = (
-            random.Random(f"{self.seed} {epoch} {place} {index}"),
-            [],
-        )  # a text seeds well mixed
-        if self.random:
-            torch.default_generator.manual_seed(
-                rng.getrandbits(63)
-            )  # torch.manual_seed would walk through every device
-        while True:
-            try:
-                image, target = self.read(index)
+    def share_memory(self):
+        """Let worker processes share the pictures kept in memory; without room for that keep none."""
+        for index in range(len(self)) if self.in_memory else ():
+            with suppress(*BROKEN):
+                self.read(index)  # the first one that is read makes the memory
                 break
+        self.in_memory = self.memory is not None and self.memory.has_room_to_share()
+        if self.in_memory:
+            self.memory.share()
+        else:
+            self.memory = None
+
+    def read(self, index):
+        """Return (uint8 (H, W, 3), which may be in memory: do not change it; its target).
+
+        Raises one of BROKEN for a picture that cannot be read.
+        """
+        if self.memory and self.memory.filled[index]:
+            return self.memory.images[index], self.memory.targets[index]
+        picture, label = self.source[index]
+        image = read_crop(picture, self.input_shape, self.choose_box)
+        target = self.target(index, label)
+        if self.in_memory:
+            if self.memory is None:
+                self.memory = PictureMemory(len(self), self.input_shape, target)
+            self.memory.keep(index, image, target)
+        return image, target
+
+    def read_or_replace(self, index, rng):
+        """Return (image, target, [(index, reason)] of what could not be read) of a picture.
+
+        In training another one takes an unreadable picture's place, drawn from rng, a
+        random.Random; else image and target are None.
+        """
+        unreadable = []
+        while len(unreadable) < 100:
+            try:
+                return *self.read(index), unreadable
             except BROKEN as error:
                 unreadable.append((index, failure_reason(error)))
             if not self.random:
                 return None, None, unreadable
-            if len(unreadable) == 100:
-                raise UserError(
-                    f"100 pictures in a row cannot be read, the last one: {self.name(index)} ({unreadable[-1][1]})"
-                )
+            last = index
             index = rng.randrange(len(self))
-        if self.random and self.augmentation != "none" and rng.random() < 0.5:
-            image = image.flip(1)  # v2's flip wants (3, H, W) and takes three times as long
-        if self.random and self.augmentation == "flips" and rng.random() < 0.5:
+        raise UserError(
+            f"100 pictures in a row cannot be read, the last one: "
+            f"{self.name(last)} ({unreadable[-1][1]})"
+        )
+
+    def augment(self, image, rng):
+        """Return a picture, uint8 (H, W, 3), changed by chance: rng, a random.Random, and torch's own."""
+        if not self.random:
+            return image
+        # v2's flip wants (3, H, W) and takes three times as long
+        if self.augmentation != "none" and rng.random() < 0.5:
+            image = image.flip(1)
+        if self.augmentation == "flips" and rng.random() < 0.5:
             image = image.flip(0)
         for transform in self.transforms:
             image = transform(image.permute(2, 0, 1)).permute(1, 2, 0)
-        return image.contiguous(), target, unreadable
+        return image.contiguous()
+
+    def __getitem__(self, item):
+        is_place = isinstance(item, tuple) and len(item) == 3
+        if self.random and not is_place:
+            raise UserError(
+                f"a training picture is asked for by (epoch, place, index), not {item!r}: derive your sampler from "
+                f"EpochSampler, with another order()"
+            )
+        epoch, place, index = item if is_place else (0, 0, item)
+        rng = random.Random(f"{self.seed} {epoch} {place} {index}")  # a text mixes all four well
+        if self.random:
+            # torch.manual_seed would walk through every device
+            torch.default_generator.manual_seed(rng.getrandbits(63))
+        image, target, unreadable = self.read_or_replace(index, rng)
+        if image is not None:
+            image = self.augment(image, rng)
+        return image, target, unreadable
 
 
 def detection_collate(batch):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train as trainer
 from nets import get_model, head_layers
 from tests.helpers import (
     ROOT,
@@ -74,9 +75,7 @@ def project(folder, layers=NETWORK, train=48, test=20, **constants):
     folder = make_project(
         folder,
         **{
-            **dict(
-                backbone="'small'", Cuda="torch.cuda.is_available()", fp16="'auto'", Init_lr=0.05
-            ),
+            **dict(backbone="'small'", Cuda="torch.cuda.is_available()", fp16=True, Init_lr=0.05),
             **constants,
         },
     )
@@ -121,9 +120,12 @@ def test_the_unedited_file(tmp_path, own_data):
     assert row["train_loss"] < math.log(3 if own_data else 10)  # what guessing has
     assert all(math.isfinite(value) for value in row.values())
     state = checkpoint(run_of(tmp_path))
-    assert state["scaler"]["scale"] == row["scale"] and all(
-        t.isfinite().all() for t in state["model"].values()
-    )
+    assert all(t.isfinite().all() for t in state["model"].values())
+    settings = json.loads((run_of(tmp_path) / "config.json").read_text())["settings"]
+    if settings["fp16"] == "float16":
+        assert state["scaler"]["scale"] == row["scale"]
+    else:
+        assert settings["fp16"] == "bfloat16" and state["scaler"] is None and "scale" not in row
 
 
 def test_two_gpus_by_data_parallel(tmp_path):
@@ -206,11 +208,11 @@ def alike(a, b):
 
 
 ANY_SHAPE = """
-scalar_sums = sums_of
+own_sums = batch_sums
 
 
-def sums_of(loss, scores, targets, settings):
-    return {**scalar_sums(loss, scores, targets, settings), "by_class": scores.detach().double().sum(0)}
+def batch_sums(loss, logits, targets, settings):
+    return {**own_sums(loss, logits, targets, settings), "by_class": logits.detach().double().sum(0)}
 """
 WAYS = [("sgd", 1, 1)] + [
     pytest.param(*way, marks=pytest.mark.slow)
@@ -230,7 +232,7 @@ def test_a_signal_after_an_overflow_changes_no_bit(tmp_path, optimizer, gpus, pr
         for name in ("alone", "stopped")
     )
     for folder in (alone, stopped):
-        with open(folder / "utils/recipe.py", "a") as file:
+        with open(folder / "utils/task.py", "a") as file:
             file.write(ANY_SHAPE)
     with machine(gpus, FAKE_INF_AT="2,6"):
         train(alone, launcher=launcher(processes))
@@ -471,7 +473,9 @@ def accelerator_error(text):
 def test_no_step_waits_for_the_gpu():
     with machine():
         model = get_model("resnet18", 10, [64, 64]).cuda()
-    optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
+    optimizer = get_optimizer(
+        model, head_layers(model), trainer.optimizer_type, trainer.momentum, trainer.weight_decay
+    )
     scaler = torch.amp.GradScaler("cuda", init_scale=128.0)  # whose first step does not overflow
     parts = [
         (
@@ -487,7 +491,7 @@ def test_no_step_waits_for_the_gpu():
         try:
             for batch in backward(model, parts, True, True, scaler, recipe):
                 sums.update(batch)
-            optimizer_step(optimizer, scaler, 1.0)
+            optimizer_step(optimizer, scaler, 1.0, trainer.clip_ratio)
             recipe.ema.update_parameters(model)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -99,7 +99,8 @@ def fit_one_epoch(
     waiting = describe_waiting(checkpoint.waiting.seconds, seconds, gen)
 
     totals = position.totals()
-    check_unreadable(totals["unreadable"], gen.dataset)
+    unreadable = totals.pop("unreadable")
+    check_unreadable(unreadable, gen.dataset)
     validated_model = recipe.ema.module if recipe.ema else model
     processes.sync_buffers(validated_model)
     scoring_model = over_all_gpus(validated_model, model_train)
@@ -112,7 +113,7 @@ def fit_one_epoch(
         "epoch": epoch + 1,
         "lr": first_lr,
         "scored": validated.pop("scored"),
-        "unreadable": totals["unreadable"] + validated.pop("unreadable"),
+        "unreadable": unreadable + validated.pop("unreadable"),
         "images_per_second": round(speed, 3),
     }
     if scaler:
@@ -218,7 +219,8 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
                 loss = recipe.val_criterion(logits, targets)
                 position.sums.update(batch_sums(loss, logits, targets, settings))
     totals = position.totals()
-    check_unreadable(totals["unreadable"], gen_val.dataset)
+    unreadable = totals.pop("unreadable")
+    check_unreadable(unreadable, gen_val.dataset)
     if "pictures" not in totals:
         raise UserError("no picture of the test list can be read, so there is no score")
     validated = {}
@@ -227,7 +229,7 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
     if not math.isfinite(validated["val_loss"]):
         raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: {NOT_FINITE}")
     scored = int(totals["pictures"])
-    return {**validated, "scored": scored, "unreadable": totals["unreadable"]}
+    return {**validated, "scored": scored, "unreadable": unreadable}
 
 
 def over_all_gpus(model, model_train):

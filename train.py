@@ -232,7 +232,7 @@ if __name__ == "__main__":
     )
     scored_on = {
         **val_data.fingerprint,
-        "content": processes.on_rank_0(val_data.content),
+        "pictures": processes.on_rank_0(val_data.content),
         "mean": mean,
         "std": std,
         "best_by": best_by,

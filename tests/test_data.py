@@ -23,7 +23,7 @@ from utils.dataloader import (
     count_workers,
     detection_collate,
 )
-from utils.fit import fit_one_epoch
+from utils.fit import fit_one_epoch, order_of
 from utils.loss_history import LossHistory
 from utils.pictures import centre_box, normalize, random_box, read_crop
 from utils.plumbing.errors import UserError
@@ -644,20 +644,31 @@ def test_targets_of_any_kind_travel(monkeypatch, workers, targets, dtype):
 
 
 def test_fingerprint(lines):
+    """It names all that items depend on, and of data of one's own the content of some."""
+
     def of(source, *options, **more):
         return DataGenerator(source, *options, **more).fingerprint
 
     base = of(lines, (32, 40), False)
     assert base == of(lines, [32, 40], False, cache_mb=100) == json.loads(json.dumps(base))
-    for others in ([(32, 32)], [(32, 40), True], [(32, 40), False, "none"]):
-        assert of(lines, *others, val_crop=1.0) != base
-    assert (
-        of(lines, (32, 40), False, val_crop=0.9)
-        != base
-        != of(lines, (32, 40), False, num_classes=3)
+    others = dict(
+        input_shape=(32, 32),
+        random=True,
+        augmentation="none",
+        random_erasing=0.1,
+        crop_scale=0.1,
+        val_crop=0.9,
+        seed=1,
+        num_classes=3,
+        mean=(0, 0, 0),
+        resize="squeeze",
     )
+    for name, value in others.items():
+        options = {"input_shape": (32, 40), "random": False, name: value}
+        changed = of(lines, **options)
+        assert [key for key in base if base[key] != changed[key]] == [name]
     for other in (lines[:-1], lines[1:] + lines[:1], ["1" + lines[0][1:], *lines[1:]]):
-        assert of(other, (32, 40), False)["source"] != base["source"]
+        assert of(other, (32, 40), False)["list"] != base["list"]
     greys = [(np.full((9, 9), i, np.uint8), i) for i in range(3)]
     own = of(greys, (8, 8), False)
     assert own == of(list(greys), (8, 8), False)
@@ -667,27 +678,52 @@ def test_fingerprint(lines):
         [(grey, 0) for grey, _ in greys],
         [(grey + 1, label) for grey, label in greys],
     ):
-        assert of(other, (8, 8), False)["source"] != own["source"]
+        assert of(other, (8, 8), False)["list"] != own["list"]
 
 
-def test_a_fingerprint_is_complete_and_without_addresses():
-    class Fork(DataGenerator):
-        def __init__(self, *options, sharpen, **more):
-            super().__init__(*options, **more)
-            self.sharpen, self.function = sharpen, lambda image: image
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, "tensors", "arrays in it"])
+def test_targets_count_by_content(kind):
+    """All of them, whatever holds them, though only some pictures are looked at."""
 
-    one, same, other = (Fork(["0;a"], (8, 8), sharpen=value).fingerprint for value in (1, 1, 2))
-    assert one == same != other
+    def of(targets):
+        data = Items([(np.zeros((9, 9), np.uint8), 0)] * len(targets))
+        if kind == "tensors":
+            targets = [torch.full((2000,), target) for target in targets]
+        elif kind == "arrays in it":
+            targets = [np.arange(5000) == 2500 + target for target in targets]
+        else:
+            targets = kind(targets)
+        data.targets = targets
+        return DataGenerator(data, (8, 8), False).fingerprint
+
+    targets = [0] * 3000
+    assert of(targets) == of(list(targets))
+    targets[1501] = 1
+    assert of(targets) != of([0] * 3000)
 
 
-@pytest.mark.parametrize("white, noted", [(4095, True), (65535, False)])
-def test_pictures_of_12_bits_are_noted(tmp_path, white, noted):
-    make_data(make_project(tmp_path, UnFreeze_Epoch=1), train=24, test=6)
-    ramp = np.tile(np.linspace(0, 1, 64), (64, 1))
-    for path in (tmp_path / "model_data").glob("train*.png"):
-        Image.fromarray((ramp * white).astype(np.uint16)).save(path)
-    out, _ = train(tmp_path)
-    assert ("12-bit" in out) == noted
+def test_a_subclass_adds_to_its_fingerprint_and_identity():
+    class Sharpened(DataGenerator):
+        sharpen = 1
+
+        @property
+        def fingerprint(self):
+            return {**super().fingerprint, "sharpen": self.sharpen}
+
+    class Weighted(EpochSampler):
+        power = 1
+
+        def identity(self):
+            return {**super().identity(), "power": self.power}
+
+    def order(sharpen=1, power=1, **options):
+        data, sampler = Sharpened(["0;a"], (8, 8)), Weighted(1, 1, **options)
+        data.sharpen, sampler.power = sharpen, power
+        return order_of(DataLoader(data, 1, sampler=sampler))
+
+    same = order()
+    assert same == order(rank=1, world_size=3)  # the number of processes changes nothing
+    assert same not in (order(sharpen=2), order(power=2), order(seed=2), order(shuffle=False))
 
 
 def test_unreadable(lines, tmp_path):

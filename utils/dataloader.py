@@ -6,7 +6,6 @@ Randomness is a function, not a stream: what happens to a picture depends on (se
 import math
 import os
 import random
-import re
 import zlib
 from contextlib import suppress
 from functools import cached_property
@@ -48,10 +47,13 @@ def count_workers(num_workers, Cuda, in_memory):
 
 
 def own_data(settings):
-    """Data that are no lists of files: return (class names, training data set, test data set); None for the lists.
+    """Return (class names, training data set, test data set) of one's own, or None to use the lists.
 
-    Such a data set has a length, and its items do not change: (a Pillow image, or a uint8 array or tensor (H, W) or (H, W, 3) of
-    any size; a label, as lists.target_of reads it). An error of formats.BROKEN is a broken picture, others keep their traceback.
+    A data set has a length, and items that stay the same: (a Pillow image, or a uint8 array or
+    tensor (H, W) or (H, W, 3) of any size; a label as task.read_label takes it). An exception of
+    formats.BROKEN counts as an unreadable picture; any other ends the program. What changes by
+    epoch depends on the epoch that DataGenerator's items are asked for: an attribute that is
+    changed while training does not reach the worker processes, which have their own copy.
     """
     return None
 
@@ -89,6 +91,8 @@ class DataGenerator(Dataset):
         self.resize = resize
         self.crop_scale = crop_scale
         self.val_crop = val_crop
+        self.random_erasing = random_erasing
+        self.mean = mean
         self.seed = seed
         self.num_classes = num_classes
         self.random_crops = random and augmentation not in FIXED
@@ -148,22 +152,40 @@ class DataGenerator(Dataset):
 
     @cached_property
     def fingerprint(self):
-        """{name: text} of all that a score depends on: every attribute but the memory."""
+        """Return {name: value} of all that items depend on, but for what the files of a list hold.
+
+        When one has changed, an interrupted epoch begins again, and the best epoch is sought anew.
+        A subclass that reads pictures in another way adds what that depends on.
+        """
         if isinstance(self.source, AnnotationLines):
-            content = self.source.text.numpy()
-        else:  # `targets`, and eight pictures or a few more, small
-            data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
-            some = detection_collate(
-                [data[index] for index in range(0, len(data), max(1, len(data) // 8))]
-            )
-            targets = np.asarray(getattr(self.source, "targets", ()), object)
-            content = repr([part.tolist() for part in (targets, *some[:2])]).encode()
-        parts = {**vars(self), "source": f"{len(self)} pictures, {zlib.crc32(content):08x}"}
+            content = zlib.crc32(self.source.text.numpy())
+        else:
+            content = self.sample_content()
         return {
-            name: re.sub(" at 0x[0-9a-f]+", "", str(part))
-            for name, part in parts.items()
-            if name not in ("memory", "in_memory")
+            "list": f"{len(self)} pictures, {content:08x}",
+            "num_classes": self.num_classes,
+            "input_shape": list(self.input_shape),
+            "resize": self.resize,
+            "val_crop": self.val_crop,
+            "random": self.random,
+            "augmentation": self.augmentation,
+            "crop_scale": self.crop_scale,
+            "random_erasing": self.random_erasing,
+            "mean": list(self.mean),
+            "seed": self.seed,
         }
+
+    def sample_content(self):
+        """Return a CRC-32 of a data set's `targets`, and of eight pictures or a few more, small."""
+        data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
+        places = range(0, len(data), max(1, len(data) // 8))
+        images, targets, _ = detection_collate([data[index] for index in places])
+        total = zlib.crc32(images.numpy().tobytes(), zlib.crc32(targets.numpy().tobytes()))
+        for target in getattr(self.source, "targets", ()):
+            is_array = hasattr(target, "dtype")  # the repr of a large one leaves values out
+            content = np.asarray(target).tobytes() if is_array else repr(target).encode()
+            total = zlib.crc32(content, total)
+        return total
 
     def content(self):
         """Return a sum over the pictures' files: it tells other pictures under the same names."""
@@ -252,59 +274,74 @@ class DataGenerator(Dataset):
 
 
 def detection_collate(batch):
-    """Items → (uint8 (N, 3, H, W) in channels_last memory, (N, …) targets, int64 of class ids, [(index, reason)])."""
-    # default_collate stacks tensors in shared memory; of plain numbers it would make float64, and of lists columns
-    readable = [(image, torch.as_tensor(target)) for image, target, _ in batch if image is not None]
-    images, targets = (
-        default_collate(readable)
-        if readable
-        else (torch.empty(0, 1, 1, 3).byte(), torch.empty(0).long())
-    )
-    return (
-        images.permute(0, 3, 1, 2),
-        targets,
-        [bad for *_, unreadable in batch for bad in unreadable],
-    )
+    """Make a batch of a DataGenerator's items; the name is the documented one.
+
+    Returns uint8 (N, 3, H, W) in channels_last memory; (N, …) targets, int64 (N,) of class ids; and
+    [(index, reason)] of what could not be read. Items without a picture are left out of the first
+    two, so N may be below len(batch), and 0.
+    """
+    unreadable = []
+    readable = []
+    for image, target, reasons in batch:
+        unreadable += reasons
+        if image is not None:
+            # default_collate would make float64 of numbers, and columns of lists
+            readable.append((image, torch.as_tensor(target)))
+    if not readable:
+        return torch.empty(0, 3, 1, 1).byte(), torch.empty(0).long(), unreadable
+    images, targets = default_collate(readable)  # in shared memory, where a worker does it
+    return images.permute(0, 3, 1, 2), targets, unreadable
 
 
 class EpochSampler(Sampler):
-    """The (epoch, place, index) of one process's pictures: every `world_size`-th of the epoch's order, from rank on.
+    """The (epoch, place, index) of one process's pictures: every world_size-th of the epoch's order.
 
-    Training (shuffle) drops the remainder of the global batch, other pictures each epoch; validation keeps all.
-    The order depends on (seed, epoch) alone; first_step continues an interrupted epoch at that global batch.
+    Training (shuffle) drops the remainder of the global batch, other pictures each epoch;
+    validation keeps all. The order depends on (seed, epoch) alone; first_step continues an
+    interrupted epoch at that global batch.
     """
 
     def __init__(self, number, batch_size, rank=0, world_size=1, shuffle=True, seed=0):
-        self.number, self.batch_size, self.rank, self.world_size = (
-            number,
-            batch_size,
-            rank,
-            world_size,
-        )
-        self.shuffle, self.seed, self.epoch, self.first_step = shuffle, seed, 0, 0
+        self.number = number
+        self.batch_size = batch_size  # of all processes together
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.first_step = 0
         self.left_out = number % batch_size if shuffle else 0
 
     def set_epoch(self, epoch, first_step=0):
-        self.epoch, self.first_step = epoch, first_step
+        self.epoch = epoch
+        self.first_step = first_step
+
+    def identity(self):
+        """Return {name: value} of all that the order of an epoch depends on; a subclass adds its own.
+
+        When one has changed, an interrupted epoch begins again.
+        """
+        return {
+            "number": self.number,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
 
     def order(self):
-        """The epoch's number - left_out indices over all processes; another way of sampling is another order."""
+        """Return the epoch's number - left_out indices over all processes; override it to sample otherwise."""
         if not self.shuffle:
             return np.arange(self.number)
-        turned = np.roll(
-            np.random.default_rng((self.seed, 0)).permutation(self.number),
-            self.epoch * self.left_out,
-        )
-        return np.random.default_rng((self.seed, 1, self.epoch)).permutation(
-            turned[: self.number - self.left_out]
-        )
+        permutation = np.random.default_rng((self.seed, 0)).permutation(self.number)
+        # rotated by what an epoch leaves out, the same permutation leaves out others each epoch
+        turned = np.roll(permutation, self.epoch * self.left_out)
+        chosen = turned[: self.number - self.left_out]
+        return np.random.default_rng((self.seed, 1, self.epoch)).permutation(chosen)
 
     def places(self):
-        return range(
-            self.first_step * self.batch_size + self.rank,
-            self.number - self.left_out,
-            self.world_size,
-        )
+        """Return the places in the epoch's order that this process visits."""
+        first = self.first_step * self.batch_size + self.rank
+        return range(first, self.number - self.left_out, self.world_size)
 
     def __iter__(self):
         order = self.order()

@@ -261,9 +261,7 @@ def metric_texts(metrics):
 
 def order_of(gen):
     """Return a text of all that a step's pictures depend on, except the number of processes."""
-    own = ("rank", "world_size", "epoch", "first_step")
-    order = [pair for pair in vars(gen.sampler).items() if pair[0] not in own]
-    return f"{order} {gen.dataset.fingerprint}"
+    return str([gen.sampler.identity(), gen.dataset.fingerprint])
 
 
 def count_unreadable(batches, data, position):

@@ -264,7 +264,7 @@ class AnnotationLines:
 
 def check_same_everywhere(*data):
     """Raise UserError unless every process has read the same lists into this data. Collective."""
-    sources = [part.fingerprint["source"] for part in data]
+    sources = [part.fingerprint["list"] for part in data]
     different = sorted(set(map(str, gather_objects(sources))))
     if len(different) > 1:
         raise UserError(

@@ -136,8 +136,7 @@ def settings_of(**changes):
         ),
         (
             dict(Init_lr=0.01, Min_lr=0.01, Unfreeze_batch_size=64),
-            "sgd, cos, lr 0.01 to 0.001 (Min_lr = 0.01 gives 0.01, "
-            "outside sgd's limits)",
+            "sgd, cos, lr 0.01 to 0.001 (Min_lr = 0.01 gives 0.01, outside sgd's limits)",
         ),
         (dict(Init_lr=0.001, Min_lr=0.001, Unfreeze_batch_size=64), "sgd, cos, lr 0.001 to 0.001"),
     ],

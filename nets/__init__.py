@@ -82,12 +82,10 @@ def empty_network(own_class):
 def head_layers(model):
     """Return the names of the modules that give the logits, and of all inside them, as a set.
 
-    They are the network's attribute head_names, or else its last Linear or Conv2d. UserError: it
-    has no module of that name.
+    UserError: a network's head_names names a module that it does not have.
     """
-    names = getattr(model, "head_names", None) or last_layer(model)
     heads = set()
-    for name in names:
+    for name in head_names(model):
         try:
             head = model.get_submodule(name)
         except AttributeError as error:
@@ -96,8 +94,10 @@ def head_layers(model):
     return heads
 
 
-def last_layer(model):
-    """Return [the name of the network's last Linear or Conv2d], or []."""
+def head_names(model):
+    """Return the network's attribute head_names, or [the name of its last Linear or Conv2d]."""
+    if hasattr(model, "head_names"):
+        return model.head_names
     kinds = (nn.Linear, nn.Conv2d)
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     return layers[-1:]

@@ -185,18 +185,18 @@ def test_few_and_many_classes(folder, tmp_path, capsys, number):
 
 
 def test_figures_of_a_fork_are_printed(folder, tmp_path, monkeypatch, capsys):
-    real = module.recipe.sums_of, module.recipe.figures_of
+    real = module.task.batch_sums, module.task.metrics_from
     monkeypatch.setattr(
-        module.recipe,
-        "sums_of",
+        module.task,
+        "batch_sums",
         lambda loss, scores, targets, settings: {
             **real[0](loss, scores, targets, settings),
             "sure": scores.softmax(1).amax(1).double().sum(),
         },
     )
     monkeypatch.setattr(
-        module.recipe,
-        "figures_of",
+        module.task,
+        "metrics_from",
         lambda sums, settings: {
             **real[1](sums, settings),
             "sureness": (sums["sure"] / sums["pictures"]).item(),
@@ -378,7 +378,7 @@ def test_a_run_without_an_epoch_has_no_weights(folder, tmp_path):
 def test_what_scores_mean_is_said_once(folder, tmp_path, monkeypatch):
     """Another meaning of scores in recipe.py is in each command's probabilities."""
     run = predict.Classifier(make_run(tmp_path / "run", ["a", "b"], classes_path="none.txt"))
-    monkeypatch.setattr(module.recipe, "probabilities", torch.sigmoid)
+    monkeypatch.setattr(module.task, "probabilities", torch.sigmoid)
     images = torch.stack(
         [
             read_crop(
@@ -396,7 +396,7 @@ def test_what_scores_mean_is_said_once(folder, tmp_path, monkeypatch):
         assert [p for _, p in run(f"model_data/test{i}.png")] == pytest.approx(
             best.values.tolist(), abs=2e-6
         )
-    torch.testing.assert_close(export.Program(run.model)(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(export.Program(run.model, run.settings)(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_many_classes_take_little_memory(folder, tmp_path):

@@ -1,7 +1,8 @@
 """Measure a trained run on a list of pictures: python -m utils.evaluate RUN
 
-Prints every figure of the recipe and each class's precision, recall, F1 and support; writes predictions.csv, per_class.csv,
-confusion_matrix.csv and .png, and mistakes.png (the most confident ones) into the run's folder, or --out.
+Prints the metrics, and precision, recall, F1 and support of each class. Writes predictions.csv,
+per_class.csv, confusion_matrix.csv and .png, and mistakes.png, the most confident wrong ones, into
+the run's folder, or --out.
 """
 
 from utils.plumbing.start import start_program
@@ -12,6 +13,7 @@ if __name__ == "__main__":
 
 import csv
 import io
+import math
 import os
 import re
 from collections import Counter
@@ -23,170 +25,209 @@ import torch
 from utils import task
 from utils.dataloader import DataGenerator, own_data
 from utils.plumbing import lists
-from utils.plumbing.charts import draw_contact_sheet
+from utils.plumbing.charts import draw_contact_sheet, drawable_text
 from utils.plumbing.console import ProgressLine
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import save_image, save_text, writable
+from utils.plumbing.files import save_file, save_image
 from utils.plumbing.settings import check_value
-from utils.trained import TrainedRun, command
+from utils.trained import TrainedRun, add_mirrored, command, free_outputs
+
+OUTPUTS = (
+    "predictions.csv",
+    "per_class.csv",
+    "confusion_matrix.csv",
+    "confusion_matrix.png",
+    "mistakes.png",
+)
 
 
-def pictures_of(run, annotation=None):
-    """What a DataGenerator takes: the checked lines of the run's test list or of another file, or the fork's own data.
+def find_pictures(run, annotation=None):
+    """Return what a DataGenerator takes: the checked lines of a list, or a fork's own data.
 
-    Class ids that mean other classes than the run's are an error, in a list that the user names a warning: it may be older.
+    annotation: the list's path; None: the run's test list. UserError: none that fits the run. Of
+    files that only the run names no word is shown, as somebody else's run may name any file.
     """
-    s, own = run.settings, None if annotation else own_data(run.settings)
-    path, source = annotation or s["test_annotation_path"], "own_data" if own else s["classes_path"]
-    names = (
-        own[0]
-        if own
-        else lists.get_classes(source)[0]
-        if os.path.exists(source)
-        else run.class_names
-    )
-    if any(was != now for was, now in zip(run.class_names, names)):
-        why = f"the classes of {run.folder} are not those of {source}, so class ids mean others"
-        if not annotation:
-            raise UserError(f"{why}: --annotation names a list with the run's ids")
-        print(f"WARNING: {printable(why)}; those of {printable(path)} are taken for the run's")
+    own = None if annotation else own_data(run.settings)
     if own:
+        check_class_ids(run, own[0], "own_data")
         return own[2]
+    path = annotation or run.settings["test_annotation_path"]
+    classes_path = run.settings["classes_path"]
     try:
-        return lists.check_lines(
-            lists.read_lines("annotation", path),
-            path,
-            len(run.class_names),
-            run.folder,
-        )
+        if os.path.exists(classes_path):
+            names, _ = lists.get_classes(classes_path)
+        else:
+            names = run.class_names
+        lines = lists.read_lines("annotation", path)
+        pictures = lists.check_lines(lines, path, len(run.class_names), run.folder)
     except UserError:
         if annotation:
-            raise  # a run of somebody else may name any file: its words are shown only where the user names it
+            raise
         raise UserError(
-            f"{path}, the run's test list, is none for its classes: --annotation {path} says why"
+            f"the run's classes_path ({classes_path}) or test_annotation_path ({path}) is no list "
+            f"that fits the run: --annotation {path} tells why"
         ) from None
+    check_class_ids(run, names, classes_path, annotation)
+    return pictures
+
+
+def check_class_ids(run, names, source, annotation=None):
+    """Raise a UserError where class ids of today mean other classes than in training.
+
+    It is only a warning for a list that the user names, which may be an older one.
+    """
+    if all(was == now for was, now in zip(run.class_names, names)):
+        return
+    change = f"the classes of {run.folder} are not those of {source}, so class ids mean others"
+    if not annotation:
+        raise UserError(f"{change}: --annotation names a list with the run's ids")
+    print(f"WARNING: {printable(change)}; {printable(annotation)} is read with the run's classes")
 
 
 def score(run, data, batch_size, num_workers=None):
-    """({figure: number}, the indices of the pictures that could be read, their targets, and answers)."""
-    s, sums, targets, answers, unreadable = run.settings, Counter(), [], [], []
-    criterion, progress = (
-        task.get_criterion(s),
-        ProgressLine("evaluating", -(-len(data) // batch_size)),
-    )
-    for step, (scores, truth, bad) in enumerate(run.scored(data, batch_size, num_workers), 1):
-        for index, reason in bad:
+    """Return (metrics, indices of the pictures that were read, their targets, predictions)."""
+    settings = run.settings
+    criterion = task.get_criterion(settings)
+    sums = Counter()
+    all_targets, predictions, unreadable = [], [], []
+    progress = ProgressLine("evaluating", math.ceil(len(data) / batch_size))
+
+    def describe():
+        return ", ".join(task.metric_texts(task.metrics_from(sums, settings), data.num_classes))
+
+    for step, batch in enumerate(run.score(data, batch_size, num_workers), 1):
+        logits, targets, unread = batch
+        for index, reason in unread:
             unreadable.append(index)
             print(f"\nunreadable picture: {printable(data.name(index))} ({printable(reason)})")
-        if scores is not None:
-            sums.update(
-                task.batch_sums(criterion(scores, truth), scores, truth, s)
-            )  # adds to what each name has
-            targets.append(truth.cpu())
-            answers += task.top_predictions(scores, run.class_names)
-            progress.show(
-                step,
-                batch_size,
-                lambda: ", ".join(task.metric_text(*f) for f in task.metrics_from(sums, s).items()),
-            )
+        if logits is None:
+            continue
+        loss = criterion(logits, targets)
+        sums.update(task.batch_sums(loss, logits, targets, settings))  # a Counter's update adds
+        all_targets.append(targets.cpu())
+        predictions += task.top_predictions(logits, run.class_names)
+        progress.show(step, batch_size, describe)
     progress.clear()
-    if not targets:
+    if not predictions:
         raise UserError("no picture of the list can be read, so there is no score")
     indices = np.delete(np.arange(len(data)), unreadable)
-    for index, answer in zip(indices, answers):
-        if isinstance(answer, str):
-            raise UserError(f"{answer}: {printable(data.name(index))}")
-    return task.metrics_from(sums, s), indices, torch.cat(targets), answers
+    for index, prediction in zip(indices, predictions):
+        if isinstance(prediction, str):
+            raise UserError(f"{prediction}: {printable(data.name(index))}")
+    return task.metrics_from(sums, settings), indices, torch.cat(all_targets), predictions
 
 
 def print_table(rows):
-    """Print rows of task.whole_set_tables, titles first: a name, figures from 0 to 1, and a number of pictures."""
+    """Print rows of task.whole_set_tables: titles, then a name, shares and a number in each."""
     titles, *rows = rows
-    widths = [max(6, len(title)) for title in titles]
-    widths[0] = max(len(printable(name)) for name, *_ in rows)
-    lines = [titles]
-    for name, *scores, support in rows:
-        lines.append((printable(name), *(f"{score:.4f}" for score in scores), support))
-    for name, *cells in lines:
-        columns = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])]
-        print(f"{name:<{widths[0]}}", *columns, sep="  ")
+    table = [titles]
+    for name, *shares, number in rows:
+        table.append([printable(name), *(f"{share:.4f}" for share in shares), str(number)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for name, *cells in table:
+        columns = [cell.rjust(max(width, 6)) for cell, width in zip(cells, widths[1:])]
+        print(name.ljust(widths[0]), *columns, sep="  ")
 
 
 def draw_mistakes(data, indices, mistakes):
-    """Return a picture of task.mistakes' pictures; indices: their places in the data, without the unreadable ones."""
+    """Return a picture of task.mistakes, each with its file's name.
+
+    indices: the data's index of each prediction, as unreadable pictures have none.
+    """
     small = DataGenerator(data.source, (112, 112), random=False, resize=data.resize)
-    pictures = [small[int(indices[place])][0] for place, _ in mistakes]
-    return draw_contact_sheet(pictures, [caption for _, caption in mistakes])
+    pictures, captions = [], []
+    for place, caption in mistakes:
+        index = int(indices[place])
+        pictures.append(small[index][0])
+        file = os.path.basename(picture_name(data, index))
+        captions.append(f"{caption}\n{drawable_text(file, f'number {index + 1}')}")
+    return draw_contact_sheet(pictures, captions)
+
+
+def picture_name(data, index):
+    """Return the path of a picture, or how messages name it."""
+    name = data.name(index)
+    return lists.split_line(name)[1] or name
+
+
+def tabulate(data, indices, targets, predictions, names):
+    """Return the rows of predictions.csv: path, true class, and the best classes."""
+    most = max(map(len, predictions))
+    header = ["path", "true"]
+    for place in range(1, most + 1):
+        header += [f"{column}{place}" for column in task.PREDICTION_COLUMNS]
+    rows = [header]
+    for index, target, prediction in zip(indices, targets, predictions):
+        true = task.target_text(target, names)
+        rows.append([picture_name(data, index), true, *chain.from_iterable(prediction)])
+    return rows
+
+
+def cell(value):
+    """Return a value as a cell of a CSV file; spreadsheets would compute a text such as '=1+1'."""
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    is_formula = re.match(r"[=@\t\r\n]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
+    return f"'{value}" if is_formula else value
 
 
 def save_csv(path, rows):
-    """A name or path that begins as a formula does gets a quote before it: spreadsheets would compute it."""
-
-    def cell(value):
-        formula = re.match(r"[=@\t\r\n]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
-        return f"{value:.6f}" if isinstance(value, float) else f"'{value}" if formula else value
-
     memory = io.StringIO()
-    csv.writer(memory, lineterminator="\n").writerows(map(cell, row) for row in rows)
-    save_text(path, memory.getvalue())
+    writer = csv.writer(memory, lineterminator="\n")
+    for row in rows:
+        writer.writerow(map(cell, row))
+    content = memory.getvalue().encode("utf-8", "backslashreplace")
+    save_file(path, lambda file: file.write(content))
 
 
-def evaluate(run, weights=None, annotation=None, out=None, batch_size=None, num_workers=None):
-    """Score, print and write everything; returns {**figures, 'scored'}."""
-    run = TrainedRun(run, weights)
-    names, s = run.class_names, run.settings
-    batch_size = s["Unfreeze_batch_size"] if batch_size is None else batch_size
+def save_outputs(out, files):
+    """Write {name: rows or picture} into a folder."""
+    (out / "mistakes.png").unlink(missing_ok=True)  # it may be of weights that made some
+    for name, content in files.items():
+        save = save_csv if name.endswith(".csv") else save_image
+        save(out / name, content)
+    print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
+
+
+def evaluate(
+    run,
+    weights=None,
+    annotation=None,
+    out=None,
+    batch_size=None,
+    num_workers=None,
+    mirrored=False,
+):
+    """Score a run, print and write everything; return {**metrics, "scored": number of pictures}."""
+    run = TrainedRun(run, weights, mirrored)
+    if batch_size is None:
+        batch_size = run.settings["Unfreeze_batch_size"]
     check_value("Unfreeze_batch_size", batch_size)
     check_value("num_workers", num_workers or 0)
-    data = DataGenerator(
-        pictures_of(run, annotation),
-        s["input_shape"],
-        False,
-        val_crop=s["val_crop"],
-        num_classes=len(names),
-        resize=s["resize"],
-    )
-    out = writable(out or run.folder, "name another folder with --out")
-    figures, indices, targets, answers = score(run, data, batch_size, num_workers)
-    rows, files = task.whole_set_tables(targets, answers, names)
+    out = free_outputs(out or run.folder, OUTPUTS, "name another folder with --out")
+    data = run.dataset(find_pictures(run, annotation))
+    names = run.class_names
+
+    metrics, indices, targets, predictions = score(run, data, batch_size, num_workers)
+    metrics.update(task.whole_set_metrics(targets, predictions, names))
+    rows, files = task.whole_set_tables(targets, predictions, names)
     if rows:
         print_table(rows)
-    mistakes = task.mistakes(targets, answers, names)
+    mistakes = task.mistakes(targets, predictions, names)
     if mistakes:
         files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
-    words = [task.metric_text(name, value, exact=True) for name, value in figures.items()]
-    print(
-        *words,
-        f"{len(indices)} pictures scored",
-        f"{len(data) - len(indices)} unreadable",
-        sep=", ",
-    )
-    rows = [
-        ["path", "true"]
-        + [
-            f"{what}{k}"
-            for k in range(1, max(map(len, answers)) + 1)
-            for what in task.PREDICTION_COLUMNS
-        ]
-    ]
-    for name, target, answer in zip(map(data.name, indices), targets, answers):
-        rows.append(
-            [
-                lists.split_line(name)[1] or name,
-                task.target_text(target, names),
-                *chain.from_iterable(answer),
-            ]
-        )
-    files["predictions.csv"] = rows
-    (out / "mistakes.png").unlink(missing_ok=True)  # of weights that made some
-    for name, content in files.items():
-        (save_csv if name.endswith(".csv") else save_image)(out / name, content)
-    print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
-    return {**figures, "scored": len(indices)}
+    files["predictions.csv"] = tabulate(data, indices, targets, predictions, names)
+
+    texts = task.metric_texts(metrics, len(names), exact=True)
+    unreadable = len(data) - len(indices)
+    print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
+    save_outputs(out, files)
+    return {**metrics, "scored": len(indices)}
 
 
 def main(arguments=None):
     parser = command("evaluate", __doc__)
+    add_mirrored(parser)
     parser.add_argument("--annotation", help="list of 'class_id;path' lines (the run's test list)")
     parser.add_argument("--out", help="folder to write into (the run's)")
     parser.add_argument("--batch-size", type=int, help="pictures a step (the run's)")

@@ -1,7 +1,15 @@
-"""Write a trained run as a program that runs without this repository: python -m utils.export RUN
+"""Write a trained run as a program that runs without this project: python -m utils.export RUN
 
-RUN/model.pt2 is a torch.export program: uint8 (N, 3, H, W) pictures of the run's input_shape → (N, classes)
-probabilities; with onnx and onnxscript installed, RUN/model.onnx is the same.
+RUN/model.pt2 takes uint8 pictures (N, 3, H, W) of the run's input_shape and returns probabilities
+(N, classes). It needs torch alone:
+
+    files = {"class_names.json": "", "input.txt": ""}
+    program = torch.export.load("model.pt2", extra_files=files).module()
+    names = json.loads(files["class_names.json"])
+    probabilities = program(pictures)
+
+input.txt tells how a picture becomes its input. With onnx and onnxscript installed, RUN/model.onnx
+is the same; its metadata hold both texts.
 """
 
 from utils.plumbing.start import start_program
@@ -13,7 +21,6 @@ if __name__ == "__main__":
 import io
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -21,62 +28,93 @@ from utils import task
 from utils.pictures import normalize
 from utils.plumbing.errors import printable
 from utils.plumbing.files import save_file
-from utils.trained import TrainedRun, command
+from utils.trained import TrainedRun, add_mirrored, command, free_outputs
 
 
 class Program(torch.nn.Module):
     """Normalisation, network and probabilities in one."""
 
-    def __init__(self, model, settings={}):
+    def __init__(self, model, settings):
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model = model
+        self.settings = settings
 
     def forward(self, images):
         inputs = normalize(images, images.device, self.settings)
         return task.probabilities(task.logits_from(self.model(inputs)))
 
 
-def export(run, weights=None):
-    """Write RUN/model.pt2, and RUN/model.onnx where its packages are installed; returns the paths."""
-    run = TrainedRun(run, weights)
-    module = Program(run.model.cpu().to(memory_format=torch.contiguous_format), run.settings).eval()
-    example, sizes = (
-        torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8),
-        ({0: torch.export.Dim("batch")},),
+def describe_input(settings):
+    """Return how a picture becomes the program's input, in words."""
+    height, width = settings["input_shape"]
+    if settings["resize"] == "squeeze":
+        part = "the whole picture"
+    else:
+        part = f"the largest box in its middle with proportions {width}:{height}"
+    if settings["val_crop"] != 1:
+        part += f", its sides times {settings['val_crop']:g}"
+    return (
+        f"RGB, upright (EXIF orientation applied); {part}; resized to width {width} and height "
+        f"{height} (bilinear, antialiased); uint8 from 0 to 255, (N, 3, {height}, {width})"
     )
-    memory = io.BytesIO()  # on a full disk PyTorch's own writer aborts
-    torch.export.save(
-        torch.export.export(module, (example,), dynamic_shapes=sizes),
-        memory,
-        extra_files={
-            "class_names.json": json.dumps(run.class_names),
-            # how a picture becomes the program's input
-            "pictures.json": json.dumps(
-                {name: run.settings[name] for name in ("input_shape", "resize", "val_crop")}
-            ),
-        },
+
+
+def to_torch(program, example, sizes, texts):
+    """Return the bytes of model.pt2."""
+    memory = io.BytesIO()  # on a full disk torch's own writer aborts
+    exported = torch.export.export(program, (example,), dynamic_shapes=sizes)
+    torch.export.save(exported, memory, extra_files=texts)
+    return memory.getvalue()
+
+
+def to_onnx(program, example, sizes, texts):
+    """Return the bytes of model.onnx."""
+    exported = torch.onnx.export(
+        program,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes=sizes,
     )
-    programs = {Path(run.folder, "model.pt2"): memory.getvalue()}
+    proto = exported.model_proto
+    for name, text in texts.items():
+        proto.metadata_props.add(key=name, value=text)
+    return proto.SerializeToString()
+
+
+@torch.no_grad()
+def export(run, weights=None, mirrored=False):
+    """Write RUN/model.pt2, and RUN/model.onnx where its packages are; return the paths."""
+    run = TrainedRun(run, weights, mirrored)
+    writers = {"model.pt2": to_torch}
     if find_spec("onnx") and find_spec("onnxscript"):
-        onnx = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["probabilities"],
-            dynamic_shapes=sizes,
-        )
-        programs[Path(run.folder, "model.onnx")] = onnx.model_proto.SerializeToString()
-    for path, program in programs.items():
-        save_file(path, lambda file: file.write(program))
-        print(f"wrote {printable(path)} ({len(program) / 1e6:.1f} MB)", flush=True)
-    return list(programs)
+        writers["model.onnx"] = to_onnx
+    folder = free_outputs(run.folder, writers, "move it away")
+    model = run.model.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
+    program = Program(model, run.settings).eval()
+    example = torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8)
+    sizes = ({0: torch.export.Dim("batch")},)
+    texts = {
+        "class_names.json": json.dumps(run.class_names),
+        "input.txt": describe_input(run.settings),
+    }
+    paths = []
+    for name, write in writers.items():
+        content = write(program, example, sizes, texts)
+        paths.append(folder / name)
+        save_file(paths[-1], lambda file, content=content: file.write(content))
+        print(f"wrote {printable(paths[-1])} ({len(content) / 1e6:.1f} MB)")
+    print(f"input: {texts['input.txt']}", flush=True)
+    return paths
 
 
 def main(arguments=None):
-    options = command("export", __doc__).parse_args(arguments)
-    export(options.run, options.weights)
+    parser = command("export", __doc__)
+    add_mirrored(parser)
+    options = parser.parse_args(arguments)
+    export(options.run, options.weights, options.mirrored)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from utils.plumbing.errors import NOT_FINITE, UserError, printable
 from utils.plumbing.processes import rank, world_size
 from utils.plumbing.waiting import describe_waiting
 from utils.recipe import Recipe
-from utils.task import batch_sums, logits_from, metric_text, metrics_from
+from utils.task import batch_sums, logits_from, metric_texts, metrics_from
 
 VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs
 LOOK_EVERY = 20  # steps between looks at the loss on a GPU, which has to finish its queue for it
@@ -71,10 +71,11 @@ def fit_one_epoch(
     gen.sampler.set_epoch(epoch, first_step)
     model_train.train()
     title = f"epoch {epoch + 1}/{UnFreeze_Epoch}"
+    num_classes = getattr(gen.dataset, "num_classes", None)
     progress = ProgressLine(title, epoch_step, first_step)
 
     def describe():
-        texts = metric_texts(metrics_from(position.sums, settings))
+        texts = metric_texts(metrics_from(position.sums, settings), num_classes)
         return " ".join([*texts, f"lr {current_lr(optimizer):.2e}"])
 
     for batches in checkpoint.steps(gen, epoch_step - first_step, accumulate):
@@ -122,7 +123,7 @@ def fit_one_epoch(
         metrics[f"train_{name}"] = value
     metrics.update(validated)
     is_best = checkpoint.commit(metrics, validated_model, save_period, UnFreeze_Epoch)
-    say(f"{title}: {describe_epoch(metrics, validated, waiting, is_best)}")
+    say(f"{title}: {describe_epoch(metrics, validated, waiting, is_best, num_classes)}")
     return metrics
 
 
@@ -239,9 +240,9 @@ def over_all_gpus(model, model_train):
     return model
 
 
-def describe_epoch(metrics, validated, waiting, is_best):
+def describe_epoch(metrics, validated, waiting, is_best, num_classes):
     """Return what is printed of an epoch."""
-    texts = metric_texts({"train_loss": metrics["train_loss"], **validated})
+    texts = metric_texts({"train_loss": metrics["train_loss"], **validated}, num_classes)
     if metrics["unreadable"]:
         texts.append(f"{metrics['unreadable']} unreadable, {metrics['scored']} scored")
     mark = " *" if is_best else ""
@@ -252,11 +253,6 @@ def describe_epoch(metrics, validated, waiting, is_best):
 def current_lr(optimizer):
     """Return the learning rate of the head, which is the last parameter group."""
     return optimizer.param_groups[-1]["lr"]
-
-
-def metric_texts(metrics):
-    """Return the texts of {name: number}."""
-    return [metric_text(name, value) for name, value in metrics.items()]
 
 
 def order_of(gen):

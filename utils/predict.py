@@ -1,6 +1,11 @@
-"""Name what is on pictures with a trained run: python -m utils.predict RUN PICTURE…
+"""Name what is in pictures, with a trained run: python -m utils.predict RUN PICTURE…
 
-From Python: from utils.predict import Classifier; classify = Classifier("logs/…"); classify("picture.jpg")
+From Python, in any folder, with the project's folder on sys.path:
+
+    from utils.predict import Classifier
+    classify = Classifier("/path/to/project/logs/…")
+    classify("picture.jpg")             # [(class name, probability), …], the best five first
+    classify.features("picture.jpg")    # the vector that the network's head sees
 """
 
 from utils.plumbing.start import start_program
@@ -13,94 +18,137 @@ import json
 import os
 import re
 import sys
+from threading import get_ident
 
+import torch
+
+from nets import head_names
 from utils import task
-from utils.dataloader import DataGenerator
+from utils.dataloader import DataGenerator, detection_collate
+from utils.fit import score_batch
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.folders import pictures_below
 from utils.plumbing.processes import cores
-from utils.trained import TrainedRun, command
+from utils.trained import TrainedRun, add_mirrored, command
 
 
 class Pictures(DataGenerator):
-    """Pictures of which nobody knows the target: each has its number for one, whatever a label is."""
+    """Pictures without labels: the target of each is its index."""
 
     def target(self, index, label):
         return index
 
 
 class Classifier(TrainedRun):
-    """Classifier(run)(picture) → [(class name, probability)], the best five first; safe to call from several threads."""
+    """Classifier(run)(picture) → [(class name, probability), …], the best five first.
+
+    It may be called from several threads.
+    """
 
     def __call__(self, picture):
-        """picture: a path, a file's bytes or a Pillow image. ValueError, which says why, where it cannot be read."""
-        ((_, best),) = predictions(self, [picture])
-        if isinstance(best, str):
-            raise ValueError(best)
-        return best
+        """Classify a picture: a path, a file's bytes or a Pillow image.
+
+        ValueError: it cannot be read, with the reason.
+        """
+        [(_, prediction)] = predictions(self, [picture])
+        if isinstance(prediction, str):
+            raise ValueError(prediction)
+        return prediction
+
+    def features(self, picture):
+        """Return the input of the network's head for a picture: float32 (D,), on the CPU.
+
+        Where the head takes a map, as a convolution does, it is the mean over the places.
+        """
+        inputs = {}  # by thread
+
+        def keep(module, given):
+            inputs[get_ident()] = given[0]
+
+        head = self.network.get_submodule(head_names(self.network)[0])
+        hook = head.register_forward_pre_hook(keep)
+        try:
+            images = read_picture(self, picture)
+            settings = self.settings
+            score_batch(self.network, images, torch.zeros(1), self.Cuda, self.fp16, settings)
+        finally:
+            hook.remove()
+        vector = inputs[get_ident()][0].float().cpu()
+        return vector if vector.dim() == 1 else vector.flatten(1).mean(1)
 
 
-def predictions(run, pictures, size=32):
-    """Yield (picture, recipe.answers' answer, or a text that says why there is none) in order, from `size` at a time."""
-    source, s = [(picture, "") for picture in pictures], run.settings
-    data = Pictures(
-        source, s["input_shape"], random=False, val_crop=s["val_crop"], resize=s["resize"]
-    )
-    for scores, numbers, unreadable in run.scored(data, size, min(cores(), len(pictures) // size)):
-        found = {number: f"unreadable picture ({why})" for number, why in unreadable}
-        if scores is not None:
-            found.update(zip(numbers.tolist(), task.top_predictions(scores, run.class_names)))
-        yield from ((pictures[number], found[number]) for number in sorted(found))
+def read_picture(run, picture):
+    """Return a picture as the run's network takes it, uint8 (1, 3, H, W). ValueError: why not."""
+    data = run.dataset([(picture, "")], Pictures)
+    images, _, unreadable = detection_collate([data[0]])
+    for _, reason in unreadable:
+        raise ValueError(f"unreadable picture ({reason})")
+    return images
 
 
-def listed(words):
-    """The paths of the pictures that files, folders and '-' (a list of both on standard input) name."""
+def predictions(run, pictures, batch_size=32):
+    """Yield (picture, prediction) in order; a prediction is one of task.top_predictions.
+
+    It is a sentence where there is none, as the picture cannot be read.
+    """
+    data = run.dataset([(picture, "") for picture in pictures], Pictures)
+    num_workers = min(cores(), len(pictures) // batch_size)
+    for logits, indices, unreadable in run.score(data, batch_size, num_workers):
+        batch = {}
+        for index, reason in unreadable:
+            batch[index] = f"unreadable picture ({reason})"
+        if logits is not None:
+            batch.update(zip(indices.tolist(), task.top_predictions(logits, run.class_names)))
+        for index in sorted(batch):
+            yield pictures[index], batch[index]
+
+
+def find_pictures(words):
+    """Yield the paths that words name: files, folders, and '-' for a list on standard input."""
     for word in words:
-        given = (
-            os.fsdecode(sys.stdin.buffer.read()) if word == "-" and sys.stdin else ""
-        )  # None where it is closed
-        for path in filter(None, re.split("\r?\n", given)) if word == "-" else [word]:
-            yield from os.path.isdir(path) and pictures_below(path) or [path]
+        paths = read_list() if word == "-" else [word]
+        for path in paths:
+            inside = pictures_below(path) if os.path.isdir(path) else []
+            yield from inside or [path]
+
+
+def read_list():
+    """Return the lines of standard input, as paths; none where it is closed."""
+    if sys.stdin is None:
+        return []
+    text = os.fsdecode(sys.stdin.buffer.read())
+    return [line for line in re.split("\r?\n", text) if line]
+
+
+def print_prediction(path, prediction, as_json):
+    """Print a prediction, or on standard error why there is none (in JSON: as 'error')."""
+    unreadable = isinstance(prediction, str)
+    if as_json:
+        found = {"error": prediction} if unreadable else task.prediction_json(prediction)
+        print(json.dumps({"picture": path, **found}), flush=True)
+        return
+    if unreadable:
+        text = prediction
+    else:
+        text = ", ".join(task.prediction_text(name, value) for name, value in prediction)
+    stream = sys.stderr if unreadable else sys.stdout
+    print(f"{printable(path)}: {printable(text)}", file=stream, flush=True)
 
 
 def main(arguments=None):
     parser = command("predict", __doc__)
-    parser.add_argument(
-        "pictures", nargs="+", help="files, folders, or - for a list on standard input"
-    )
+    add_mirrored(parser)
+    parser.add_argument("pictures", nargs="+", help="files, folders, or - for a list on stdin")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
-    run, paths, failed = (
-        Classifier(options.run, options.weights),
-        list(listed(options.pictures)),
-        False,
-    )
+    run = Classifier(options.run, options.weights, options.mirrored)
+    paths = list(find_pictures(options.pictures))
     if not paths:
         raise UserError("standard input names no picture")
-    for path, found in predictions(run, paths):
-        unreadable = isinstance(found, str)
-        failed |= unreadable
-        if options.json:
-            print(
-                json.dumps(
-                    {
-                        "picture": path,
-                        **({"error": found} if unreadable else task.prediction_json(found)),
-                    }
-                ),
-                flush=True,
-            )
-        else:
-            text = (
-                found
-                if unreadable
-                else ", ".join(task.prediction_text(name, p) for name, p in found)
-            )
-            print(
-                f"{printable(path)}: {printable(text)}",
-                file=sys.stderr if unreadable else sys.stdout,
-                flush=True,
-            )
+    failed = False
+    for path, prediction in predictions(run, paths):
+        failed = failed or isinstance(prediction, str)
+        print_prediction(path, prediction, options.json)
     raise SystemExit(int(failed))
 
 

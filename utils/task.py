@@ -105,10 +105,21 @@ def metric_text(name, value, exact=False):
     """Return a metric with its name, for people; exact: with enough digits to compare it."""
     if name in ("top1", "top5"):
         name = f"top-{name[3:]}"
-    if name in ("top-1", "top-5", "recall"):
+    if name == "recall":
+        name = "mean recall"
+    if name in ("top-1", "top-5", "mean recall"):
         return f"{name} {value:.4%}" if exact else f"{name} {value:.2%}"
     digits = ".4f" if name.endswith("loss") else ".4g"
     return f"{name.replace('_', ' ')} {value:{'.8g' if exact else digits}}"
+
+
+def metric_texts(metrics, num_classes, exact=False):
+    """Return the texts of {name: number}, without top-5 where there are no more than five classes."""
+    texts = []
+    for name, value in metrics.items():
+        if name != "top5" or num_classes is None or num_classes > 5:
+            texts.append(metric_text(name, value, exact))
+    return texts
 
 
 def epoch_order(metrics, best_by):
@@ -218,3 +229,22 @@ def mistakes(targets, predictions, names, number=32):
         true, named = shown[targets[place]], shown[predicted[place]]
         captions.append((place, f"true: {true}\npredicted: {named}\n{probability[place]:.0%}"))
     return captions
+
+
+def whole_set_metrics(targets, predictions, names):
+    """Return {name: number} of what only all pictures together tell, for utils.evaluate."""
+    confidence = np.array([prediction[0][1] for prediction in predictions])
+    correct = targets.numpy() == predicted_ids(predictions, names)
+    return {"calibration_error": calibration_error(confidence, correct)}
+
+
+def calibration_error(confidence, correct, bins=15):
+    """Return the expected calibration error: how far confidence is from accuracy, from 0 to 1.
+
+    confidence: (N,) probabilities of the predicted classes; correct: (N,) booleans. The mean of
+    |accuracy - mean confidence| over bins of equal width, weighted by their pictures (Guo et al.,
+    "On Calibration of Modern Neural Networks", 2017).
+    """
+    places = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(places, weights=confidence - correct, minlength=bins)
+    return np.abs(gaps).sum() / len(confidence)

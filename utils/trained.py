@@ -1,6 +1,5 @@
-"""A finished run, loaded once: the part that evaluate, predict and export share."""
+"""A finished run, loaded once: what evaluate, predict, explain and export share."""
 
-import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -9,17 +8,19 @@ from torch.utils.data import DataLoader
 
 from nets import build, lay_out
 from nets._weights import check_numbers, load_weights
-from utils.dataloader import detection_collate
+from utils.dataloader import DataGenerator, detection_collate
 from utils.fit import precision_name, score_batch
 from utils.pictures import MEAN, STD
 from utils.plumbing.console import show_errors_as_sentences
 from utils.plumbing.errors import UserError
+from utils.plumbing.files import writable
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS
 from utils.plumbing.processes import cores, ignore_signals
 from utils.plumbing.run import read_config
 from utils.plumbing.settings import check_value
 
-# What commands read of train.py's settings, with a value where a run may lack it
+PROJECT = Path(__file__).resolve().parent.parent
+# The settings that commands read, with a value for runs that lack one
 USED = {
     "backbone": None,
     "input_shape": None,
@@ -34,42 +35,76 @@ USED = {
 }
 
 
-class TrainedRun:
-    """A trained run: model (in evaluation mode, on the GPU where the run used one), settings, class_names, Cuda, fp16."""
+class Mirrored(torch.nn.Module):
+    """A network that takes the mean of its logits for a picture and for the mirror image."""
 
-    def __init__(self, run, weights=None):
-        """run: its folder, or its name in logs/; weights: a file other than its best. UserError: no run, other weights."""
-        self.folder = (
-            run if os.path.exists(run) or not Path("logs", run).exists() else Path("logs", run)
-        )
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures):
+        return (self.network(pictures) + self.network(pictures.flip(3))) / 2
+
+
+class TrainedRun:
+    """A trained run: its folder, settings, class_names, and network, in evaluation mode.
+
+    model is what scores pictures: the network, or Mirrored. Both are on the GPU where the run used
+    one and there is one. fp16 is the name of the precision.
+    """
+
+    def __init__(self, run, weights=None, mirrored=False):
+        """Load a run: its folder, or its name in logs/.
+
+        weights: a file other than the run's best. UserError: no run, or weights of another network.
+        """
+        self.folder = find_folder(run)
         config = read_config(self.folder)
-        self.settings, self.class_names = {**USED, **config["settings"]}, config["class_names"]
+        self.class_names = config["class_names"]
+        self.settings = {**USED, **config["settings"]}
         for name in USED:
             check_value(name, self.settings[name])
-        backbone, input_shape, Cuda, fp16 = (
-            self.settings[name] for name in ("backbone", "input_shape", "Cuda", "fp16")
-        )
-        self.Cuda = Cuda and torch.cuda.is_available()
-        # a GPU's type computed on a CPU, or the other way round, would give other figures
-        same_device = self.Cuda == Cuda and fp16 != "auto"
-        self.fp16 = precision_name(fp16, Cuda) if same_device else "float32"
-        self.model = build(self.settings, len(self.class_names))
-        path = weights or Path(self.folder, "best_epoch_weights.pth")
+        trained_on_gpu, fp16 = self.settings["Cuda"], self.settings["fp16"]
+        self.Cuda = trained_on_gpu and torch.cuda.is_available()
+        if self.Cuda == trained_on_gpu and fp16 != "auto":
+            self.fp16 = precision_name(fp16, self.Cuda)
+        else:  # a GPU's precision on a CPU would give other scores
+            self.fp16 = "float32"
+        self.network = build(self.settings, len(self.class_names)).eval()
+        self.load(weights or Path(self.folder, "best_epoch_weights.pth"))
+        self.network = lay_out(self.network, "cuda" if self.Cuda else "cpu")
+        self.model = Mirrored(self.network).eval() if mirrored else self.network
+
+    def load(self, path):
+        """Load weights for the whole network from a file."""
         try:
             state = load_weights(path, "--weights")
-            check_numbers(self.model.state_dict(), state, f"--weights: {path}")
-            self.model.load_state_dict(state)
+            check_numbers(self.network.state_dict(), state, f"--weights: {path}")
+            self.network.load_state_dict(state)
         except RuntimeError as error:
+            backbone, input_shape = self.settings["backbone"], self.settings["input_shape"]
             raise UserError(
                 f"--weights: {path} holds the weights of another network than {backbone} with "
                 f"{len(self.class_names)} classes at {input_shape}"
             ) from error
-        self.model = lay_out(self.model.eval(), "cuda" if self.Cuda else "cpu")
 
-    def scored(self, data, batch_size, num_workers=None):
-        """Yield each batch's (scores, (N, …) targets, [(index, reason)] unreadable) of a DataGenerator.
+    def dataset(self, source, kind=DataGenerator):
+        """Return pictures as the network sees them; source: what a DataGenerator takes."""
+        settings = self.settings
+        return kind(
+            source,
+            settings["input_shape"],
+            random=False,
+            val_crop=settings["val_crop"],
+            num_classes=len(self.class_names),
+            resize=settings["resize"],
+        )
 
-        Scores and targets are on the model's device; scores are None where none of the batch's pictures can be read.
+    def score(self, data, batch_size, num_workers=None):
+        """Yield each batch's (logits, (N, …) targets, [(index, reason)] of unreadable pictures).
+
+        Logits and targets are on the model's device; the logits are None where none of the batch's
+        pictures can be read.
         """
         loader = DataLoader(
             data,
@@ -80,16 +115,35 @@ class TrainedRun:
             worker_init_fn=ignore_signals,
         )
         for images, targets, unreadable in loader:
-            read = (
-                score_batch(self.model, images, targets, self.Cuda, self.fp16, self.settings)
-                if len(images)
-                else (None, targets)
-            )
-            yield *read, unreadable
+            logits = None
+            if len(images):
+                logits, targets = score_batch(
+                    self.model, images, targets, self.Cuda, self.fp16, self.settings
+                )
+            yield logits, targets, unreadable
+
+
+def find_folder(run):
+    """Return a run's folder: a path, or a name in logs/, here or in the project's folder."""
+    for start in (Path(), PROJECT):
+        for folder in (start / run, start / "logs" / run):
+            if folder.exists():
+                return folder
+    return run
+
+
+def free_outputs(folder, names, remedy):
+    """Return a folder's Path. UserError: files of these names cannot be written there."""
+    folder = writable(folder, remedy)
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            raise UserError(f"{path} is a folder where a file is to be written: {remedy}")
+    return folder
 
 
 def command(name, document):
-    """The parser of utils.<name>, a command on a run; every error from here on is one sentence, Ctrl-C ends at once."""
+    """Begin the program utils.<name>, a command on a run, and return its parser."""
     show_errors_as_sentences()
     torch.set_float32_matmul_precision("high")  # as training does
     parser = ArgumentParser(
@@ -98,3 +152,10 @@ def command(name, document):
     parser.add_argument("run", help="a run's folder, logs/…, or its name there")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
     return parser
+
+
+def add_mirrored(parser):
+    """Add the option of commands that score pictures."""
+    parser.add_argument(
+        "--mirrored", action="store_true", help="score pictures together with their mirror images"
+    )

@@ -1,16 +1,17 @@
-"""Pictures that the program draws, with Pillow alone."""
+"""Pictures that the program draws with Pillow: curves, sheets of captioned pictures, matrices."""
 
 import math
 from contextlib import suppress
 from functools import cache
-from itertools import chain
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40))
-GREY, BLACK = (225, 225, 225), (40, 40, 40)
-# Fonts with the letters of many scripts, the most first; by these names Pillow finds them in the system's folders
+GREY = (225, 225, 225)
+BLACK = (40, 40, 40)
+# Fonts with the letters of many scripts, those with the most first; Pillow finds them by these
+# names in the system's folders
 FONTS = (
     "Arial Unicode.ttf",
     "NotoSansCJK-Regular.ttc",
@@ -25,27 +26,35 @@ FONTS = (
     "NotoSans-Regular.ttf",
     "arial.ttf",
 )
+PANEL_WIDTH, PANEL_HEIGHT = 640, 420  # of a line chart, in pixels
+CELL = 144  # sides of a picture on a sheet, in pixels
+COLUMNS = 8
 
 
 @cache
 def font(size):
-    """The first of FONTS that is on this machine, else Pillow's own, which has the letters of ASCII."""
+    """Return the first of FONTS on this machine, or Pillow's own, which has ASCII's letters."""
     for name in FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)
 
 
-def drawable_names(names):
-    """The names; for one with a letter that the font lacks, and would draw a box for, its number."""
+@cache
+def is_drawable(letter):
+    """Return whether the font has a letter, and would not draw a box for it."""
     box = bytes(font(20).getmask("\U0010ffff"))
-    letters = {
-        c for c in set("".join(names)) if c.isprintable() and bytes(font(20).getmask(c)) != box
-    } | {" "}
-    return [
-        name if letters.issuperset(name) else f"{number} (no font)"
-        for number, name in enumerate(names)
-    ]
+    return letter == " " or (letter.isprintable() and bytes(font(20).getmask(letter)) != box)
+
+
+def drawable_text(text, otherwise):
+    """Return `text`, or `otherwise` where the font lacks one of its letters."""
+    return text if all(map(is_drawable, text)) else otherwise
+
+
+def drawable_names(names):
+    """Return class names, with the class id in place of a name that the font cannot write."""
+    return [drawable_text(name, f"{number} (no font)") for number, name in enumerate(names)]
 
 
 def write(draw, place, text, size, anchor="lm", ink=BLACK):
@@ -53,114 +62,147 @@ def write(draw, place, text, size, anchor="lm", ink=BLACK):
 
 
 def shorten(text, width, size):
-    """`text`, cut with an ellipsis to `width` pixels."""
-    measure, cut = font(size).getlength, text[:width]
-    while measure(cut + "…" * (cut != text)) > width:
-        cut = cut[:-1]
-    return cut + "…" * (cut != text)
+    """Return `text`, with an ellipsis in its middle where it is longer than `width` pixels."""
+    if len(text) > width:
+        text = text[:width] + text[-width:]  # a letter has a pixel or more
+    shortened = text
+    kept = len(text)
+    while font(size).getlength(shortened) > width and kept > 0:
+        kept -= 1
+        end = kept // 2
+        shortened = f"{text[: kept - end]}…{text[len(text) - end :]}"
+    return shortened
 
 
-def ticks(low, high, least=0):
-    """Multiples of a step of one digit from low to high, about five of them."""
-    step = max(least, float(f"{(high - low) / 5:.1g}"))
-    return [step * i for i in range(math.ceil(low / step), math.floor(high / step + 1e-6) + 1)]
+def ticks(low, high, smallest_step=0):
+    """Return multiples of a step of one digit from low to high, about five of them."""
+    step = max(smallest_step, float(f"{(high - low) / 5:.1g}"))
+    first = math.ceil(low / step)
+    last = math.floor(high / step + 1e-6)
+    return [step * number for number in range(first, last + 1)]
+
+
+class Panel:
+    """The axes of one line chart in a picture, from `left` on.
+
+    xs, ys: all numbers that are drawn. Zero is always on the vertical axis.
+    """
+
+    def __init__(self, draw, left, xs, ys):
+        self.draw = draw
+        self.left, self.right = left + 70, left + PANEL_WIDTH - 25
+        self.top, self.bottom = 50, PANEL_HEIGHT - 55
+        self.x_low = min(xs)
+        self.x_high = max(*xs, self.x_low + 1)
+        self.y_low = min(0, *ys)
+        self.y_high = max(1e-6, *ys) * 1.05
+
+    def place(self, x, y):
+        """Return the pixel of a point; the largest y is at the top."""
+        across = np.interp(x, [self.x_low, self.x_high], [self.left, self.right])
+        down = np.interp(y, [self.y_low, self.y_high], [self.bottom, self.top])
+        return across, down
+
+    def draw_axes(self, title):
+        write(self.draw, ((self.left + self.right) / 2, 24), title, 20, "mm")
+        for y in ticks(self.y_low, self.y_high):
+            start, end = self.place(self.x_low, y), self.place(self.x_high, y)
+            self.draw.line([start, end], GREY)
+            write(self.draw, (self.left - 8, start[1]), f"{y:g}", 14, "rm")
+        for x in ticks(self.x_low, self.x_high, smallest_step=1):
+            across, _ = self.place(x, self.y_low)
+            write(self.draw, (across, self.bottom + 14), f"{x:g}", 14, "mm")
+        write(self.draw, (self.right, PANEL_HEIGHT - 18), "epoch", 15, "rm")
+        corner = (self.left, self.bottom)
+        self.draw.line([(self.left, self.top), corner, (self.right, self.bottom)], BLACK, 2)
+
+    def draw_curve(self, number, name, points):
+        """Draw a curve, and its name and last value below the axes, in the colour of its number."""
+        colour = COLOURS[number]
+        dots = [self.place(x, y) for x, y in points]
+        self.draw.line(dots, colour, 3, joint="curve")
+        if len(dots) <= 30:
+            for dot in dots:
+                self.draw.circle(dot, 4, colour)
+        if points:
+            name = f"{name}  (last {points[-1][1]:.4g})"
+        write(self.draw, (self.left + 220 * number, PANEL_HEIGHT - 18), name, 15, ink=colour)
 
 
 def draw_line_chart(panels):
-    """Panels side by side, each (title, {name: [(x, y), …]}) of finite numbers, with axes and a legend."""
-    width, height, top, bottom = 640, 420, 50, 365
-    image = Image.new("RGB", (width * len(panels), height), "white")
+    """Return a picture of panels side by side, with axes and a legend.
+
+    panels: [(title, {name: [(x, y), …]}), …] of finite numbers.
+    """
+    image = Image.new("RGB", (PANEL_WIDTH * len(panels), PANEL_HEIGHT), "white")
     draw = ImageDraw.Draw(image)
-    for number, (title, series) in enumerate(panels):
-        xs, ys = zip(*chain(*series.values()))
-        x_low, x_high, low, high = (
-            min(xs),
-            max(*xs, min(xs) + 1),
-            min(0, *ys),
-            max(1e-6, *ys) * 1.05,
-        )
-        left, right = width * number + 70, width * (number + 1) - 25
-
-        def place(x, y):
-            return np.interp(x, [x_low, x_high], [left, right]), np.interp(
-                y, [low, high], [bottom, top]
-            )
-
-        write(draw, ((left + right) / 2, 24), title, 20, "mm")
-        for y in ticks(low, high):
-            draw.line([place(x_low, y), place(x_high, y)], GREY)
-            write(draw, (left - 8, place(x_low, y)[1]), f"{y:g}", 14, "rm")
-        for x in ticks(x_low, x_high, least=1):
-            write(draw, (place(x, low)[0], bottom + 14), f"{x:g}", 14, "mm")
-        write(draw, (right, height - 18), "epoch", 15, "rm")
-        draw.line([(left, top), (left, bottom), (right, bottom)], BLACK, 2)
-        for column, (colour, (name, line)) in enumerate(zip(COLOURS, series.items())):
-            dots = [place(x, y) for x, y in line]
-            draw.line(dots, colour, 3, joint="curve")
-            for dot in dots if len(dots) <= 30 else ():
-                draw.circle(dot, 4, colour)
-            last = f"  (last {line[-1][1]:.4g})" if line else ""
-            write(draw, (left + 220 * column, height - 18), name + last, 15, ink=colour)
+    for number, (title, curves) in enumerate(panels):
+        points = [point for curve in curves.values() for point in curve]
+        xs, ys = zip(*points)
+        panel = Panel(draw, PANEL_WIDTH * number, xs, ys)
+        panel.draw_axes(title)
+        for place, (name, curve) in enumerate(curves.items()):
+            panel.draw_curve(place, name, curve)
     return image
 
 
-def draw_contact_sheet(pictures, labels):
-    """uint8 (H, W, 3) tensors in rows of eight, each with one or more caption lines (a string with newlines) under it."""
-    cell, caption = 112, 18
-    high = cell + caption * max(label.count("\n") + 1 for label in labels) + 4
-    rows, columns = math.ceil(len(pictures) / 8), min(8, len(pictures))
-    sheet = Image.new("RGB", (columns * (cell + 4), rows * high), "white")
+def draw_contact_sheet(pictures, captions):
+    """Return a picture of pictures in rows of eight, each with its caption below.
+
+    pictures: uint8 (H, W, 3) tensors of any sizes; captions: strings of one or more lines.
+    """
+    line_height = 18
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    width = CELL + 4
+    height = CELL + line_height * lines + 8
+    rows = math.ceil(len(pictures) / COLUMNS)
+    columns = min(COLUMNS, len(pictures))
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, label) in enumerate(zip(pictures, labels)):
-        x, y = i % 8 * (cell + 4) + 2, i // 8 * high + 2
-        sheet.paste(
-            ImageOps.pad(Image.fromarray(picture.numpy()), (cell, cell), color="white"), (x, y)
-        )
-        for row, line in enumerate(label.split("\n")):
-            write(
-                draw,
-                (x + cell / 2, y + cell + (row + 0.5) * caption),
-                shorten(line, cell, 14),
-                14,
-                "mm",
-            )
+    for number, (picture, caption) in enumerate(zip(pictures, captions)):
+        row, column = divmod(number, COLUMNS)
+        x, y = column * width + 2, row * height + 2
+        padded = ImageOps.pad(Image.fromarray(picture.numpy()), (CELL, CELL), color="white")
+        sheet.paste(padded, (x, y))
+        for place, line in enumerate(caption.split("\n")):
+            middle = (x + CELL / 2, y + CELL + (place + 0.5) * line_height)
+            write(draw, middle, shorten(line, CELL, 13), 13, "mm")
     return sheet
 
 
 def draw_matrix(counts, names):
-    """A confusion matrix as a picture: rows true, columns predicted, shaded by the row's share.
+    """Return a confusion matrix as a picture: rows true, columns predicted, shaded by row.
 
-    counts: whole numbers (classes, classes). They stand in cells that are large enough; names, where there is room for them.
+    counts: whole numbers (classes, classes). They are written into cells that are large enough,
+    and names where there is room for them.
     """
-    cell, shares = (
-        max(1, min(56, 1000 // len(names))),
-        counts / counts.sum(1, keepdims=True).clip(1),
-    )
-    size, side = min(18, max(10, cell - 4)), cell * len(names)
+    number = len(names)
+    cell = max(1, min(56, 1000 // number))
+    side = cell * number
+    size = min(18, max(10, cell - 4))  # of names
     names = [shorten(name, 194, size) for name in drawable_names(names)]
     edge = 16 + round(max(map(font(size).getlength, names)))
     image = Image.new("RGB", (edge + max(side + 30, 300), edge + side + 50), "white")
     draw = ImageDraw.Draw(image)
-    shades = (255 - shares[..., None] * (255 - np.array(COLOURS[0]))).round().astype("uint8")
-    image.paste(
-        Image.fromarray(shades).resize((side, side), Image.Resampling.NEAREST), (edge, edge)
-    )
+
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    shades = 255 - shares[..., None] * (255 - np.array(COLOURS[0]))
+    cells = Image.fromarray(shades.round().astype("uint8"))
+    image.paste(cells.resize((side, side), Image.Resampling.NEAREST), (edge, edge))
     draw.rectangle([edge - 1, edge - 1, edge + side, edge + side], outline=BLACK)
+
+    middles = [edge + (place + 0.5) * cell for place in range(number)]
     upwards = ImageFont.TransposedFont(font(size), Image.Transpose.ROTATE_90)
-    middles = [edge + (i + 0.5) * cell for i in range(len(names))]
-    for middle, name in [*zip(middles, names)][:: math.ceil(12 / cell)]:
+    every = math.ceil(12 / cell)
+    for middle, name in list(zip(middles, names))[::every]:
         write(draw, (edge - 6, middle), name, size, "rm")
         *_, across, up = upwards.getbbox(name)
         draw.text((middle - across / 2, edge - 6 - up), name, BLACK, upwards)
-    for y, x in np.argwhere(counts) if cell >= 24 else ():
-        number, ink = str(counts[y, x]), "white" if shares[y, x] > 0.5 else BLACK
-        write(
-            draw,
-            (middles[x], middles[y]),
-            number,
-            min(size, int(cell * 1.5 / len(number))),
-            "mm",
-            ink,
-        )
+    if cell >= 24:
+        for row, column in np.argwhere(counts):
+            text = str(counts[row, column])
+            ink = "white" if shares[row, column] > 0.5 else BLACK
+            text_size = min(size, int(cell * 1.5 / len(text)))
+            write(draw, (middles[column], middles[row]), text, text_size, "mm", ink)
     write(draw, (edge, image.height - 24), "rows: true class, columns: predicted class", 14)
     return image

@@ -106,7 +106,7 @@ def test_what_is_no_picture_is_said(call):
         code == 1
         and not out
         and err.count("empty: unreadable picture") == 1
-        and "gone.png: unreadable picture (there is no such file)" in err
+        and "gone.png: unreadable picture (it does not exist)" in err
     )
     code, out, err = call("run", "empty/none", "--json")
     assert code == 1 and set(json.loads(out)) == {"picture", "error"} and not err
@@ -138,7 +138,7 @@ def test_paths_do_not_reach_the_terminal_as_they_are(folder, call):
 
 
 def test_a_picture_that_does_not_exist_is_one_sentence(folder):
-    with pytest.raises(ValueError, match="^unreadable picture .there is no such file.$"):
+    with pytest.raises(ValueError, match="^unreadable picture .it does not exist.$"):
         predict.Classifier(folder / "run")(Path("gone.jpg"))
 
 

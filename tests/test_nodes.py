@@ -147,7 +147,7 @@ def shorten_waiting(folder):
     """In the copy of a project."""
     call = "dist.init_process_group("
     file = only(
-        path for path in (folder / "utils").glob("*.py") if call in path.read_text(encoding="utf-8")
+        path for path in (folder / "utils").rglob("*.py") if call in path.read_text(encoding="utf-8")
     )
     file.write_text(
         "import datetime\nimport functools\n"
@@ -216,6 +216,20 @@ def test_the_node_with_the_store_dies(alone, tmp_path, rendezvous):
         assert nodes.agents[1].returncode == 1
         nodes.__enter__()
         nodes.ends_as(alone)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_machine_that_is_told_to_stop_ends_the_launch(tmp_path, node):
+    """The other one's torchrun must not start its process again and wait in silence."""
+    with Nodes(tmp_path) as nodes:
+        nodes.until_it_prints("epoch 2/8:")
+        nodes.agents[node].terminate()
+        for agent in nodes.agents.values():
+            assert agent.wait(120) != 0
+        assert "SIGTERM: saved at epoch" in nodes.output()
+        assert "SIGTERM on another machine" in nodes.output()
+        (run,) = runs(tmp_path)
+        assert (run / "last_checkpoint.pth").exists()
 
 
 def test_only_the_first_node_has_the_folder(alone, tmp_path):

@@ -95,11 +95,14 @@ class Steps:
 
     def stop(self, request):
         """Say how to continue, and end every process with 128 + the signal's number."""
-        name = signal.Signals(request - END).name
+        number = request - END
+        name = signal.Signals(number).name
         place = f"epoch {self.position.epoch + 1}, step {self.position.step}"
         say(f"\n{name}: saved at {place}; {advice_to_continue(self.run)}")
         processes.barrier()
-        processes.end(request)
+        if not self.signal and processes.stop_launcher(number):
+            say(f"\n{name} on another machine: the run is saved and ends here too", everyone=True)
+        processes.leave(request)
 
 
 def advice_to_continue(run):

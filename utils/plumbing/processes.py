@@ -190,13 +190,16 @@ def stop_workers():
 
 
 def stop_launcher(number):
-    """Send a signal to torchrun from its first process here, in a launch over several machines.
+    """Send torchrun a signal, from its first process on a machine, if the launch has several machines.
 
-    torchrun would otherwise restart its processes, and wait for a machine that was told to stop.
+    It would otherwise start its processes again, and wait for the machine that was told to stop.
+    Return whether it was sent.
     """
     several_machines = local_world_size() < world_size()
-    if "TORCHELASTIC_RUN_ID" in os.environ and local_rank() == 0 and several_machines:
+    first_here = "TORCHELASTIC_RUN_ID" in os.environ and local_rank() == 0
+    if first_here and several_machines:
         os.kill(os.getppid(), number)
+    return first_here and several_machines
 
 
 def finish():

@@ -48,11 +48,12 @@ for part in re.split(r"^\*\*(?=[^*\n]+\*\*:)", SECTION, flags=re.M)[1:]:
     own_task = re.search(r"`utils/task.py`:\n\n```python\n(.*?)```", part, re.S)
     change = re.search(r"```diff\n(.*?)```", part, re.S)[1]
     FORKS[part.partition("**")[0]] = change, own_task and own_task[1]
-LOSS, TEACHER, METRIC, OPTIMIZER, CURVE, DATA, BALANCED, SAM, LABELS, REGRESSION = NAMES = [
+LOSS, TEACHER, METRIC, OPTIMIZER, MUON, CURVE, DATA, BALANCED, SAM, LABELS, REGRESSION = NAMES = [
     "The loss",
     "A loss that needs the pictures or another network",
     "A metric, and which epoch is best",
     "An optimizer",
+    "Muon",
     "A learning-rate curve",
     "The data",
     "Class-balanced sampling",
@@ -62,6 +63,7 @@ LOSS, TEACHER, METRIC, OPTIMIZER, CURVE, DATA, BALANCED, SAM, LABELS, REGRESSION
 ]
 TASKS = (LABELS, REGRESSION)  # they change what a label is
 WORDS = {
+    MUON: ["--optimizer_type", "muon"],  # with all forks at once, the next one wins
     OPTIMIZER: ["--optimizer_type", "rmsprop", "--Init_lr", 1e-3],
     CURVE: ["--lr_decay_type", "one_over"],
     LOSS: ["--focal_gamma", 1.5],

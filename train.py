@@ -50,7 +50,13 @@ from utils.plumbing.command_line import command_line, sources
 from utils.plumbing.console import say, show_errors_as_sentences
 from utils.plumbing.processes import ignore_signals, rank, world_size
 from utils.plumbing.run import begin_run, new_run, print_header, write_config
-from utils.plumbing.settings import check_launch, check_phases, check_settings, too_small
+from utils.plumbing.settings import (
+    check_launch,
+    check_phases,
+    check_settings,
+    describe_few_steps,
+    too_small,
+)
 from utils.plumbing.shapes import find_lists
 from utils.recipe import CLASS_WEIGHTS, Recipe, balanced_weights
 from utils.rehearsal import first_batch, rehearse, save_first_batch
@@ -220,6 +226,7 @@ if __name__ == "__main__":
     frozen = Freeze_Train and Init_Epoch < Freeze_Epoch
     batch = first_batch(train_data, Freeze_batch_size if frozen else Unfreeze_batch_size, seed)
     say(train_data.describe_cut(), end="")
+    say(describe_few_steps(settings, num_train), end="")
     settings["fp16"] = fp16 = rehearse(batch, model, recipe, num_classes)
     if run:
         describe_continued(run, config, state, settings, is_transformer(model))

@@ -5,6 +5,7 @@ Links, odd files and names, outputs that clash, processes that die.
 
 import errno
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,12 +18,15 @@ from unicodedata import normalize
 import pytest
 from PIL import Image
 
+import train as train_module
 from tests.helpers import environment
 from utils.annotation import main as annotate
 from utils.plumbing import lists
+from utils.plumbing.command_line import command_line
 from utils.plumbing.errors import UserError, explain
 from utils.plumbing.folders import pictures_below
 from utils.plumbing.lists import DEFAULT_PATHS
+from utils.plumbing.settings import check_settings, describe_few_steps
 from utils.plumbing.shrink import on_all_cores
 
 
@@ -690,15 +694,54 @@ def test_a_killed_process_ends_it(number, monkeypatch):
     assert "memory" in explain(caught.value) and "\n" not in explain(caught.value)
 
 
-def test_what_is_to_be_pasted(capsys):
-    numbered("ds/cat", "ds/dog")
+ADAM = "--optimizer_type adam --Init_lr 4e-3 --Unfreeze_batch_size"
+
+
+@pytest.mark.parametrize(
+    "count, size, side, words, note",
+    [
+        (50, (300, 225), 224, f"{ADAM} 16 --UnFreeze_Epoch 84", "a usual picture is 300×225"),
+        (200, (100, 100), 224, f"{ADAM} 16 --UnFreeze_Epoch 20", "a usual picture is 100×100"),
+        (20, (640, 120), 224, f"{ADAM} 8 --UnFreeze_Epoch 100 --resize squeeze", "81% of it away"),
+        (4, (1000, 1200), 224, f"{ADAM} 8 --UnFreeze_Epoch 100", "--shrink 512"),
+        (50, (28, 28), 96, f"{ADAM} 16 --UnFreeze_Epoch 84", "28×28"),
+        (320, (48, 30), None, '--input_shape "[30,48]" --UnFreeze_Epoch 50', "48×30"),
+    ],
+)
+def test_what_is_to_be_pasted(count, size, side, words, note, capsys):
+    """A command that fits the pictures, whose settings train.py takes."""
+    tree(*(f"ds/train/{name}/{i}.png" for name in "ab" for i in range(count)), size=size)
+    tree("ds/test/a/0.png", "ds/test/b/0.png")
     annotate(["ds"])
-    assert capsys.readouterr().out.splitlines()[-1] == "python train.py"
+    out = capsys.readouterr().out
+    if side:
+        words = f'--pretrained True --backbone resnet18 --input_shape "[{side},{side}]" {words}'
+    assert note in out and out.splitlines()[-1] == f"python train.py {words}"
+    settings = command_line(dict(vars(train_module)), shlex.split(words))
+    check_settings(settings)
+    assert describe_few_steps(settings, 2 * count) == ""
+
+
+def test_lists_elsewhere_are_named_to_be_pasted(capsys):
+    numbered("ds/cat", "ds/dog")
     annotate(["ds", "--out", "other lists/a"])
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "python train.py --classes_path 'other lists/a_classes.txt' --train_annotation_path 'other lists/a_train.txt' "
-        "--test_annotation_path 'other lists/a_test.txt'"
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .endswith(
+            " --classes_path 'other lists/a_classes.txt' "
+            "--train_annotation_path 'other lists/a_train.txt' "
+            "--test_annotation_path 'other lists/a_test.txt'"
+        )
     )
+
+
+def test_an_unreadable_header_is_no_hindrance(capsys):
+    numbered("ds/cat", "ds/dog", "ds/eel")
+    for path in Path("ds/eel").iterdir():
+        path.write_bytes(b"nothing")
+    annotate(["ds"])
+    assert "a usual picture is 4×4" in capsys.readouterr().out
 
 
 SLOW = """

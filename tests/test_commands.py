@@ -66,7 +66,9 @@ def test_annotation(trained):
     assert (
         "few training pictures" in out
         and "76 training" in out
-        and out.endswith("\npython train.py\n")
+        and out.splitlines()[-1].startswith(
+            "python train.py --pretrained True --backbone resnet18 "
+        )
     )
 
 

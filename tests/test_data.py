@@ -901,6 +901,7 @@ def test_sample_set(tmp_path, monkeypatch):
 def test_the_sample_cannot_be_drawn(tmp_path, monkeypatch, place):
     """One sentence, and nothing left behind."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.plumbing.shapes.PROJECT", tmp_path)
 
     def fail(*where, **options):
         number = errno.ENOSPC if place == "a full disk" else errno.EROFS
@@ -920,6 +921,7 @@ def test_the_sample_cannot_be_drawn(tmp_path, monkeypatch, place):
 def test_the_sample_may_be_drawn_by_two_at_once(tmp_path, monkeypatch):
     """The later one takes what the earlier has moved into place."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.plumbing.shapes.PROJECT", tmp_path)
 
     def draw(folder):
         Path("model_data/shapes").mkdir()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from utils.dataloader import DataGenerator
 from utils.plumbing import lists, shapes
 from utils.plumbing.errors import UserError
+from utils.plumbing.settings import describe_few_steps
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
@@ -220,8 +221,31 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     assert not calls
 
 
+def test_shapes_are_drawn_where_train_stands_alone(tmp_path, monkeypatch):
+    """In another folder an absent list is a mistake."""
+    monkeypatch.setattr(shapes, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(shapes, "draw_set", None)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cls_train.txt does not exist in .*cd .*project"):
+        shapes.find_lists(dict(zip(NAMES, lists.DEFAULT_PATHS)))
+    assert os.listdir() == ["project"]
+
+
+@pytest.mark.parametrize(
+    "number, epochs, batch_size, accumulate, needed",
+    [(5000, 3, 32, 1, None), (75, 15, 32, 1, 100), (640, 5, 32, 2, 30), (640, 30, 32, 2, None),
+     (20, 150, 8, 1, None), (4, 1, 8, 1, 100)],
+)  # fmt: skip
+def test_too_few_steps_are_noted(number, epochs, batch_size, accumulate, needed):
+    settings = dict(UnFreeze_Epoch=epochs, Unfreeze_batch_size=batch_size, accumulate=accumulate)
+    note = describe_few_steps(settings, number)
+    assert note.endswith(f"--UnFreeze_Epoch {needed}\n") if needed else note == ""
+
+
 def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "PROJECT", tmp_path)
     monkeypatch.setattr(
         "utils.plumbing.shapes.draw_set", lambda folder: Path(folder, "train.txt").touch()
     )

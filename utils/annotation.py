@@ -13,6 +13,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
+from utils.plumbing.advice import advise
 from utils.plumbing.console import say, show_errors_as_sentences
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_text, writable
@@ -203,17 +204,23 @@ def main(arguments=None):
         check_lists(options.datasets, lists)
     report(names, lists)
     write_together(paths, names, lists)
-    print_next_steps(paths, names, lists)
+    print_next_steps(paths, names, lists, is_shrunk=bool(options.shrink))
 
 
-def print_next_steps(paths, names, lists):
+def print_next_steps(paths, names, lists, is_shrunk):
     """Print what was written, and the commands to paste."""
     if lists[2]:
         say(
             f"{len(lists[2])} pictures are kept for the end, after training: "
             f"python -m utils.evaluate RUN --annotation {shlex.quote(paths[3])}"
         )
+    settings, notes = advise([path for _, path in lists[0]], len(names), is_shrunk)
+    for note in notes:
+        say(note)
     command = "python train.py"
+    for name, value in settings.items():
+        text = str(value).replace(" ", "")
+        command += f' --{name} "{text}"' if "[" in text else f" --{name} {text}"
     if tuple(paths[:3]) != DEFAULT_PATHS:
         for name, path in zip(PATH_SETTINGS, paths):
             command += f" --{name} {shlex.quote(path)}"

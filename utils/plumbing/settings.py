@@ -1,5 +1,6 @@
 """The settings: what each may be, and how the command line sets them. All of it is found out before training."""
 
+import math
 import os
 
 import torch
@@ -225,6 +226,9 @@ def check_divisible(name, batch_size):
     )
 
 
+FEW_STEPS = 300  # a shorter training is warned of
+
+
 def too_small(num_train, num_val, name, batch_size):
     """Return a sentence with the numbers, and the documented words beside it."""
     return (
@@ -238,3 +242,17 @@ def check_phases(s, num_train, num_val):
     for name in phases(s):
         if num_train < s[name] or not num_val:
             raise ValueError(too_small(num_train, num_val, name, s[name]))
+
+
+def describe_few_steps(s, num_train):
+    """Return a note where a training makes too few steps for most networks to learn, or ""."""
+    epochs = s["UnFreeze_Epoch"]
+    epoch_step = max(1, num_train // s["Unfreeze_batch_size"])
+    steps = epochs * epoch_step // s["accumulate"]
+    if steps >= FEW_STEPS or epochs >= 100:
+        return ""
+    needed = min(math.ceil(FEW_STEPS * s["accumulate"] / epoch_step), 100)
+    return (
+        f"NOTE: {num_train} pictures make {steps} steps in {epochs} epochs, and most networks need "
+        f"hundreds to learn: --UnFreeze_Epoch {needed}\n"
+    )

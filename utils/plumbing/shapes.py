@@ -5,15 +5,18 @@ The same seed gives the same bytes on any machine with the same version of Pillo
 
 import os
 import random
+import shlex
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from utils.plumbing.console import ProgressLine, say
+from utils.plumbing.errors import UserError
 from utils.plumbing.files import clear_drafts, draft, not_written, writable
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, check_text_file
 
 FOLDER = Path("model_data/shapes")
+PROJECT = Path(__file__).resolve().parents[2]  # where train.py stands
 SIZE, TRAIN, TEST = 64, 5000, 600
 SCALE = 3  # pictures are drawn three times as large and reduced, for smooth edges
 SIDE = SIZE * SCALE
@@ -146,13 +149,18 @@ def find_lists(settings):
     """Return the paths of the class file and both lists, as in train.py's settings, checked.
 
     Where these are the untouched defaults and none of the files exists, the shapes are drawn, and
-    the settings name their lists from then on.
+    the settings name their lists from then on; but only in train.py's own folder.
     """
     paths = tuple(settings[name] for name in PATH_SETTINGS)
     if paths != DEFAULT_PATHS or any(map(os.path.exists, paths)):
         for name, path in zip(PATH_SETTINGS, paths):
             check_text_file(name, path)
         return paths
+    if not os.path.samefile(os.getcwd(), PROJECT):
+        raise UserError(
+            f"{paths[1]} does not exist in {os.getcwd()}: start train.py in its own folder "
+            f"(cd {shlex.quote(str(PROJECT))}), where the paths of its settings begin"
+        )
     draw_once(paths[1])
     paths = tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))
     settings.update(zip(PATH_SETTINGS, paths))

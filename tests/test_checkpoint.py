@@ -23,6 +23,7 @@ from utils.loss_history import LossHistory
 from utils.optimizer import get_optimizer
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import LAST
+from utils.recipe import EMA
 
 
 def checkpoint_in(folder, **options):
@@ -85,6 +86,95 @@ def test_nothing_is_saved_that_is_not_finite(tmp_path):
     with pytest.raises(UserError, match="not finite any more after epoch 2.*lower Init_lr"):
         checkpoint.save(2)
     assert load_checkpoint(tmp_path)["epoch"] == 1
+
+
+def test_averages_and_sums_must_be_finite(tmp_path):
+    checkpoint = checkpoint_in(tmp_path)
+    checkpoint.parts["ema"] = EMA(checkpoint.parts["model"], 0.9)
+    checkpoint.save(1, 3, {"loss": torch.tensor(1.0)})
+    with pytest.raises(UserError, match="loss is not finite any more after epoch 1, step 4"):
+        checkpoint.save(1, 4, {"loss": torch.tensor(float("nan"))})
+    with torch.no_grad():
+        next(checkpoint.parts["ema"].parameters())[0] = float("inf")
+    with pytest.raises(UserError, match="averaged weights are not finite any more"):
+        checkpoint.save(2)
+    assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 3
+
+
+def test_a_validation_loss_that_is_not_finite(tmp_path):
+    """Nothing of that epoch is kept."""
+    make_data(make_project(tmp_path, UnFreeze_Epoch=2), train=24, test=6)
+    code = """
+import utils.task, utils.recipe
+criterion = utils.task.get_criterion
+def spoilt(settings, weights=None, training=False):
+    exact = criterion(settings, weights, training)
+    return exact if training else lambda *words: exact(*words) * float("nan")
+
+utils.task.get_criterion = utils.recipe.get_criterion = spoilt
+"""
+    _, err = train(tmp_path, script=hooked(tmp_path, code), code=1)
+    assert "validation loss of epoch 1 is not finite" in err and "Traceback" not in err
+    assert not list(run_of(tmp_path).glob("*.pth"))
+
+
+def test_a_scaler_comes_back(tmp_path):
+    """With its scale and the number of steps without overflow."""
+
+    def scaler():
+        return torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=7)
+
+    checkpoint = checkpoint_in(tmp_path)
+    checkpoint.parts["scaler"] = scaler()
+    checkpoint.parts["scaler"].load_state_dict(
+        {**scaler().state_dict(), "scale": 32.0, "_growth_tracker": 5}
+    )
+    checkpoint.save(1)
+    other = checkpoint_in(tmp_path)
+    other.parts["scaler"] = scaler()
+    other.load(load_checkpoint(tmp_path))
+    assert other.parts["scaler"].state_dict() == checkpoint.parts["scaler"].state_dict()
+
+
+def test_a_checkpoint_is_due_after_minutes(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("utils.checkpoint.time.monotonic", lambda: now)
+    checkpoint = checkpoint_in(tmp_path, save_minutes=2)
+    never = checkpoint_in(tmp_path, save_minutes=0)
+    for seconds, due in ((0, False), (100, False), (119, False), (121, True)):
+        now = 1000.0 + seconds
+        assert checkpoint.is_due() == due and not never.is_due()
+    checkpoint.save(1)
+    now += 100
+    assert not checkpoint.is_due()
+    monkeypatch.setenv("RANK", "1")
+    now += 100
+    assert not checkpoint.is_due()
+
+
+def test_nohup_stays_in_force(tmp_path):
+    """A closed terminal stops a training, unless it was started to live on."""
+    make_data(make_project(tmp_path, UnFreeze_Epoch=1), train=24, test=6)
+    code = "before('torch.optim:SGD.step', lambda *words: os.kill(os.getpid(), signal.SIGHUP), 1)\n"
+    train(tmp_path, script=hooked(tmp_path, code), code=128 + signal.SIGHUP)
+    ignored = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    train(tmp_path, "--resume", True, script=hooked(tmp_path, code + ignored))
+    assert len(history(run_of(tmp_path))) == 1
+
+
+def test_the_best_weights_are_a_copy(tmp_path):
+    checkpoint = checkpoint_in(tmp_path)
+    model = checkpoint.parts["model"]
+    row = {"epoch": 1, "top1": 0.9, "val_loss": 1.0, "train_loss": 1.0, "train_top1": 0.5}
+    assert checkpoint.commit(row, model, 10, 3)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    assert not checkpoint.commit({**row, "epoch": 2, "top1": 0.1}, model, 10, 3)
+    assert same(load_checkpoint(tmp_path)["best"], first)
+    assert same(weights(tmp_path, "best_epoch_weights.pth"), first)
+    assert same(weights(tmp_path), model.state_dict())
 
 
 def test_a_folder_at_the_checkpoints_place(tmp_path):

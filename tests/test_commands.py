@@ -230,6 +230,11 @@ def test_export(trained, tmp_path):
     from utils.fit import score_batch
     from utils.trained import TrainedRun
 
+    extra = dict.fromkeys(["class_names.json", "pictures.json"], "")
+    torch.export.load(folder / run / "model.pt2", extra_files=extra)
+    names = (folder / "model_data/cls_classes.txt").read_text(encoding="utf-8").splitlines()
+    assert json.loads(extra["class_names.json"]) == names
+    assert json.loads(extra["pictures.json"])["input_shape"] == [32, 32]
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     loaded = TrainedRun(folder / run)
     expected = score_batch(loaded.model, images, torch.zeros(5), False, False, loaded.settings)[

@@ -42,6 +42,7 @@ def test_every_torchvision_network(name, no_memory):
     model = get_model(name, 7, [size, size])
     new_head = {k for k, v in model.named_parameters() if v.shape[0] == 7}  # no layer besides
     assert is_transformer(model) == name.startswith(("vit_", "swin_", "maxvit_"))
+    assert is_transformer(model) == name.startswith(("vit_", "swin_", "maxvit_"))
     model.freeze_backbone()
     trainable = {k for k, v in model.named_parameters() if v.requires_grad}
     assert {k.rpartition(".")[0] for k in new_head} == head_layers(model)
@@ -438,3 +439,29 @@ def test_shapes_of_transformers(name, shape, advice):
     with pytest.raises(UserError, match=rf"^input_shape = .*: {name} takes .*{advice}") as caught:
         get_model(name, 2, shape)
     assert "\n" not in str(caught.value)
+
+
+def test_residual_sums():
+    """What comes in is added: without it nothing would be left of a picture here."""
+    model = get_model("resnet9", 3, [16, 16]).eval()
+    residuals = [module for module in model.modules() if type(module).__name__ == "Residual"]
+    assert len(residuals) == 2
+    for residual in residuals:
+        pictures = torch.randn(2, residual[0][0].in_channels, 4, 4)
+        inside = nn.Sequential.forward(residual, pictures)
+        torch.testing.assert_close(residual(pictures), pictures + inside)
+        nn.init.zeros_(residual[1][1].weight)
+        assert torch.equal(residual(pictures), pictures)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_published_weights_see_their_own_pictures(name):
+    """From -1 to 1: torchvision's networks turn pictures into it where they load those weights."""
+    torch.manual_seed(0)
+    published = getattr(models, name)(
+        num_classes=4, aux_logits=False, transform_input=True, init_weights=False
+    )
+    ours = get_model(name, 4, [80, 80])
+    ours.load_state_dict(published.state_dict())
+    pictures = torch.randn(2, 3, 80, 80)
+    assert torch.equal(ours.eval()(pictures), published.eval()(pictures))

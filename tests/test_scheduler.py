@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from nets import get_model, head_layers
 from utils.optimizer import (
+    OPTIMIZERS,
     describe_rates,
     fit_lr,
     get_lr_scheduler,
@@ -48,6 +50,43 @@ def test_step():
         [0.1 * (0.01 ** (1 / 9)) ** (e // 5) for e in range(50)]
     )
     assert curve(49) == pytest.approx(0.001)
+    assert [curve(e + 0.99) for e in range(50)] == [curve(e) for e in range(50)]
+    assert get_lr_scheduler("step", 0.1, 0.001, 25)(2.9) == 0.1  # stairs of two and a half epochs
+
+
+LIMITS = {  # of Init_lr_fit; a hundredth of them for Min_lr_fit
+    ("sgd", False): (5e-4, 1e-1),
+    ("sgd", True): (5e-4, 1e-1),
+    ("adam", False): (1e-4, 1e-3),
+    ("adam", True): (1e-5, 1e-3),
+    ("adamw", False): (1e-4, 1e-3),
+    ("adamw", True): (1e-5, 1e-3),
+}
+
+
+def test_every_limit():
+    assert {kind for kind, _ in LIMITS} == OPTIMIZERS.keys()
+    for (kind, transformer), (low, high) in LIMITS.items():
+        assert fit_lr(64, 9.0, 9.0, kind, transformer) == pytest.approx((high, high / 100))
+        assert fit_lr(64, 1e-9, 1e-9, kind, transformer) == pytest.approx((low, low / 100))
+        whole = 256 if transformer else 64
+        between = (low * high) ** 0.5
+        for share in (0.5, 1, 2):
+            fitted = fit_lr(int(whole * share), between, between / 100, kind, transformer)
+            assert fitted == pytest.approx((share * between, share * between / 100))
+
+
+def test_tables_of_positions_and_tokens_do_not_decay():
+    transformer = VisionTransformer(8, 4, 2, 2, 6, 12, num_classes=3)
+    window = SwinTransformer([2, 2], 8, [1, 1], [2, 2], [4, 4], num_classes=3)
+    for model in (transformer, window):
+        optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 0.1)
+        decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        names = [name for name, p in model.named_parameters() if decays[id(p)] == 0.1]
+        tables = ("pos_embedding", "class_token", "relative_position_bias_table", "norm", "ln_")
+        assert not [name for name in names if name.endswith("bias") or "table" in name]
+        assert not [name for name in names if any(word in name for word in tables)]
+        assert any("mlp" in name for name in names) and any("head" in name for name in names)
 
 
 def test_limits():
@@ -82,17 +121,17 @@ def test_every_optimizer_decays_and_matches_the_plain_one(kind, channels_last):
         torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)
     ).to(memory_format=layout)
     start = [p.detach().clone() for p in model.parameters()]
-    optimizer = get_optimizer(model, {"2"}, kind, 0.9, 0.1)
+    optimizer = get_optimizer(model, {"2"}, kind, 0.8, 0.1)
     plain = [torch.nn.Parameter(p.clone()) for p in start]
     other = {
         "sgd": lambda ps: torch.optim.SGD(
-            ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1
+            ps, lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.1
         ),
-        "adam": lambda ps: torch.optim.Adam(ps, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1),
-        "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1),
+        "adam": lambda ps: torch.optim.Adam(ps, lr=0.1, betas=(0.8, 0.999), weight_decay=0.1),
+        "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.1, betas=(0.8, 0.999), weight_decay=0.1),
     }[kind]([{"params": plain[::2]}, {"params": plain[1::2], "weight_decay": 0.0}])
     set_optimizer_lr(optimizer, lambda epoch: 0.1, 0)
-    for step in range(3):
+    for _ in range(3):
         for p, q in zip(model.parameters(), plain):
             q.grad = torch.randn(p.shape)
             p.grad = torch.empty_like(p).copy_(q.grad)

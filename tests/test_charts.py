@@ -1,0 +1,74 @@
+"""What charts show: told by their pixels."""
+
+import numpy as np
+import pytest
+
+from utils.plumbing.charts import COLOURS, draw_contact_sheet, draw_line_chart, draw_matrix
+from utils.task import mistakes
+
+
+def cells(counts):
+    """The blue shade of each cell of a confusion matrix, 0 for white and 1 for full, by rows."""
+    number = len(counts)
+    image = np.asarray(draw_matrix(np.array(counts), ["" for _ in counts])).astype(float)
+    frame = np.argwhere((image == (40, 40, 40)).all(2))
+    top, left = frame.min(0) + 1
+    cell = min(56, 1000 // number)
+    corners = [top + 4 + cell * i for i in range(number)]
+    shades = image[np.ix_(corners, [left + 4 + cell * i for i in range(number)])]
+    return (255 - shades[..., 0]) / (255 - COLOURS[0][0])
+
+
+def test_a_matrix_is_shaded_by_the_share_of_its_row():
+    counts = [[8, 2, 0], [0, 5, 15], [0, 0, 0]]
+    expected = [[0.8, 0.2, 0], [0, 0.25, 0.75], [0, 0, 0]]
+    np.testing.assert_allclose(cells(counts), expected, atol=0.01)
+
+
+@pytest.mark.parametrize("values", [[3.0, 2.0, 0.5], [0.1, 0.5, 0.9], [1.0, -2.0, 3.0]])
+def test_a_curve_goes_up_with_its_values(values):
+    image = np.asarray(draw_line_chart([("loss", {"training": list(enumerate(values, 1))})]))
+    chart = image[:366]  # above the legend
+    rows, columns = np.nonzero((chart == COLOURS[0]).all(2))
+    edges = np.linspace(columns.min() + 4, columns.max() - 4, len(values))
+    heights = [-rows[abs(columns - edge) <= 1].mean() for edge in edges]
+    assert np.argsort(heights).tolist() == np.argsort(values).tolist()
+    shares = (np.array(heights) - min(heights)) / (max(heights) - min(heights))
+    expected = (np.array(values) - min(values)) / (max(values) - min(values))
+    np.testing.assert_allclose(shares, expected, atol=0.03)
+
+
+def test_each_panel_and_each_curve_has_its_place():
+    flat = [(1, 0.5), (2, 0.5)]
+    image = np.asarray(
+        draw_line_chart([("loss", {"a": flat, "b": [(1, 1), (2, 1)]}), ("top1", {"c": flat})])
+    )
+    assert image.shape == (420, 1280, 3)
+    first, second = image[:366, :640], image[:366, 640:]
+    rows = [np.nonzero((first == colour).all(2))[0].mean() for colour in COLOURS[:2]]
+    assert rows[1] < rows[0] and (second == COLOURS[0]).all(2).any()
+    assert not (second == COLOURS[1]).all(2).any()
+
+
+def test_pictures_stand_in_the_order_of_their_captions():
+    import torch
+
+    pictures = [torch.full((4, 4, 3), 25 * i, dtype=torch.uint8) for i in range(10)]
+    sheet = np.asarray(draw_contact_sheet(pictures, [str(i) for i in range(10)]))
+    seen = [sheet[2 + i // 8 * 134 + 50, 2 + i % 8 * 116 + 50, 0] for i in range(10)]
+    assert seen == [25 * i for i in range(10)]
+
+
+def test_the_most_confident_mistakes_come_first():
+    import torch
+
+    names = ["a", "b", "c"]
+    predictions = [
+        [("a", 0.5)], [("b", 0.6)], [("a", 0.9)], [("c", 0.9)], [("b", 0.7)]
+    ]  # fmt: skip
+    found = mistakes(torch.tensor([0, 0, 1, 2, 2]), predictions, names)
+    assert [place for place, _ in found] == [2, 4, 1]
+    assert "true: b" in found[0][1] and "predicted: a" in found[0][1] and "90%" in found[0][1]
+    assert [
+        place for place, _ in mistakes(torch.tensor([0, 0, 1, 2, 2]), predictions, names, 2)
+    ] == [2, 4]

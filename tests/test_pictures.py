@@ -18,7 +18,7 @@ from utils.pictures import read_crop
 from utils.plumbing.charts import draw_contact_sheet, draw_matrix, shorten
 from utils.plumbing.errors import UserError
 from utils.plumbing.folders import endings
-from utils.plumbing.formats import FORMATS, open_picture, to_rgb, upright
+from utils.plumbing.formats import BROKEN, FORMATS, open_picture, to_rgb, upright
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
@@ -177,6 +177,94 @@ def png_file(colour, depth, pixels, transparent, width):
         + chunk(b"IDAT", zlib.compress(b"\0" + pixels))
         + chunk(b"IEND", b"")
     )
+
+
+def with_chunks(data, *chunks, last=False):
+    """A PNG's bytes with further chunks behind its header, or before its end."""
+    place = len(data) - 12 if last else 33
+    new = b""
+    for kind, content in chunks:
+        length = struct.pack(">I", len(content))
+        new += length + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return data[:place] + new + data[place:]
+
+
+TEXT = b"x" * 2_000_000
+ZIPPED = zlib.compress(TEXT)
+HUGE_CHUNKS = [
+    (b"tEXt", b"Comment\0" + TEXT),
+    (b"zTXt", b"Comment\0\0" + ZIPPED),
+    (b"iTXt", b"Comment\0\1\0\0\0" + ZIPPED),
+    (b"iTXt", b"Comment\0\0\0\0\0" + TEXT),
+    (b"iCCP", b"profile\0\0" + ZIPPED),
+]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["in front", "at the end"])
+@pytest.mark.parametrize(
+    "chunk", [*HUGE_CHUNKS, HUGE_CHUNKS[1]], ids=lambda chunk: chunk[0].decode()
+)
+def test_texts_and_profiles_of_any_size_do_not_hide_a_picture(tmp_path, chunk, last):
+    """The orientation in XMP, also a text, still counts; nothing is changed in Pillow."""
+    file = io.BytesIO()
+    half_red(12, 8).save(file, "PNG")
+    xmp = (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    data = with_chunks(file.getvalue(), *[chunk] * 40, xmp, last=last)
+    assert read_crop(data, (12, 8), whole)[0, :, 0].tolist() == [0] * 4 + [255] * 4  # turned
+    (tmp_path / "photo.png").write_bytes(data)
+    assert read_crop(tmp_path / "photo.png", (12, 8), whole).shape == (12, 8, 3)
+    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+
+
+@pytest.mark.parametrize("length", range(0, 60))
+def test_a_cut_png_is_unreadable_and_no_more(length):
+    file = io.BytesIO()
+    half_red(12, 8).save(file, "PNG")
+    with pytest.raises(BROKEN):
+        read_crop(file.getvalue()[:length], (12, 8), whole)
+
+
+def test_reasons_are_true(tmp_path):
+    """A picture of a format that is read is not called one that is not."""
+    file = io.BytesIO()
+    half_red(12, 8).save(file, "PNG")
+    wrong = bytearray(file.getvalue())
+    wrong[29] ^= 1  # the header's checksum
+    reasons = {"PNG.*checksum in b'IHDR'": bytes(wrong)}
+    wrong = bytearray(file.getvalue())
+    wrong[wrong.index(b"IDAT") + 10] ^= 1
+    reasons["checksum in .*IDAT|broken data stream|truncated|decoding"] = bytes(wrong)
+    bands = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(bands, "TIFF")
+    tiff = bytearray(bands.getvalue())
+    place = tiff.find(struct.pack("<HHI", 277, 3, 1)) + 8  # samples a pixel
+    assert place > 7 and tiff[place] == 3
+    tiff[place] = 7
+    reasons["TIFF.*samples per pixel"] = bytes(tiff)
+    reasons["JPEG"] = b"\xff\xd8\xff\xd9"
+    for words, data in reasons.items():
+        with pytest.raises(BROKEN, match=words) as caught:
+            read_crop(data, (12, 8), whole)
+        assert "none of the formats" not in str(caught.value) and "\n" not in str(caught.value)
+        assert "BytesIO" not in str(caught.value)
+
+
+def test_a_jpeg_beyond_pillow_s_limit_is_decoded_reduced(tmp_path, monkeypatch):
+    """No other format is, and not where all of it is wanted."""
+    picture = half_red(480, 320)
+    picture.paste("lime", (0, 0, 120, 320))
+    picture.save(tmp_path / "photo.jpg", quality=95)
+    picture.save(tmp_path / "photo.png")
+    picture.save(tmp_path / "progressive.jpg", progressive=True)
+    expected = read_crop(picture, (32, 48), whole).float()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 480 * 320 // 5)
+    found = read_crop(tmp_path / "photo.jpg", (32, 48), whole).float()
+    assert (found - expected).abs().mean() < 12
+    monkeypatch.setattr("utils.pictures.decode_jpeg", None)
+    for name, size in (("photo.png", 32), ("progressive.jpg", 32), ("photo.jpg", 300)):
+        with pytest.raises(Image.DecompressionBombError, match="smaller copy"):
+            read_crop(tmp_path / name, (size, size), whole)
 
 
 @pytest.mark.parametrize(

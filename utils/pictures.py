@@ -41,9 +41,11 @@ def channel_planes(values, height, width, device):
 cached_planes = cache(channel_planes)  # a new tensor every step would make the host wait for a GPU
 
 
-def normalize(images, device, settings={}):
-    """uint8 (N, 3, H, W) from the loader → float32 on `device`, (image / 255 - mean) / std, in the same memory format: the one
-    place that does it. settings: train.py's, or nothing for MEAN and STD."""
+def normalize(images, device, settings={}):  # noqa: B006, as it is only read
+    """Return uint8 (N, 3, H, W) images as float32 on `device`: (image / 255 - mean) / std.
+
+    The memory format stays. settings: train.py's; without `mean` and `std` MEAN and STD hold.
+    """
     images = images.to(device, non_blocking=True).to(torch.float32)
     # while tracing, the tensor is symbolic and must not be cached
     planes = channel_planes if torch.compiler.is_compiling() else cached_planes
@@ -54,57 +56,55 @@ def normalize(images, device, settings={}):
 
 
 def read_crop(source, input_shape, choose_box):
-    """Decode a picture and resize the box `choose_box(height, width)` → (top, left, height, width) of it, as it stands upright.
+    """Decode a picture, crop the box choose_box(height, width) of it as it is seen, and resize that.
 
-    source: a path, a file's bytes, a Pillow image, or a uint8 array or tensor (H, W), (H, W, 1) or (H, W, 3). Returns uint8
-    (H, W, 3) of input_shape. A JPEG is decoded no larger than the crop needs (libjpeg's 1/2, 1/4, 1/8), never smaller.
-    UserError: any other source; one of BROKEN: a file that is no whole picture.
+    source: a path, a file's bytes, a Pillow image, or a uint8 array or tensor (H, W), (H, W, 1) or
+    (H, W, 3). The box is (top, left, height, width). Returns uint8 (H, W, 3) of input_shape. A JPEG
+    is decoded no larger than the crop needs (at 1/2, 1/4 or 1/8), never smaller.
+    Raises UserError for any other source, one of BROKEN for a file that is no whole picture.
     """
     with broken_as_os_error():
         return crop(open_picture(source), tuple(input_shape), choose_box)
 
 
 def crop(image, input_shape, choose_box):
-    """read_crop of an opened image."""
+    """Return read_crop's crop of an opened image."""
     turn = orientation(image)
-    file = getattr(image, "fp", None)
     height, width = upright_size(image, turn)
-    top, left, box_height, box_width = choose_box(height, width)
-    if (
-        decode_jpeg
-        and file
-        and image.format in REDUCIBLE
-        and turn == 1
-        and height * width < 16 * math.prod(input_shape)
-    ):
-        # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
-        with suppress(RuntimeError):  # of a broken file, which Pillow names
-            whole = decode_jpeg(
-                torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), "RGB"
-            )
-            box = (
-                whole.permute(1, 2, 0)[None, top : top + box_height, left : left + box_width]
-                .contiguous()
-                .permute(0, 3, 1, 2)
-            )
-            # in channels_last memory, which the decoder wrote, it takes half the time
-            return F.interpolate(box, input_shape, mode="bilinear", antialias=True)[0].permute(
-                1, 2, 0
-            )
+    box = choose_box(height, width)
+    file = getattr(image, "fp", None)
+    is_jpeg_file = file is not None and image.format in REDUCIBLE
+    # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
+    is_small = height * width < 16 * math.prod(input_shape)
+    if decode_jpeg and is_jpeg_file and is_small and turn == 1:
+        with suppress(RuntimeError):  # of a broken file: Pillow names what is wrong
+            return crop_jpeg(file.getvalue(), input_shape, box)
+
+    top, left, box_height, box_width = box
     shrink = max(1, min(box_height // input_shape[0], box_width // input_shape[1]))
-    image.draft(
-        image.mode, (image.width // shrink, image.height // shrink)
-    )  # does nothing but to a JPEG
+    # this does nothing but to a JPEG
+    image.draft(image.mode, (image.width // shrink, image.height // shrink))
     image = upright(image, turn)
-    x, y = image.width / width, image.height / height  # below 1 where the decoder reduced
-    box = left * x, top * y, (left + box_width) * x, (top + box_height) * y
-    return torch.from_numpy(
-        np.array(image.resize(input_shape[::-1], Image.Resampling.BILINEAR, box=box))
-    )
+    x = image.width / width  # below 1 where the decoder reduced
+    y = image.height / height
+    corners = (left * x, top * y, (left + box_width) * x, (top + box_height) * y)
+    resized = image.resize(input_shape[::-1], Image.Resampling.BILINEAR, box=corners)
+    return torch.from_numpy(np.array(resized))
+
+
+def crop_jpeg(data, input_shape, box):
+    """Return crop's result for a JPEG's bytes, decoded by torchvision. RuntimeError: it is broken."""
+    top, left, height, width = box
+    whole = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), "RGB")  # (3, H, W)
+    part = whole.permute(1, 2, 0)[top : top + height, left : left + width].contiguous()
+    batch = part.permute(2, 0, 1)[None]
+    # in channels_last memory, which the decoder wrote, it takes half the time
+    resized = F.interpolate(batch, input_shape, mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0)
 
 
 def centre_box(input_shape, share, height, width):
-    """The largest box of input_shape's proportions in the middle, its sides times `share`."""
+    """Return the largest box of input_shape's proportions in the middle, its sides times `share`."""
     scale = min(height / input_shape[0], width / input_shape[1]) * share
     box_height, box_width = (max(1, round(side * scale)) for side in input_shape)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width

@@ -73,7 +73,7 @@ def test_links_that_lead_back_are_not_followed(capsys):
     assert listed() == Counter(
         [*(f"0;ds/cat/{i}.png" for i in range(5)), *(f"1;ds/dog/{i}.png" for i in range(5))]
     )
-    assert "left out: 7 links to folders that are read anyway" in capsys.readouterr().out
+    assert "left out (7): links to folders that are read anyway" in capsys.readouterr().out
 
 
 def test_links_to_folders_elsewhere_are_followed_once(capsys):
@@ -110,7 +110,7 @@ def test_each_file_is_listed_once(capsys):
         and sum(line.endswith("/dog/far.png") for line in listed()) == 1
         and listed()["1;ds/test/dog/0.png"] == 1
     )
-    assert "left out: 3 links to pictures that are listed already: " in capsys.readouterr().out
+    assert "left out (3): links to pictures that are listed already: " in capsys.readouterr().out
     assert pictures_below("ds/train/cat") == [f"ds/train/cat/{i}.png" for i in range(5)] + [
         "ds/train/cat/a copy.png",
         "ds/train/cat/dog.png",
@@ -129,7 +129,9 @@ def test_links_to_pictures_of_a_folder_that_is_not_used(capsys):
         "0;ds/val/cat/b.png",
     ]
     out = capsys.readouterr().out
-    assert "left out: 5 pictures outside" in out and "1 links to pictures that are listed" in out
+    assert (
+        "left out (5): pictures outside" in out and "(1): links to pictures that are listed" in out
+    )
 
 
 def test_names_that_no_list_can_hold(capsys):
@@ -140,7 +142,7 @@ def test_names_that_no_list_can_hold(capsys):
     annotate(["ds"])
     out = capsys.readouterr().out
     assert sum(listed().values()) == 10
-    assert "left out: 2 paths with a line break" in out and r"ds/cat/line\nfeed.png" in out
+    assert "left out (2): paths with a line break" in out and r"ds/cat/line\nfeed.png" in out
 
 
 def test_only_regular_files_are_listed(capsys):
@@ -155,8 +157,8 @@ def test_only_regular_files_are_listed(capsys):
     server.close()
     assert sum(listed().values()) == 10
     out = capsys.readouterr().out
-    assert "left out: 3 pipes, sockets and devices: ds/cat/fifo.png, ds/cat/socket.png, …" in out
-    assert "left out: 2 links that lead nowhere: ds/dog/nowhere.png, ds/dog/round.png\n" in out
+    assert "left out (3): pipes, sockets and devices: ds/cat/fifo.png, ds/cat/socket.png, …" in out
+    assert "left out (2): links that lead nowhere: ds/dog/nowhere.png, ds/dog/round.png\n" in out
 
 
 @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ def test_what_is_left_out_is_counted_once(capsys):
         tree(f"{folder}/cover.png")
     annotate(["ds"])
     out = capsys.readouterr().out
-    assert "left out: 2 files (.txt)" in out and "left out: 2 pictures outside" in out
+    assert "left out (2): files (.txt)" in out and "left out (2): pictures outside" in out
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_class_names_that_no_file_can_hold(name, capsys):
     os.rename(b"ds/new", os.path.join(b"ds", os.fsencode(name)))
     annotate(["ds"])
     assert classes() == ["yy", "zz"]
-    assert "left out: 5 paths with a line break or letters that are" in capsys.readouterr().out
+    assert "left out (5): paths with a line break or letters that are" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [" a", "a\u2003", "a "])
@@ -624,7 +626,7 @@ def test_a_folder_without_pictures_is_no_class(capsys):
     annotate(["ds"])
     assert (
         classes() == ["cat", "dog"]
-        and "left out: 5 files (.heic) that are not read" in capsys.readouterr().out
+        and "left out (5): files (.heic) that are not read" in capsys.readouterr().out
     )
 
 
@@ -635,7 +637,7 @@ def test_names_do_not_move_the_cursor(capsys):
     annotate(["ds", "--check"])
     out, err = capsys.readouterr()
     assert (
-        out.isascii()
+        out.replace("×", "x").isascii()
         and "\x1b" not in out + err
         and out.count("\\x1b[2Jcat") == 1
         and "unreadable: ds/dog\\u202e/\\x1b]0;x\\x07.png" in out

@@ -148,7 +148,7 @@ def test_one_label_is_nothing_to_learn():
 def test_classes_without_training_pictures(capsys):
     both(["0;a", "2;b"], ["1;c"])
     assert (
-        "1 classes have no training pictures and cannot be learnt: b\n" in capsys.readouterr().out
+        "classes without training pictures, which cannot be learnt: b\n" in capsys.readouterr().out
     )
     both(["0;a", "1;b", "2;c"], ["1;d"])
     both(["0.5;a", "7;b"], ["1;d"])  # of another task
@@ -184,7 +184,7 @@ def test_every_reader_knows_all_line_ends(tmp_path, ending):
 def test_a_list_given_for_the_class_file(tmp_path, text):
     path = tmp_path / "list.txt"
     path.write_bytes(text.encode())
-    with pytest.raises(UserError, match="holds annotation lines such as"):
+    with pytest.raises(UserError, match="holds lines of .class_id;path."):
         lists.get_classes(path)
 
 

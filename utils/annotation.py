@@ -131,7 +131,7 @@ def report_left_out(left_out):
     for reason, count in reasons.most_common(10):
         examples = ", ".join(sorted(map(printable, left_out[reason]))[:2])
         more = ", …" if count > 2 else ""
-        say(f"left out: {count} {printable(reason)}: {examples}{more}")
+        say(f"left out ({count}): {printable(reason)}: {examples}{more}")
 
 
 def describe_lack(training, test):

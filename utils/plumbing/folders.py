@@ -40,14 +40,14 @@ def kind_of(entry):
 
 def reason_to_leave_out(path, is_file):
     """Return why a file cannot be listed, or None."""
+    if not is_file:
+        return "pipes, sockets and devices" if os.path.exists(path) else "links that lead nowhere"
+    if re.search("[\n\r\ud800-\udfff]", path):
+        return "paths with a line break or letters that are not UTF-8, rename them"
     ending = os.path.splitext(path)[1].lower()
     if ending not in endings():
         return f"files ({ending or 'no ending'}) that are not read, convert pictures to JPEG or PNG"
-    if re.search("[\n\r\ud800-\udfff]", path):
-        return "paths with a line break or letters that are not UTF-8, rename them"
-    if is_file:
-        return None
-    return "pipes, sockets and devices" if os.path.exists(path) else "links that lead nowhere"
+    return None
 
 
 def leads_back(real, entered):

@@ -76,8 +76,8 @@ def get_classes(classes_path):
         lines.pop()
     if sum(bool(re.match(r"-?\d+\s*;.", line)) for line in lines) > len(lines) / 2:
         raise UserError(
-            f"classes_path: {classes_path} holds annotation lines such as {lines[0][:80]!r}, not "
-            f"one class name a line: python -m utils.annotation writes both files"
+            f"classes_path: {classes_path} holds lines of 'class_id;path', not one class name a "
+            f"line: python -m utils.annotation writes both files"
         )
     names = check_names(map(class_name, lines), classes_path)
     return names, len(names)
@@ -225,7 +225,7 @@ def check_both(train_lines, val_lines, train_path, val_path, class_names):
     if learnt < set(ids):  # labels of another task are no class ids
         others = [printable(class_names[int(text)]) for text in ids if text not in learnt]
         say(
-            f"WARNING: {len(others)} classes have no training pictures and cannot be learnt: "
+            f"WARNING: classes without training pictures, which cannot be learnt: "
             f"{', '.join(others[:5])}"
         )
     shared = len(train.keys() & val.keys())

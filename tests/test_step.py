@@ -7,6 +7,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import train as trainer
+from tests.helpers import (
+    history,
+    launch,
+    make_data,
+    make_project,
+    run_of,
+    same,
+    weights,
+)
 from utils.fit import backward, optimizer_step
 from utils.optimizer import get_optimizer
 from utils.recipe import Recipe
@@ -83,3 +92,21 @@ def test_the_graph_behind_ddp_s_gradients_does_not_grow(one_process_group):
     model, optimizer, recipe = get_parts()
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     assert [graph_size(make_step(wrapped, model, optimizer, recipe)) for _ in range(5)] == [0] * 5
+
+
+@pytest.mark.parametrize("words", [(), ("--ema_decay", 0.5, "--accumulate", 2)])
+def test_buffers_that_are_not_broadcast_in_each_step_change_no_bit(tmp_path, words):
+    """Only the first process's BatchNorm statistics count, before and after an unfreezing."""
+    found = []
+    for broadcast in ("False", "True"):
+        folder = make_project(
+            tmp_path / broadcast, backbone="'shufflenet_v2_x0_5'", Freeze_Train=True, Freeze_Epoch=1
+        )
+        make_data(folder, train=24, test=6)
+        text = (folder / "train.py").read_text()
+        assert text.count("broadcast_buffers=False") == 1
+        text = text.replace("broadcast_buffers=False", f"broadcast_buffers={broadcast}")
+        (folder / "train.py").write_text(text)
+        launch(folder, *words)
+        found.append((weights(run_of(folder)), history(run_of(folder))[-1]["val_loss"]))
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]

@@ -1,6 +1,7 @@
 """The data set, its batches, and the order of an epoch.
 
-Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, its place in the epoch, index) alone.
+Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, its place
+in the epoch, index) alone.
 """
 
 import math
@@ -36,7 +37,7 @@ AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
 
 
 def count_workers(num_workers, Cuda, in_memory):
-    """Return how many processes read pictures for each training process; num_workers: the setting."""
+    """Return how many processes read pictures for each training process, from the setting."""
     if num_workers != "auto":
         return num_workers
     if Cuda:
@@ -47,7 +48,7 @@ def count_workers(num_workers, Cuda, in_memory):
 
 
 def own_data(settings):
-    """Return (class names, training data set, test data set) of one's own, or None to use the lists.
+    """Return (class names, training data set, test data set) of one's own; None to use the lists.
 
     A data set has a length, and items that stay the same: (a Pillow image, or a uint8 array or
     tensor (H, W) or (H, W, 3) of any size; a label as task.read_label takes it). An exception of
@@ -59,11 +60,13 @@ def own_data(settings):
 
 
 class DataGenerator(Dataset):
-    """Pictures of annotation lines or of a data set as own_data describes it, cropped and augmented.
+    """Pictures of annotation lines or of a data set as in own_data, cropped and augmented.
 
-    Item (epoch, place, index), or a plain index where nothing is random → (uint8 (H, W, 3), target, [(index, reason)] of what
-    was unreadable). random: augment, and replace an unreadable picture by another one; else it and its target are None.
-    cache_mb (10⁶ bytes): where all crops fit and are the same in every epoch, what was read is kept (in_memory).
+    An item is asked for by (epoch, place, index), or by an index where nothing is random. It is
+    (uint8 (H, W, 3), target, [(index, reason)] of what was unreadable).
+    random: augment, and replace an unreadable picture by another one; else both are None.
+    cache_mb (of 10⁶ bytes): what was read is kept in memory, if all of it fits and a picture's crop
+    is the same in every epoch.
     """
 
     def __init__(
@@ -81,10 +84,10 @@ class DataGenerator(Dataset):
         mean=MEAN,
         resize="crop",
     ):
-        lines = isinstance(annotation_lines, list) and all(
-            isinstance(line, str) for line in annotation_lines
-        )
-        self.source = AnnotationLines(annotation_lines) if lines else annotation_lines
+        self.source = annotation_lines
+        if isinstance(annotation_lines, list):
+            if all(isinstance(line, str) for line in annotation_lines):
+                self.source = AnnotationLines(annotation_lines)
         self.input_shape = tuple(input_shape)
         self.random = random
         self.augmentation = augmentation
@@ -107,19 +110,17 @@ class DataGenerator(Dataset):
         return len(self.source)
 
     def name(self, index):
-        """How messages name a picture: by its annotation line, or its number."""
-        return (
-            self.source.line(index)
-            if isinstance(self.source, AnnotationLines)
-            else f"picture {index} of the data set"
-        )
+        """Return a picture's name in messages: its annotation line, or its number."""
+        if isinstance(self.source, AnnotationLines):
+            return self.source.line(index)
+        return f"picture {index} of the data set"
 
     def target(self, index, label):
-        """What lists.target_of makes of a picture's label."""
+        """Return a picture's target, as task.read_label makes it of its label."""
+        if hasattr(label, "tolist"):  # an array or tensor
+            label = label.tolist()
         try:
-            return read_label(
-                label.tolist() if hasattr(label, "tolist") else label, self.num_classes
-            )
+            return read_label(label, self.num_classes)
         except UserError as error:
             raise UserError(f"{self.name(index)}: {error}") from None
 
@@ -132,7 +133,7 @@ class DataGenerator(Dataset):
         return centre_box(shape, self.val_crop, height, width)
 
     def describe_cut(self):
-        """Return pictures.describe_cut's note on some of the pictures, "" where they are kept whole."""
+        """Return pictures.describe_cut's note on some of the pictures; "" where all is kept."""
         if self.resize == "squeeze":
             return ""
         sizes = []
@@ -142,11 +143,14 @@ class DataGenerator(Dataset):
         return describe_cut(sizes, self.input_shape)
 
     def class_ids(self):
-        """Every target, int64 (N,) of class ids: from torchvision's `targets`, unless a transform may change them."""
+        """Return every target, int64 (N,) of class ids.
+
+        torchvision's `targets` saves reading the pictures, unless a transform may change them.
+        """
         labels = getattr(self.source, "targets", None)
-        if labels is None or any(
-            getattr(self.source, name, None) for name in ("transforms", "target_transform")
-        ):
+        transforms = ("transforms", "target_transform")
+        is_changed = any(getattr(self.source, name, None) for name in transforms)
+        if labels is None or is_changed:
             labels = (self.source[index][1] for index in range(len(self)))
         return np.array([self.target(index, label) for index, label in enumerate(labels)])
 
@@ -194,16 +198,21 @@ class DataGenerator(Dataset):
         return content_sum(self.source[index][0] for index in range(len(self)))
 
     def share_memory(self):
-        """Let worker processes share the pictures kept in memory; without room for that keep none."""
-        for index in range(len(self)) if self.in_memory else ():
-            with suppress(*BROKEN):
-                self.read(index)  # the first one that is read makes the memory
-                break
-        self.in_memory = self.memory is not None and self.memory.has_room_to_share()
+        """Let worker processes share the pictures in memory; if it has no room, keep none."""
         if self.in_memory:
+            self.read_first()
+        if self.memory is not None and self.memory.has_room_to_share():
             self.memory.share()
         else:
+            self.in_memory = False
             self.memory = None
+
+    def read_first(self):
+        """Read the first picture that can be read, which makes the memory for all."""
+        for index in range(len(self)):
+            with suppress(*BROKEN):
+                self.read(index)
+                return
 
     def read(self, index):
         """Return (uint8 (H, W, 3), which may be in memory: do not change it; its target).
@@ -243,7 +252,10 @@ class DataGenerator(Dataset):
         )
 
     def augment(self, image, rng):
-        """Return a picture, uint8 (H, W, 3), changed by chance: rng, a random.Random, and torch's own."""
+        """Return a uint8 (H, W, 3) picture changed by chance.
+
+        rng: a random.Random; the policies and erasing draw from torch's own generator.
+        """
         if not self.random:
             return image
         # v2's flip wants (3, H, W) and takes three times as long
@@ -259,8 +271,8 @@ class DataGenerator(Dataset):
         is_place = isinstance(item, tuple) and len(item) == 3
         if self.random and not is_place:
             raise UserError(
-                f"a training picture is asked for by (epoch, place, index), not {item!r}: derive your sampler from "
-                f"EpochSampler, with another order()"
+                f"a training picture is asked for by (epoch, place, index), not {item!r}: "
+                f"derive your sampler from EpochSampler, with another order()"
             )
         epoch, place, index = item if is_place else (0, 0, item)
         rng = random.Random(f"{self.seed} {epoch} {place} {index}")  # a text mixes all four well
@@ -294,7 +306,7 @@ def detection_collate(batch):
 
 
 class EpochSampler(Sampler):
-    """The (epoch, place, index) of one process's pictures: every world_size-th of the epoch's order.
+    """The (epoch, place, index) of one process's pictures: every world_size-th of an epoch's order.
 
     Training (shuffle) drops the remainder of the global batch, other pictures each epoch;
     validation keeps all. The order depends on (seed, epoch) alone; first_step continues an
@@ -317,9 +329,9 @@ class EpochSampler(Sampler):
         self.first_step = first_step
 
     def identity(self):
-        """Return {name: value} of all that the order of an epoch depends on; a subclass adds its own.
+        """Return {name: value} of all that the order of an epoch depends on.
 
-        When one has changed, an interrupted epoch begins again.
+        When one has changed, an interrupted epoch begins again. A subclass adds its own.
         """
         return {
             "number": self.number,
@@ -329,7 +341,10 @@ class EpochSampler(Sampler):
         }
 
     def order(self):
-        """Return the epoch's number - left_out indices over all processes; override it to sample otherwise."""
+        """Return the indices of an epoch over all processes, number - left_out of them.
+
+        Another way of sampling is a subclass with another order.
+        """
         if not self.shuffle:
             return np.arange(self.number)
         permutation = np.random.default_rng((self.seed, 0)).permutation(self.number)

@@ -1,4 +1,4 @@
-"""Pictures as the network gets them: decoded no larger than needed, cropped, normalised; shared by all."""
+"""Pictures as the network gets them: decoded no larger than needed, cropped, and normalised."""
 
 import math
 from contextlib import suppress
@@ -56,7 +56,7 @@ def normalize(images, device, settings={}):  # noqa: B006, as it is only read
 
 
 def read_crop(source, input_shape, choose_box):
-    """Decode a picture, crop the box choose_box(height, width) of it as it is seen, and resize that.
+    """Decode a picture, crop the box choose_box(height, width) of it as it is seen, and resize it.
 
     source: a path, a file's bytes, a Pillow image, or a uint8 array or tensor (H, W), (H, W, 1) or
     (H, W, 3). The box is (top, left, height, width). Returns uint8 (H, W, 3) of input_shape. A JPEG
@@ -74,7 +74,7 @@ def crop(image, input_shape, choose_box):
     box = choose_box(height, width)
     file = getattr(image, "fp", None)
     is_jpeg_file = file is not None and image.format in REDUCIBLE
-    # below four times the sides, decoding all of it by torchvision is faster than reducing by Pillow
+    # below four times the sides, decoding all by torchvision is faster than reducing by Pillow
     is_small = height * width < 16 * math.prod(input_shape)
     if decode_jpeg and is_jpeg_file and is_small and turn == 1:
         with suppress(RuntimeError):  # of a broken file: Pillow names what is wrong
@@ -93,7 +93,7 @@ def crop(image, input_shape, choose_box):
 
 
 def crop_jpeg(data, input_shape, box):
-    """Return crop's result for a JPEG's bytes, decoded by torchvision. RuntimeError: it is broken."""
+    """Return the crop of a JPEG's bytes, decoded by torchvision. RuntimeError: it is broken."""
     top, left, height, width = box
     whole = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), "RGB")  # (3, H, W)
     part = whole.permute(1, 2, 0)[top : top + height, left : left + width].contiguous()
@@ -104,7 +104,7 @@ def crop_jpeg(data, input_shape, box):
 
 
 def centre_box(input_shape, share, height, width):
-    """Return the largest box of input_shape's proportions in the middle, its sides times `share`."""
+    """Return the largest box of input_shape's proportions in the middle, its sides times share."""
     scale = min(height / input_shape[0], width / input_shape[1]) * share
     box_height, box_width = (max(1, round(side * scale)) for side in input_shape)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
@@ -121,7 +121,7 @@ def random_box(smallest, height, width, proportions=1.0):
 
 
 def describe_cut(sizes, input_shape):
-    """Return a note for people where the centre crop of the usual picture loses over a third of it, or "".
+    """Return a note where the centre crop loses over a third of the usual picture, or "".
 
     sizes: [(height, width)] of some pictures.
     """
@@ -136,5 +136,6 @@ def describe_cut(sizes, input_shape):
         return ""
     return (
         f"NOTE: a usual picture is {width}×{height}, and the crop to input_shape = "
-        f"{list(input_shape)} cuts {loss:.0%} of it away: --resize squeeze keeps the whole picture\n"
+        f"{list(input_shape)} cuts {loss:.0%} of it away: "
+        f"--resize squeeze keeps the whole picture\n"
     )

@@ -130,9 +130,9 @@ def failure_reason(error):
 
 
 def open_picture(source):
-    """Return what read_crop takes as a Pillow image, a file not decoded yet; the caller may change it.
+    """Return what read_crop takes as a Pillow image, which the caller may change.
 
-    Raises what read_crop does.
+    A file is not decoded yet. Raises what read_crop does.
     """
     if isinstance(source, Image.Image):
         image = source.copy()
@@ -225,14 +225,15 @@ def file_size(path):
     size = os.path.getsize(path)
     if size > 2**31 or not os.path.isfile(path):
         raise OSError(
-            f"{os.fspath(path)!r} is a folder without pictures, no regular file, or larger than 2 GiB"
+            f"{os.fspath(path)!r} is a folder without pictures, no regular file, "
+            f"or larger than 2 GiB"
         )
     return size
 
 
 @contextmanager
 def broken_as_os_error():
-    """Raise OSError in place of what else Pillow's plugins raise for a broken file: nearly anything."""
+    """Raise OSError in place of what else Pillow's plugins raise for a broken file."""
     try:
         yield
     except (UserError, MemoryError, *BROKEN):
@@ -242,7 +243,10 @@ def broken_as_os_error():
 
 
 def read_size(source):
-    """Return (height, width) of what read_crop takes, of a file by its header alone. Raises what read_crop does."""
+    """Return (height, width) of what read_crop takes, of a file by its header alone.
+
+    Raises what read_crop does.
+    """
     with broken_as_os_error():
         if not isinstance(source, (str, os.PathLike)):
             image = open_picture(source)
@@ -266,8 +270,8 @@ def pixels(source):
     if not dtype.endswith("uint8") or 0 in shape or not (is_grey or is_colour):
         of_shape = f" of shape {shape}" if shape else ""
         raise UserError(
-            "a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape (H, W), "
-            f"(H, W, 1) or (H, W, 3), not {dtype}{of_shape}"
+            "a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape "
+            f"(H, W), (H, W, 1) or (H, W, 3), not {dtype}{of_shape}"
         )
     array = np.asarray(source.cpu() if isinstance(source, torch.Tensor) else source)
     return array[..., 0] if shape[2:] == (1,) else array

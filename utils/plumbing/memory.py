@@ -20,7 +20,7 @@ class PictureMemory:
         self.filled = torch.zeros(number, dtype=torch.uint8)
 
     def has_room_to_share(self):
-        """Return whether shared memory holds twice the pictures: batches travel through it as well."""
+        """Return whether shared memory has room for twice the pictures: batches need it as well."""
         if not os.path.isdir("/dev/shm"):
             return True
         return 2 * self.images.numel() < shutil.disk_usage("/dev/shm").free

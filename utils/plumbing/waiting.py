@@ -15,7 +15,7 @@ class WaitingTime:
 
     def __init__(self, Cuda):
         self.Cuda = Cuda
-        self.pauses = []  # (begin, end) as `now` gives them, of which the GPU may be short yet
+        self.pauses = []  # (begin, end) as `now` gives them, which the GPU has not reached yet
         self.seconds = 0.0
 
     def now(self):
@@ -39,7 +39,7 @@ class WaitingTime:
 
 
 def describe_waiting(seconds, epoch_seconds, gen):
-    """Return how much of an epoch training waited for pictures of `gen`, and if it was much, what helps."""
+    """Return how much of an epoch training waited for pictures of `gen`, and what helps."""
     share = seconds / epoch_seconds
     text = f"waited {share:.0%} for pictures"
     read_once = getattr(gen.dataset, "in_memory", False)

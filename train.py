@@ -46,8 +46,9 @@ from utils.optimizer import (
     set_optimizer_lr,
 )
 from utils.plumbing import lists, processes
-from utils.plumbing.command_line import command_line, sources
+from utils.plumbing.command_line import command_line
 from utils.plumbing.console import say, show_errors_as_sentences
+from utils.plumbing.constants import sources
 from utils.plumbing.processes import ignore_signals, rank, world_size
 from utils.plumbing.run import begin_run, new_run, print_header, write_config
 from utils.plumbing.settings import (

@@ -1,12 +1,15 @@
 """What is saved is finite, whole and one story; what is read is what was saved."""
 
+import os
 import random
 import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from nets import get_model, head_layers
+from nets._weights import load_weights
 from tests.helpers import (
     edit,
     history,
@@ -18,28 +21,21 @@ from tests.helpers import (
     train,
     weights,
 )
-from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.loss_history import LossHistory
 from utils.optimizer import get_optimizer
 from utils.plumbing.errors import UserError
-from utils.plumbing.files import LAST
+from utils.plumbing.files import LAST, content_sum
+from utils.plumbing.saved import KINDS, load_checkpoint
 from utils.recipe import EMA
 
 
-def checkpoint_in(folder, **options):
-    model = get_model("squeezenet1_1", 3, [32, 32])
+def checkpoint_in(folder, backbone="squeezenet1_1", ema=None, **options):
+    model = get_model(backbone, 3, [32, 32])
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
-    return Checkpoint(
-        folder,
-        {
-            "model": model,
-            "optimizer": optimizer,
-            "scaler": None,
-            "ema": None,
-            "history": LossHistory(folder),
-        },
-        **options,
-    )
+    parts = {"model": model, "optimizer": optimizer, "scaler": None}
+    parts["ema"] = EMA(model, ema) if ema else None
+    return Checkpoint(folder, {**parts, "history": LossHistory(folder)}, **options)
 
 
 def test_a_flipped_bit_is_found(tmp_path):
@@ -329,3 +325,196 @@ def test_epochs_that_lie_behind(tmp_path):
         assert "foreign" in err and "Traceback" not in err and err.count("error: ") == 1
     out, _ = train(folder, "--resume", True, "--UnFreeze_Epoch", 6)
     assert "continuing" in out and "foreign" not in out
+
+
+def planted(name, change):
+    """A checkpoint's change, named for the test's report."""
+    return pytest.param(change, id=name)
+
+
+def set_to(*path):
+    """A change that sets what a path of names and indices leads to."""
+    *path, name, value = path
+
+    def change(state):
+        for key in path:
+            state = state[key]
+        state[name] = value
+
+    return change
+
+
+def without(*path):
+    """A change that removes what a path of names and indices leads to."""
+    *path, name = path
+
+    def change(state):
+        for key in path:
+            state = state[key]
+        del state[name]
+
+    return change
+
+
+FIRST = "features.0.weight"
+NOT_WHOLE = [
+    *(planted(f"no {name}", without(name)) for name in sorted(KINDS)),
+    *(
+        planted(f"{name} is a text", set_to(name, "x"))
+        for name in sorted({*KINDS} - {"order", "scored_on"})
+    ),
+    *(planted(f"{name} is empty", set_to(name, {})) for name in ("model", "optimizer", "history")),
+    planted("order is a number", set_to("order", 3)),
+    planted("scored_on is a number", set_to("scored_on", 3)),
+    planted("epoch is negative", set_to("epoch", -1)),
+    planted("step is negative", set_to("step", -1)),
+    planted("epoch is a flag", set_to("epoch", True)),
+    planted("a step without sums", set_to("totals", None)),
+    planted("sums without unreadable", without("totals", "unreadable")),
+    planted("sums of texts", set_to("totals", "loss", "x")),
+    planted("a weight is missing", without("model", FIRST)),
+    planted("a weight is a text", set_to("model", FIRST, "x")),
+    planted("a weight has another shape", set_to("model", FIRST, torch.zeros(2))),
+    planted("a weight more", set_to("model", "more", torch.zeros(2))),
+    planted("best lacks a weight", without("best", FIRST)),
+    planted("best has another shape", set_to("best", FIRST, torch.zeros(2))),
+    planted("best holds a text", set_to("best", FIRST, "x")),
+    planted("averages without their network", set_to("ema", {"n_averaged": torch.tensor(1)})),
+    planted("rows are a text", set_to("history", "rows", "x")),
+    planted("a row is a number", set_to("history", "rows", 0, 3)),
+    planted("a row without its epoch", without("history", "rows", 0, "epoch")),
+    planted("a row without its loss", without("history", "rows", 0, "val_loss")),
+    planted("a figure is a text", set_to("history", "rows", 0, "top1", "x")),
+    planted("best_since is a text", set_to("history", "best_since", "x")),
+    planted("no groups", without("optimizer", "param_groups")),
+    planted("fewer groups", without("optimizer", "param_groups", 0)),
+    planted("a group of a text", set_to("optimizer", "param_groups", 0, "x")),
+    planted("fewer parameters", without("optimizer", "param_groups", 0, "params", 0)),
+    planted("no state", without("optimizer", "state")),
+    planted("state is a list", set_to("optimizer", "state", [])),
+    planted("a state is a text", set_to("optimizer", "state", 0, "x")),
+    planted("a momentum is a text", set_to("optimizer", "state", 0, "momentum_buffer", "x")),
+    planted(
+        "a momentum of another shape",
+        set_to("optimizer", "state", 0, "momentum_buffer", torch.zeros(3)),
+    ),
+    planted("a momentum of no parameter", set_to("optimizer", "state", 999, {})),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint inside an epoch, of a network that is averaged and has been trained."""
+    folder = tmp_path_factory.mktemp("saved")
+    checkpoint = checkpoint_in(folder, ema=0.9)
+    take_step(checkpoint)
+    row = {"epoch": 1, "top1": 0.5, "train_loss": 1.0, "val_loss": 1.0, "images_per_second": 1.0}
+    checkpoint.commit(row, checkpoint.parts["ema"].module, 10, 10)
+    checkpoint.save(1, 3, {"loss": torch.tensor(1.0), "unreadable": 0})
+    return folder
+
+
+def take_step(checkpoint):
+    parameters = list(checkpoint.parts["model"].parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    checkpoint.parts["optimizer"].step()
+
+
+def test_a_whole_checkpoint_is_loaded(tmp_path, saved):
+    checkpoint = checkpoint_in(tmp_path, ema=0.9)
+    checkpoint.load(load_checkpoint(saved))
+    assert checkpoint.begin(1, "").step == 3
+    take_step(checkpoint)
+
+
+@pytest.mark.parametrize("change", NOT_WHOLE)
+def test_a_checkpoint_that_is_not_whole(tmp_path, saved, change):
+    """Whatever is planted is a sentence, before anything is trained."""
+    state = torch.load(saved / LAST, weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / LAST)
+    with pytest.raises(UserError, match="start anew with resume = False") as caught:
+        checkpoint_in(tmp_path, ema=0.9).load(load_checkpoint(tmp_path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_network_that_was_edited_since(tmp_path, saved):
+    with pytest.raises(UserError, match="network has changed since it was saved, .* was .64, 3"):
+        checkpoint_in(tmp_path, "shufflenet_v2_x0_5", ema=0.9).load(load_checkpoint(saved))
+    checkpoint = checkpoint_in(tmp_path, ema=0.9)
+    more = torch.nn.Parameter(torch.zeros(3))
+    checkpoint.parts["optimizer"].add_param_group({"params": [more], "lr_scale": 1.0})
+    with pytest.raises(UserError, match="optimizer's state does not fit"):
+        checkpoint.load(load_checkpoint(saved))
+
+
+def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
+    """Each leg's settings of a score, the old one's first."""
+    before = {"source": "6 pictures", "fp16": "float32", "mean": [0.5]}
+    checkpoint = checkpoint_in(tmp_path, ema=0.9, scored_on=before)
+    checkpoint.load(load_checkpoint(saved))
+    checkpoint.save(1)
+    for now, named in (
+        (before, None),
+        ({**before, "fp16": "bfloat16"}, "fp16"),
+        ({**before, "source": "7 pictures", "mean": [0.4]}, "the test list, mean"),
+        ({**before, "more": 1}, "more"),
+    ):
+        capsys.readouterr()
+        checkpoint = checkpoint_in(tmp_path, ema=0.9, scored_on=now)
+        checkpoint.load(load_checkpoint(tmp_path))
+        out = capsys.readouterr().out
+        assert (named is None) == (out == "")
+        assert named is None or out.endswith(f"the best epoch is sought anew, changed: {named}\n")
+    state = torch.load(tmp_path / LAST, weights_only=True)
+    state["scored_on"] = "6 pictures float32"  # of before it was a dictionary
+    torch.save(state, tmp_path / LAST)
+    checkpoint_in(tmp_path, ema=0.9, scored_on=before).load(load_checkpoint(tmp_path))
+    assert "sought anew" in capsys.readouterr().out
+
+
+def test_test_pictures_replaced_under_their_names(tmp_path):
+    folder = make_project(tmp_path, UnFreeze_Epoch=1)
+    make_data(folder, train=24, test=6)
+    train(folder)
+    run = run_of(folder)
+    picture = folder / "model_data/test0.png"
+    content = picture.read_bytes()
+    os.utime(picture, (0, 0))  # a copied data set is the same one
+    out, _ = train(folder, "--resume", run, "--UnFreeze_Epoch", 2)
+    assert "sought anew" not in out
+    picture.write_bytes((folder / "model_data/train1.png").read_bytes())
+    out, _ = train(folder, "--resume", run, "--UnFreeze_Epoch", 3)
+    assert "sought anew, changed: the test pictures" in out and "(epoch 3)" in out.splitlines()[-1]
+    assert content != picture.read_bytes()
+
+
+def test_content_sum_sees_pictures_of_one_size(tmp_path):
+    """Formats without compression have the same size whatever is in them."""
+    path = tmp_path / "a.bmp"
+    Image.new("RGB", (64, 64), "red").save(path)
+    size, before = path.stat().st_size, content_sum([path])
+    assert content_sum([path, path]) != before
+    Image.new("RGB", (64, 64), "blue").save(path)
+    assert path.stat().st_size == size and content_sum([path]) != before
+    os.mkfifo(tmp_path / "pipe")
+    assert content_sum([tmp_path / "pipe", tmp_path / "nothing", tmp_path]) == content_sum([])
+
+
+def test_a_flipped_bit_in_published_weights(tmp_path):
+    """Evaluate, predict, export and model_path all read weights by load_weights."""
+    path = tmp_path / "weights.pth"
+    torch.save(get_model("squeezenet1_1", 3, [32, 32]).state_dict(), path)
+    good = path.read_bytes()
+    expected = load_weights(path, "model_path")
+    found, rng = 0, random.Random(0)
+    for _ in range(40):
+        data = bytearray(good)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            assert same(load_weights(path, "model_path"), expected)
+        except UserError as error:
+            found += "damaged" in str(error)
+    assert found > 35

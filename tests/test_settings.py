@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import train as trainer
 from tests.helpers import history, make_data, make_project, run_of, train
 from utils.plumbing import settings as rules
-from utils.plumbing.command_line import command_line, sources
-from utils.plumbing.command_line import constants as constants_of
+from utils.plumbing.command_line import command_line
+from utils.plumbing.constants import constants as constants_of
+from utils.plumbing.constants import sources
 from utils.plumbing.errors import UserError
 from utils.plumbing.run import as_json
 from utils.recipe import Recipe

@@ -1,10 +1,9 @@
-"""The run's figures: kept for the checkpoint, and written as history.csv, epoch_loss.png and TensorBoard scalars."""
+"""The run's metrics: kept for the checkpoint, and written as history.csv and curves."""
 
 import math
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 from utils.plumbing.charts import draw_line_chart
 from utils.plumbing.files import save_image, save_text
@@ -12,81 +11,89 @@ from utils.task import epoch_order, metric_text
 
 
 class LossHistory:
-    """One dictionary of metrics an epoch, as fit_one_epoch returns them; task.epoch_order says which is the best."""
+    """A dictionary of metrics for each epoch; task.epoch_order says which epoch is the best."""
 
     def __init__(self, log_dir, model=None, input_shape=None, best_by="top1"):
-        self.log_dir, self.rows, self.best_by = log_dir, [], best_by.removeprefix("-")
+        self.log_dir = log_dir
+        self.rows = []
+        self.best_by = best_by.removeprefix("-")
         self.order = partial(epoch_order, best_by=best_by)
         self.best_since = 0  # rows before this one were scored otherwise
         try:
             from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(log_dir)
         except ImportError:  # its files are all that is missing then
-            self.writer = SimpleNamespace(add_scalar=lambda *words: None, close=lambda: None)
+            SummaryWriter = NoWriter
+        self.writer = SummaryWriter(log_dir)
 
-    def append_loss(self, figures):
-        """Add an epoch's figures; True when it is the best so far."""
-        self.rows.append(figures)
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, figures["epoch"])
-        return self.best() is figures
+    def append_loss(self, metrics):
+        """Add an epoch's metrics, and return whether it is the best so far."""
+        self.rows.append(metrics)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, metrics["epoch"])
+        return self.best() is metrics
 
     def best(self):
-        """Return the best epoch's figures, or None."""
-        rows = [
-            row
-            for row in self.rows[self.best_since :]
-            if math.isfinite(row.get(self.best_by, math.nan))
-        ]
+        """Return the best epoch's metrics, or None."""
+        comparable = self.rows[self.best_since :]
+        rows = [row for row in comparable if math.isfinite(row.get(self.best_by, math.nan))]
         return max(rows, key=self.order, default=None)
 
     def describe_best(self):
-        """The best epoch as the last line of a training says it."""
+        """Return the best epoch as the last line of a training names it."""
         best = self.best()
-        return (
-            f"{metric_text(self.best_by, best[self.best_by])} (epoch {best['epoch']})"
-            if best
-            else "epoch: none yet"
-        )
+        if best is None:
+            return "epoch: none yet"
+        return f"{metric_text(self.best_by, best[self.best_by])} (epoch {best['epoch']})"
 
     def seek_best_anew(self):
+        """Compare only epochs that follow from now on."""
         self.best_since = len(self.rows)
 
     def since_best(self):
-        """Epochs since the best one."""
+        """Return the number of epochs since the best one."""
         best = self.best()
         return self.rows[-1]["epoch"] - best["epoch"] if best else 0
 
     def write(self):
-        """history.csv, whose columns are all figures that any epoch has ('nan' where one lacks it), and epoch_loss.png."""
+        """Write history.csv, with a column for each metric of any epoch, and epoch_loss.png."""
         names = list(dict.fromkeys(chain(*self.rows)))
-        lines = [",".join(f"{row.get(name, math.nan):.8g}" for name in names) for row in self.rows]
-        save_text(Path(self.log_dir, "history.csv"), "\n".join([",".join(names), *lines, ""]))
+        lines = [",".join(names)]
+        for row in self.rows:
+            lines.append(",".join(f"{row.get(name, math.nan):.8g}" for name in names))
+        save_text(Path(self.log_dir, "history.csv"), "\n".join(lines) + "\n")
         self.loss_plot()
 
     def loss_plot(self):
-        """The curves of the loss, and of the figure that decides which epoch is best."""
+        """Draw the curves of the loss, and of the metric that decides which epoch is best."""
+        other = "top1" if self.best_by == "val_loss" else self.best_by
+        panels = []
+        for name, validated in (("loss", "val_loss"), (other, other)):
+            curves = {"training": self.curve(f"train_{name}"), "validation": self.curve(validated)}
+            if any(curves.values()):
+                panels.append((name, curves))
+        save_image(Path(self.log_dir, "epoch_loss.png"), draw_line_chart(panels))
 
-        def curves(name, validation):
-            return {
-                label: [
-                    (row["epoch"], row[key])
-                    for row in self.rows
-                    if math.isfinite(row.get(key, math.nan))
-                ]
-                for label, key in (("training", f"train_{name}"), ("validation", validation))
-            }
-
-        name = "top1" if self.best_by == "val_loss" else self.best_by
-        panels = [("loss", curves("loss", "val_loss")), (name, curves(name, name))]
-        save_image(
-            Path(self.log_dir, "epoch_loss.png"),
-            draw_line_chart([panel for panel in panels if any(panel[1].values())]),
-        )
+    def curve(self, name):
+        """Return the points (epoch, value) of a metric, where it is finite."""
+        points = [(row["epoch"], row.get(name, math.nan)) for row in self.rows]
+        return [(epoch, value) for epoch, value in points if math.isfinite(value)]
 
     def state_dict(self):
         return {"rows": self.rows, "best_since": self.best_since}
 
     def load_state_dict(self, state):
-        self.rows, self.best_since = state["rows"], state.get("best_since", 0)
+        self.rows = state["rows"]
+        self.best_since = state.get("best_since", 0)
+
+
+class NoWriter:
+    """Stands for TensorBoard's writer where it is not installed."""
+
+    def __init__(self, log_dir):
+        pass
+
+    def add_scalar(self, name, value, epoch):
+        pass
+
+    def close(self):
+        pass

@@ -1,15 +1,15 @@
-"""How a run goes on: it is found and loaded, what it goes on with is checked, and changes are said."""
+"""How a run goes on: it is found, loaded and checked, and what has changed is printed."""
 
 import math
 from itertools import zip_longest
 from pathlib import Path
 
-from utils.checkpoint import load_checkpoint
 from utils.optimizer import rate_at
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, short_repr
 from utils.plumbing.files import clear_drafts
 from utils.plumbing.run import as_json, find_run, read_config, trained_files
+from utils.plumbing.saved import load_checkpoint
 
 
 def continued_run(resume, save_dir):

@@ -1,24 +1,19 @@
-"""The steps of an epoch: the processes agree before each, and signals end a run between two of them.
+"""The steps of an epoch: the processes agree before each, and a signal ends a run between two.
 
-The agreement is on one number (0: go on, 1: save, 128 + a signal's number: save and end; the largest
+They agree on one number (0: go on, 1: save, 128 + a signal's number: save and end; the largest
 decides), so that no process enters a step that another one leaves out.
 """
 
-import os
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from utils.plumbing import processes
 from utils.plumbing.console import say
-from utils.plumbing.processes import LAUNCH_SETTINGS
+from utils.plumbing.relaunch import advice_to_continue
 from utils.plumbing.waiting import WaitingTime
 
 GO_ON, SAVE, END = 0, 1, 128
@@ -103,49 +98,3 @@ class Steps:
         if not self.signal and processes.stop_launcher(number):
             say(f"\n{name} on another machine: the run is saved and ends here too", everyone=True)
         processes.leave(request)
-
-
-def advice_to_continue(run):
-    """Return the words 'continue with' and the command that continues a run, to be pasted."""
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        return f"continue with the same command on every machine, and --resume {run} at its end"
-    return f"continue with\n  {command_to_continue(run)}"
-
-
-def command_to_continue(run):
-    """Return the command of this launch with `--resume RUN` in place of the run's own settings."""
-    arguments = sys.argv[1:]
-    words = launcher(arguments) + launch_arguments(arguments) + ["--resume", str(run)]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-
-def launcher(arguments):
-    """Return the words before the script's own arguments: Python's or torchrun's, and the script."""
-    words = sys.orig_argv
-    fallback = ["python", sys.argv[0]]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        words = parent_command()
-        number = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        fallback = ["torchrun", f"--nproc_per_node={number}", sys.argv[0]]
-    end = len(words) - len(arguments)
-    known = end > 1 and words[end:] == arguments and words[end - 1] == sys.argv[0]
-    return words[:end] if known else fallback
-
-
-def parent_command():
-    """Return the words of the command that started this process's parent; [] where it is unknown."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:  # not Linux
-        return []
-    return [os.fsdecode(word) for word in words.split(b"\0")[:-1]]
-
-
-def launch_arguments(arguments):
-    """Return those of a script's arguments that a continued run does not bring itself."""
-    kept = []
-    for number, word in enumerate(arguments):
-        name, equals, _ = word.partition("=")
-        if name.startswith("--") and name[2:] in LAUNCH_SETTINGS and name != "--resume":
-            kept += [word] if equals else arguments[number : number + 2]
-    return kept

@@ -1,4 +1,4 @@
-"""A run is a folder: its config.json, its lock, which run to continue, and how a new one is made."""
+"""A run is a folder: its config.json, its lock, which one to continue, how a new one is made."""
 
 import json
 import os
@@ -37,7 +37,7 @@ HIGHEST_START = 10**9  # nobody starts as often
 
 
 def read_config(run):
-    """Return a run's config.json, with at least the names in KINDS. UserError for any other file."""
+    """Return a run's config.json, with at least the names in KINDS. UserError for any other."""
     path = Path(run, "config.json")
     try:
         check_regular(path, "config.json")
@@ -55,7 +55,7 @@ def read_config(run):
 
 
 def newest_hint(run):
-    """Return '; the newest run there is …' for a folder that is none but stands beside runs, or ''."""
+    """Return '; the newest run is …' for a folder that is no run but stands beside some, or ''."""
     if Path(run, "config.json").exists():
         return ""
     for folder in (Path(run).parent, Path("logs")):
@@ -101,13 +101,13 @@ def runs_in(save_dir, damaged=False):
 
 
 def start_number(run):
-    """Return the number of the start that a run of runs_in recorded; clocks and names can be wrong."""
+    """Return the number of the last start that a run recorded; clocks and names can be wrong."""
     config, _ = run
     return config["start"]
 
 
 def lock(run, seconds=0):
-    """Hold the run for this process's life. UserError where another one still does after `seconds`."""
+    """Hold the run for this process's life. UserError where another one does after `seconds`."""
     try:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         number = os.open(Path(run, ".lock"), flags, 0o666)

@@ -1,4 +1,4 @@
-"""The settings: what each may be, and how the command line sets them. All of it is found out before training."""
+"""What each setting may be, and what must hold between them: checked before training."""
 
 import math
 import os
@@ -82,7 +82,7 @@ CHOICES = {  # setting: what it may be besides texts or such numbers, or instead
 
 
 def fits(name, value, kind):
-    """Return whether a value is of a type, and a number within its bounds or a text for file names."""
+    """Return whether a value is of a type and, as a number, within the setting's bounds."""
     if isinstance(value, bool) or not isinstance(value, kind):  # Python counts True as an int
         return False
     if kind is TEXT:
@@ -121,7 +121,7 @@ def is_one_of(value, choices):
 
 
 def check_value(name, value, default=None):
-    """Raise UserError unless the setting can have the value; `default` types one of a fork's own."""
+    """Raise UserError unless a setting can have the value; `default` types a fork's own one."""
     value = value.tolist() if hasattr(value, "tolist") else value  # an array
     choices = choices_of(name, default)
     kind = kind_of(name, default)

@@ -451,14 +451,14 @@ def test_a_network_that_was_edited_since(tmp_path, saved):
 
 def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
     """Each leg's settings of a score, the old one's first."""
-    before = {"source": "6 pictures", "fp16": "float32", "mean": [0.5]}
+    before = {"list": "6 pictures", "fp16": "float32", "mean": [0.5]}
     checkpoint = checkpoint_in(tmp_path, ema=0.9, scored_on=before)
     checkpoint.load(load_checkpoint(saved))
     checkpoint.save(1)
     for now, named in (
         (before, None),
         ({**before, "fp16": "bfloat16"}, "fp16"),
-        ({**before, "source": "7 pictures", "mean": [0.4]}, "the test list, mean"),
+        ({**before, "list": "7 pictures", "mean": [0.4]}, "the test list, mean"),
         ({**before, "more": 1}, "more"),
     ):
         capsys.readouterr()

@@ -18,7 +18,7 @@ from utils.plumbing.saved import cannot_continue, check_buffers, check_same_shap
 from utils.steps import Steps
 
 # What messages call parts of what a score depends on
-IN_WORDS = {"source": "the test list", "pictures": "the test pictures"}
+IN_WORDS = {"list": "the test list", "pictures": "the test pictures"}
 
 
 @dataclass

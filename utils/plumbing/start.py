@@ -1,5 +1,7 @@
 """What train.py and the commands do before torch is imported."""
 
+import atexit
+import gc
 import os
 import sys
 
@@ -9,7 +11,9 @@ def start_program():
 
     GOMP_SPINCOUNT is how long idle OpenMP threads spin before they sleep. The default, for ever,
     made training up to 30 times slower on a shared machine; far fewer turns make them slow to wake.
+    At the exit Python would look for garbage among all that torch has loaded, for a second.
     """
+    atexit.register(gc.freeze)
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     sys.excepthook = end_quietly_on_interrupt
 

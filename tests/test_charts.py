@@ -55,7 +55,8 @@ def test_pictures_stand_in_the_order_of_their_captions():
 
     pictures = [torch.full((4, 4, 3), 25 * i, dtype=torch.uint8) for i in range(10)]
     sheet = np.asarray(draw_contact_sheet(pictures, [str(i) for i in range(10)]))
-    seen = [sheet[2 + i // 8 * 134 + 50, 2 + i % 8 * 116 + 50, 0] for i in range(10)]
+    height, width = sheet.shape[0] // 2, sheet.shape[1] // 8
+    seen = [sheet[i // 8 * height + 52, i % 8 * width + 52, 0] for i in range(10)]
     assert seen == [25 * i for i in range(10)]
 
 

@@ -14,6 +14,7 @@ import nets
 from nets import get_model, head_layers, is_transformer, profile
 from nets._weights import load_file, load_matching, load_weights
 from tests.helpers import ROOT, environment, write_network
+from utils.optimizer import fit_lr
 from utils.plumbing.errors import UserError
 
 ALL = models.list_models(module=models)
@@ -41,8 +42,10 @@ def test_every_torchvision_network(name, no_memory):
     size = SMALLEST.get(name, 64)
     model = get_model(name, 7, [size, size])
     new_head = {k for k, v in model.named_parameters() if v.shape[0] == 7}  # no layer besides
-    assert is_transformer(model) == name.startswith(("vit_", "swin_", "maxvit_"))
-    assert is_transformer(model) == name.startswith(("vit_", "swin_", "maxvit_"))
+    transformer = name.startswith(("vit_", "swin_", "maxvit_"))
+    assert is_transformer(model) == transformer
+    lowest, _ = fit_lr(1, 1e-6, 1e-8, "adam", is_transformer(model))
+    assert lowest == (1e-5 if transformer else 1e-4)
     model.freeze_backbone()
     trainable = {k for k, v in model.named_parameters() if v.requires_grad}
     assert {k.rpartition(".")[0] for k in new_head} == head_layers(model)

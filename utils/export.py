@@ -3,13 +3,13 @@
 RUN/model.pt2 takes uint8 pictures (N, 3, H, W) of the run's input_shape and returns probabilities
 (N, classes). It needs torch alone:
 
-    files = {"class_names.json": "", "input.txt": ""}
+    files = {"class_names.json": "", "pictures.json": "", "input.txt": ""}
     program = torch.export.load("model.pt2", extra_files=files).module()
     names = json.loads(files["class_names.json"])
     probabilities = program(pictures)
 
-input.txt tells how a picture becomes its input. With onnx and onnxscript installed, RUN/model.onnx
-is the same; its metadata hold both texts.
+input.txt tells people how a picture becomes its input, pictures.json holds the settings for it.
+With onnx and onnxscript installed, RUN/model.onnx is the same; its metadata hold the same texts.
 """
 
 from utils.plumbing.start import start_program
@@ -29,6 +29,9 @@ from utils.pictures import normalize
 from utils.plumbing.errors import printable
 from utils.plumbing.files import save_file
 from utils.trained import TrainedRun, add_mirrored, command, free_outputs
+
+
+CROP = ("input_shape", "resize", "val_crop")  # the settings that make a picture an input
 
 
 class Program(torch.nn.Module):
@@ -98,6 +101,7 @@ def export(run, weights=None, mirrored=False):
     sizes = ({0: torch.export.Dim("batch")},)
     texts = {
         "class_names.json": json.dumps(run.class_names),
+        "pictures.json": json.dumps({name: run.settings[name] for name in CROP}),
         "input.txt": describe_input(run.settings),
     }
     paths = []

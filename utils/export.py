@@ -30,7 +30,6 @@ from utils.plumbing.errors import printable
 from utils.plumbing.files import save_file
 from utils.trained import TrainedRun, add_mirrored, command, free_outputs
 
-
 CROP = ("input_shape", "resize", "val_crop")  # the settings that make a picture an input
 
 

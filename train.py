@@ -29,13 +29,7 @@ from nets import (
     profile,
 )
 from utils.checkpoint import Checkpoint
-from utils.dataloader import (
-    DataGenerator,
-    EpochSampler,
-    count_workers,
-    detection_collate,
-    own_data,
-)
+from utils.dataloader import DataGenerator, detection_collate, own_data
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.optimizer import (
@@ -59,9 +53,11 @@ from utils.plumbing.settings import (
     too_small,
 )
 from utils.plumbing.shapes import find_lists
+from utils.plumbing.waiting import count_workers
 from utils.recipe import CLASS_WEIGHTS, Recipe, balanced_weights
 from utils.rehearsal import first_batch, rehearse, save_first_batch
 from utils.resume import check_class_names, check_goes_on, continued_run, describe_continued
+from utils.sampler import EpochSampler
 
 # The machine
 Cuda = torch.cuda.is_available()  # train on the GPU

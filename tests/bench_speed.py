@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 import utils  # noqa: F401 before torch, for its OpenMP setting
 from nets import get_model, head_layers
 from tests.bench_tools import Reference, by_turns, pairs, photos, report, seconds
-from utils.dataloader import DataGenerator, EpochSampler, detection_collate
+from utils.dataloader import DataGenerator, detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.optimizer import get_optimizer
 from utils.plumbing.processes import ignore_signals
 from utils.recipe import Recipe
+from utils.sampler import EpochSampler
 
 
 def bench_pictures(folder):

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.slurm import free_ports
 from utils.checkpoint import Checkpoint
-from utils.dataloader import EpochSampler, detection_collate
+from utils.dataloader import detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.plumbing import processes
+from utils.sampler import EpochSampler
 
 STEP, DELAY, STEPS, MOST = 0.05, 0.02, 60, 0.03
 

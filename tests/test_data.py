@@ -17,13 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from tests.helpers import make_data, make_project, make_run, run_of, train
-from utils.dataloader import (
-    AUGMENTATIONS,
-    DataGenerator,
-    EpochSampler,
-    count_workers,
-    detection_collate,
-)
+from utils.dataloader import AUGMENTATIONS, DataGenerator, detection_collate
 from utils.fit import fit_one_epoch, order_of
 from utils.loss_history import LossHistory
 from utils.pictures import centre_box, normalize, random_box, read_crop
@@ -31,7 +25,8 @@ from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS
 from utils.plumbing.processes import ignore_signals
 from utils.plumbing.shapes import SHAPES, draw_set, find_lists
-from utils.plumbing.waiting import WaitingTime
+from utils.plumbing.waiting import WaitingTime, count_workers
+from utils.sampler import EpochSampler
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
@@ -352,7 +347,7 @@ class Items(list):
     ],
 )
 def test_number_of_workers(monkeypatch, setting, Cuda, in_memory, cores, processes, expected):
-    monkeypatch.setattr("utils.dataloader.cores", lambda: cores)
+    monkeypatch.setattr("utils.plumbing.waiting.cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert count_workers(setting, Cuda, in_memory) == expected
     monkeypatch.delenv("LOCAL_WORLD_SIZE")

@@ -397,7 +397,9 @@ def test_what_scores_mean_is_said_once(folder, tmp_path, monkeypatch):
         assert [p for _, p in run(f"model_data/test{i}.png")] == pytest.approx(
             best.values.tolist(), abs=2e-6
         )
-    torch.testing.assert_close(export.Program(run.model, run.settings)(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        export.Program(run.model, run.settings)(images), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_many_classes_take_little_memory(folder, tmp_path):

@@ -285,7 +285,7 @@ def changed_module(folder, fork, name):
 
 
 def test_balanced_sampling_shows_each_class_as_often(tmp_path):
-    sampler = changed_module(tmp_path, BALANCED, "dataloader").EpochSampler(1000, 100)
+    sampler = changed_module(tmp_path, BALANCED, "sampler").EpochSampler(1000, 100)
     sampler.class_ids = np.arange(1000) % 100 // 90  # 900 and 100
     order = sampler.order()
     assert len(order) == 1000 and all(

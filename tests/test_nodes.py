@@ -147,7 +147,9 @@ def shorten_waiting(folder):
     """In the copy of a project."""
     call = "dist.init_process_group("
     file = only(
-        path for path in (folder / "utils").rglob("*.py") if call in path.read_text(encoding="utf-8")
+        path
+        for path in (folder / "utils").rglob("*.py")
+        if call in path.read_text(encoding="utf-8")
     )
     file.write_text(
         "import datetime\nimport functools\n"

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils.dataloader import POLICIES, DataGenerator, EpochSampler
+from utils.dataloader import POLICIES, DataGenerator
 from utils.pictures import read_crop
 from utils.recipe import Recipe
+from utils.sampler import EpochSampler
 
 SHAPE = (32, 40)  # height, width
 

@@ -53,7 +53,11 @@ def test_it_learns_and_says_so(first):
     )
     assert "GFLOPs" in out and "M parameters" in out and "resnet18" in out
     assert (
-        len(re.findall(r"^epoch \d+/5: train loss .* val loss .* top-1 .* mean recall ", out, flags=re.M))
+        len(
+            re.findall(
+                r"^epoch \d+/5: train loss .* val loss .* top-1 .* mean recall ", out, flags=re.M
+            )
+        )
         == 5
     )
 

@@ -1,11 +1,10 @@
-"""The data set, its batches, and the order of an epoch.
+"""The data set and its batches.
 
 Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, its place
 in the epoch, index) alone.
 """
 
 import math
-import os
 import random
 import zlib
 from contextlib import suppress
@@ -13,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
 from utils.pictures import MEAN, centre_box, describe_cut, random_box, read_crop
@@ -22,7 +21,6 @@ from utils.plumbing.files import content_sum
 from utils.plumbing.formats import BROKEN, failure_reason, read_size
 from utils.plumbing.lists import AnnotationLines
 from utils.plumbing.memory import PictureMemory
-from utils.plumbing.processes import cores
 from utils.task import read_label
 
 POLICIES = {
@@ -34,17 +32,6 @@ POLICIES = {
 RESIZES = ("crop", "squeeze")  # cut to input_shape's proportions, or keep the whole picture
 FIXED = ("none", "flip", "flips")  # these read the same crop of a picture in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
-
-
-def count_workers(num_workers, Cuda, in_memory):
-    """Return how many processes read pictures for each training process, from the setting."""
-    if num_workers != "auto":
-        return num_workers
-    if Cuda:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
-        return min(8, max(1, cores() // processes))
-    # out of memory, loader processes would take more from a CPU that trains than they save
-    return 0 if in_memory else 2
 
 
 def own_data(settings):
@@ -303,64 +290,3 @@ def detection_collate(batch):
         return torch.empty(0, 3, 1, 1).byte(), torch.empty(0).long(), unreadable
     images, targets = default_collate(readable)  # in shared memory, where a worker does it
     return images.permute(0, 3, 1, 2), targets, unreadable
-
-
-class EpochSampler(Sampler):
-    """The (epoch, place, index) of one process's pictures: every world_size-th of an epoch's order.
-
-    Training (shuffle) drops the remainder of the global batch, other pictures each epoch;
-    validation keeps all. The order depends on (seed, epoch) alone; first_step continues an
-    interrupted epoch at that global batch.
-    """
-
-    def __init__(self, number, batch_size, rank=0, world_size=1, shuffle=True, seed=0):
-        self.number = number
-        self.batch_size = batch_size  # of all processes together
-        self.rank = rank
-        self.world_size = world_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-        self.first_step = 0
-        self.left_out = number % batch_size if shuffle else 0
-
-    def set_epoch(self, epoch, first_step=0):
-        self.epoch = epoch
-        self.first_step = first_step
-
-    def identity(self):
-        """Return {name: value} of all that the order of an epoch depends on.
-
-        When one has changed, an interrupted epoch begins again. A subclass adds its own.
-        """
-        return {
-            "number": self.number,
-            "batch_size": self.batch_size,
-            "shuffle": self.shuffle,
-            "seed": self.seed,
-        }
-
-    def order(self):
-        """Return the indices of an epoch over all processes, number - left_out of them.
-
-        Another way of sampling is a subclass with another order.
-        """
-        if not self.shuffle:
-            return np.arange(self.number)
-        permutation = np.random.default_rng((self.seed, 0)).permutation(self.number)
-        # rotated by what an epoch leaves out, the same permutation leaves out others each epoch
-        turned = np.roll(permutation, self.epoch * self.left_out)
-        chosen = turned[: self.number - self.left_out]
-        return np.random.default_rng((self.seed, 1, self.epoch)).permutation(chosen)
-
-    def places(self):
-        """Return the places in the epoch's order that this process visits."""
-        first = self.first_step * self.batch_size + self.rank
-        return range(first, self.number - self.left_out, self.world_size)
-
-    def __iter__(self):
-        order = self.order()
-        return ((self.epoch, place, int(order[place])) for place in self.places())
-
-    def __len__(self):
-        return len(self.places())

@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from utils.dataloader import EpochSampler, detection_collate
+from utils.dataloader import detection_collate
 from utils.fit import VALIDATION, mixed_precision, optimizer_step, precision_name, score_batch
 from utils.pictures import normalize
 from utils.plumbing import processes
@@ -17,6 +17,7 @@ from utils.plumbing.errors import UserError, did_you_mean, short_repr
 from utils.plumbing.files import save_image
 from utils.plumbing.processes import rank, world_size
 from utils.recipe import check_targets
+from utils.sampler import EpochSampler
 from utils.task import batch_sums, get_criterion, logits_from, metrics_from, target_text
 
 FASTER = 1.1  # what a type of fewer digits, or one that needs a scaler, must gain to be chosen

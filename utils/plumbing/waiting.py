@@ -1,10 +1,24 @@
-"""How long training waits for pictures, and what helps."""
+"""How many processes read pictures, how long training waits for them, and what helps."""
 
+import os
 import time
 
 import torch
 
+from utils.plumbing.processes import cores
+
 MUCH = 1 / 3  # of an epoch's time: above it, the epoch's line says what helps
+
+
+def count_workers(num_workers, Cuda, in_memory):
+    """Return how many processes read pictures for each training process, from the setting."""
+    if num_workers != "auto":
+        return num_workers
+    if Cuda:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
+        return min(8, max(1, cores() // processes))
+    # out of memory, loader processes would take more from a CPU that trains than they save
+    return 0 if in_memory else 2
 
 
 class WaitingTime:

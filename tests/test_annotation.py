@@ -696,6 +696,15 @@ def test_a_killed_process_ends_it(number, monkeypatch):
     assert "memory" in explain(caught.value) and "\n" not in explain(caught.value)
 
 
+def of_sigterm(item):
+    return signal.getsignal(signal.SIGTERM)
+
+
+def test_workers_can_be_ended():
+    """One may wait for ever for a lock of another that was killed, and the program for it."""
+    assert on_all_cores(of_sigterm, ["one"], "tried") == {"one": signal.SIG_DFL}
+
+
 ADAM = "--optimizer_type adam --Init_lr 4e-3 --Unfreeze_batch_size"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -41,8 +42,12 @@ def attempt(work, item):
 
 
 def prepare_worker(worker_id):
-    """worker_init_fn: without Pillow's warnings, which name no file."""
+    """worker_init_fn: without Pillow's warnings, which name no file.
+
+    SIGTERM ends it, which multiprocessing sends to the others when one of them has died.
+    """
     ignore_signals(worker_id)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")
 
 

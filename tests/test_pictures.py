@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
+from tests.helpers import command, make_project, make_run
 from utils.pictures import read_crop
 from utils.plumbing.charts import draw_contact_sheet, draw_matrix, shorten
 from utils.plumbing.errors import UserError
@@ -248,6 +249,24 @@ def test_reasons_are_true(tmp_path):
             read_crop(data, (12, 8), whole)
         assert "none of the formats" not in str(caught.value) and "\n" not in str(caught.value)
         assert "BytesIO" not in str(caught.value)
+
+
+def test_commands_do_not_print_pillow_s_warnings(tmp_path):
+    """Neither from the program's process nor from workers; they name no file."""
+    folder = make_project(tmp_path)
+    make_run(folder / "logs/run", ["a", "b"])
+    cut = b"Exif\0\0MM\0*\0\0\0\x08\0\xff\x01\x12\0\x03"  # 255 tags are announced
+    half_red(12, 8).save(folder / "exif.jpg", exif=cut)
+    half_red(12, 8).save(folder / "bands.tif")
+    tiff = bytearray((folder / "bands.tif").read_bytes())
+    tiff[tiff.find(struct.pack("<HHI", 277, 3, 1)) + 8] = 7
+    (folder / "bands.tif").write_bytes(tiff)
+    for pictures in (["exif.jpg", "bands.tif"], ["exif.jpg"] * 40 + ["bands.tif"] * 40):
+        out, err = command(folder, "utils.predict", "run", *pictures, code=1)
+        assert out.count("exif.jpg: ") == pictures.count("exif.jpg")
+        lines = err.splitlines()
+        assert len(lines) == pictures.count("bands.tif")
+        assert all(line.startswith("bands.tif: unreadable picture") for line in lines)
 
 
 def test_a_jpeg_beyond_pillow_s_limit_is_decoded_reduced(tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ All of it also works in one process.
 
 import contextlib
 import ctypes
+import logging
 import multiprocessing.util
 import os
 import signal
 import sys
 import time
 import uuid
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -153,8 +155,15 @@ def ignore_signals(worker_id):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = show_nothing  # its errors travel to the loader
+    silence_pillow()
     if sys.platform == "linux":
         die_with_parent()
+
+
+def silence_pillow():
+    """Print no warnings and log messages of Pillow's, which name no file."""
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def show_nothing(kind, error, trace):

@@ -6,7 +6,6 @@ of the time that train.py's setting takes, the options in turn in every round, s
 that slows down slows all of them.
 """
 
-import contextlib
 import inspect
 import statistics
 import sys
@@ -15,11 +14,15 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.helpers import default_settings
+from utils.fit import backward, optimizer_step
+from utils.recipe import Recipe
+
+NO_SCALER = torch.amp.GradScaler("cuda", enabled=False)
 OURS = dict(gradient_as_bucket_view=True)
 OPTIONS = {
     "ours: gradient_as_bucket_view": OURS,
@@ -51,21 +54,16 @@ def wrapped(option, frozen=False):
 
 def batch(step):
     generator = torch.Generator().manual_seed(2 * step + dist.get_rank())
-    return (
-        torch.randn(8, 3, 128, 128, generator=generator).contiguous(
-            memory_format=torch.channels_last
-        ),
-        torch.randint(10, (8,), generator=generator),
-    )
+    images = torch.randint(256, (8, 3, 128, 128), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (8,), generator=generator)
+    return images.contiguous(memory_format=torch.channels_last), labels, []
 
 
 def step(ddp, optimizer, batches):
-    """One optimizer step over the accumulated batches, as utils.fit does it."""
-    for number, (images, targets) in enumerate(batches, 1):
-        with ddp.no_sync() if number < len(batches) else contextlib.nullcontext():
-            (F.cross_entropy(ddp(images), targets) / len(batches)).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    """One optimizer step over the accumulated batches, with train.py's own settings."""
+    settings = default_settings()
+    backward(ddp, batches, False, False, NO_SCALER, Recipe(settings))
+    optimizer_step(optimizer, NO_SCALER, settings["clip_grad_norm"], settings["clip_ratio"])
 
 
 def optimizer_of(ddp):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import utils  # noqa: F401 before torch, for its OpenMP setting
 from nets import get_model, head_layers
 from tests.bench_tools import Reference, by_turns, pairs, photos, report, seconds
+from tests.helpers import default_settings
 from utils.dataloader import DataGenerator, detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
@@ -135,7 +136,7 @@ def train_seconds(model, optimizer, gen, steps, folder, Cuda, fp16, scaler=None)
                 1000,
                 folder,
                 0,
-                recipe=Recipe(),
+                recipe=Recipe(default_settings(), model, 10),
             )
         finally:
             sys.stdout = out

@@ -307,23 +307,29 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def default_settings(**changes):
+    """train.py's own settings, with changes."""
+    import train as trainer
+
+    settings = {
+        name: value
+        for name, value in vars(trainer).items()
+        if type(value) in (bool, int, float, str, list) and not name.startswith("_")
+    }
+    return {**settings, **changes}
+
+
 def make_run(folder, names, backbone="squeezenet1_1", **settings):
     """A run's folder with untrained weights, for what commands do with any.
 
     Returns it. Settings as train.py's.
     """
-    import train as trainer
     from nets import get_model
     from utils.plumbing.run import write_config
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = {
-        name: value
-        for name, value in vars(trainer).items()
-        if type(value) in (bool, int, float, str, list) and not name.startswith("_")
-    }
-    values.update(
+    values = default_settings(
         backbone=backbone,
         input_shape=[32, 32],
         Unfreeze_batch_size=8,

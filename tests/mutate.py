@@ -235,11 +235,12 @@ class Tests:
 
     def notice(self, name, source, files):
         """Return what notices that the file `name` holds `source`: a test that passes without."""
+        original = Path(self.folder, name).read_text(encoding="utf-8")
         words = [f"tests/test_{file}.py" for file in files.split()]
         while True:
             Path(self.folder, name).write_text(source, encoding="utf-8")
             failed = self.first_failure(words)
-            shutil.copy(ROOT / name, Path(self.folder, name))
+            Path(self.folder, name).write_text(original, encoding="utf-8")
             if failed is None or "::" not in failed or failed in self.sound:
                 return failed
             if self.first_failure([failed]) is None:

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train as trainer
 from nets import get_model, head_layers
 from tests.helpers import (
     ROOT,
+    default_settings,
     environment,
     history,
     make_data,
@@ -471,10 +471,15 @@ def accelerator_error(text):
 
 
 def test_no_step_waits_for_the_gpu():
+    settings = default_settings(mixup_alpha=1, cutmix_alpha=1, ema_decay=0.9)
     with machine():
         model = get_model("resnet18", 10, [64, 64]).cuda()
     optimizer = get_optimizer(
-        model, head_layers(model), trainer.optimizer_type, trainer.momentum, trainer.weight_decay
+        model,
+        head_layers(model),
+        settings["optimizer_type"],
+        settings["momentum"],
+        settings["weight_decay"],
     )
     scaler = torch.amp.GradScaler("cuda", init_scale=128.0)  # whose first step does not overflow
     parts = [
@@ -484,14 +489,14 @@ def test_no_step_waits_for_the_gpu():
             [],
         )
     ] * 2
-    recipe = Recipe({"mixup_alpha": 1, "cutmix_alpha": 1, "ema_decay": 0.9}, model, 10)
+    recipe = Recipe(settings, model, 10)
     sums = Counter()
     for mode in ("default", "error", "error", "error"):  # the first step may set things up
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for batch in backward(model, parts, True, True, scaler, recipe):
                 sums.update(batch)
-            optimizer_step(optimizer, scaler, 1.0, trainer.clip_ratio)
+            optimizer_step(optimizer, scaler, 1.0, settings["clip_ratio"])
             recipe.ema.update_parameters(model)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import train as trainer
 from tests.helpers import (
+    default_settings,
     history,
     launch,
     make_data,
@@ -20,11 +20,7 @@ from utils.fit import backward, optimizer_step
 from utils.optimizer import get_optimizer
 from utils.recipe import Recipe
 
-SETTINGS = {
-    name: value
-    for name, value in vars(trainer).items()
-    if type(value) in (bool, int, float, str, list)
-}
+SETTINGS = default_settings()
 
 
 @pytest.fixture

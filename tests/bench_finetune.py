@@ -27,8 +27,9 @@ NETWORK = """from efficientnet_lite_pytorch import EfficientNet
 
 
 def efficientnet_lite0(num_classes, input_shape):
-    # BatchNorm's momentum is PyTorch's, 0.1: the package's 0.01 needs hundreds of steps, and small sets have fewer
-    return EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes, image_size=input_shape, batch_norm_momentum=0.9)
+    # BatchNorm's momentum is PyTorch's, 0.1: the package's 0.01 needs hundreds of steps
+    options = dict(num_classes=num_classes, image_size=input_shape, batch_norm_momentum=0.9)
+    return EfficientNet.from_name("efficientnet-lite0", **options)
 """
 LITE0 = {
     "backbone": "efficientnet_lite0",

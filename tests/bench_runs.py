@@ -36,7 +36,8 @@ def timed(command, folder):
     wall = time.perf_counter() - begin
     if done.returncode:
         raise SystemExit(
-            f"{' '.join(map(str, command))} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+            f"{' '.join(map(str, command))} ended with "
+            f"{done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
         )
     return wall, done.stdout
 
@@ -126,8 +127,10 @@ class Results:
                 draft.write_text("[" + ",\n".join(map(json.dumps, self.runs)) + "]\n")
                 os.replace(draft, self.path)
         print(
-            f"{key['part']}, {key['system']}, {key['epochs']} epochs, seed {key['seed']}: top-1 {run['top1']:.2%} "
-            f"(best epoch {run['best_top1']:.2%}), {run['wall']:.1f} s, {run['images_per_second']:.0f} pictures/s",
+            f"{key['part']}, {key['system']}, {key['epochs']} epochs, seed {key['seed']}: top-1 "
+            f"{run['top1']:.2%} "
+            f"(best epoch {run['best_top1']:.2%}), {run['wall']:.1f} s, "
+            f"{run['images_per_second']:.0f} pictures/s",
             flush=True,
         )
         return run
@@ -137,7 +140,8 @@ def spread(values, digits):
     """'mean (lowest to highest)'."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to "
+    f"{max(values):.{digits}f})"
 
 
 def print_table(done):
@@ -145,7 +149,8 @@ def print_table(done):
     seeds.
     """
     print(
-        "\n| system | epochs | seeds | top-1 %, last epoch | top-1 %, best epoch | wall time, s | training pictures/s |"
+        "\n| system | epochs | seeds | top-1 %, last epoch | top-1 %, best epoch | wall time, s "
+        "| training pictures/s |"
     )
     print("|---" * 7 + "|")
     for part, epochs, system in dict.fromkeys(

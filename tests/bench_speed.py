@@ -164,7 +164,8 @@ def bench_train(folder):
             lambda: train_seconds(model, optimizer, gen, 3, folder, False, fp16), usual, 5
         )
     report(
-        f"end to end, resnet18 at 224, batch 32 ({'bfloat16' if fp16 else 'float32'}, channels_last)",
+        f"end to end, resnet18 at 224, batch 32 ({'bfloat16' if fp16 else 'float32'}, "
+        f"channels_last)",
         f"{ratio:.2f} ×",
         target,
         f"{96 / ours:.1f} against {96 / theirs:.1f} images/s",
@@ -229,7 +230,8 @@ def bench_evaluate(folder):
             f"evaluate against the slower of its limits, {name}",
             f"{statistics.median(max(d, f) / o for o, d, f in times):.2f}",
             "≥ 0.9",
-            f"decoding {256 / decoding:.0f}, forward {256 / forwards:.0f}, both on the same cores {256 / ours:.0f} pictures/s",
+            f"decoding {256 / decoding:.0f}, forward {256 / forwards:.0f}, both on the same "
+            f"cores {256 / ours:.0f} pictures/s",
         )
 
 

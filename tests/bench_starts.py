@@ -43,7 +43,8 @@ def bench_launch(folder):
     )
 
     (project / "first_step.py").write_text(
-        "import os, runpy, torch.optim.optimizer as o\nend = o.register_optimizer_step_post_hook(lambda *a: os._exit(0))\n"
+        "import os, runpy, torch.optim.optimizer as o\nend = "
+        "o.register_optimizer_step_post_hook(lambda *a: os._exit(0))\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
     for name in ("cls_train.txt", "cls_test.txt", "cls_classes.txt"):
@@ -80,7 +81,7 @@ from utils import lists
 from utils.dataloader import DataGenerator
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
-open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here, not from the imports' own
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before, begin = status("VmRSS"), time.perf_counter()
 path = sys.argv[1]
 lists.check_text_file("train_annotation_path", path)
@@ -98,15 +99,16 @@ import sys, torch, tests.bench_starts as b
 from utils.dataloader import DataGenerator
 from torch.utils.data import DataLoader
 if __name__ == "__main__":
-    data = b.Touch([f"{i % 1000};train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(1_280_000)], (8, 8))
-    loader = DataLoader(data, 1000, num_workers=1, multiprocessing_context=sys.argv[1], collate_fn=b.last)
+    names = [f"{i % 1000};train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(1_280_000)]
+    options = dict(num_workers=1, multiprocessing_context=sys.argv[1], collate_fn=b.last)
+    loader = DataLoader(b.Touch(names, (8, 8)), 1000, **options)
     memory = list(loader)
     print((memory[-1] - memory[1]) / 1024)
 """
 
 
 class Touch(DataGenerator):
-    """Reads each line without opening its picture; the item is the process's private memory in KB."""
+    """Reads each line without its picture; the item is the process's private memory in KB."""
 
     def __getitem__(self, index):
         self.name(index)

@@ -152,7 +152,8 @@ def process(rank, port, folder, rounds):
     if rank == 0:
         print(
             f"a step of {1e3 * STEP:.0f} ms with a wish of {1e3 * DELAY:.0f} ms takes "
-            f"{statistics.median(losses):+.1%} longer ({min(losses):+.1%} to {max(losses):+.1%}), {wishes / rounds / STEPS:.2f} wishes a step"
+            f"{statistics.median(losses):+.1%} longer ({min(losses):+.1%} to "
+            f"{max(losses):+.1%}), {wishes / rounds / STEPS:.2f} wishes a step"
         )
         assert wishes >= rounds * STEPS, "not every step sent a wish: nothing was measured"
         assert statistics.median(losses) <= MOST

@@ -4,8 +4,8 @@ tests.benchmark [part …]
 Parts: pictures, train, launch, evaluate, memory, cuda; all of them by default. Whole trainings,
 each with options of its own (--help): fashion, against other trainers on Fashion-MNIST; recipes,
 recipes on and off; finetune, from ImageNet's weights on few pictures; elpv, the same on photographs
-of solar cells; fashion94, 94 % on all of Fashion-MNIST; main, the unedited train.py against an older
-revision. Reference recipes stand in tests/references.
+of solar cells; fashion94, 94 % on all of Fashion-MNIST; main, the unedited train.py against an
+older revision. Reference recipes stand in tests/references.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def machine():
     return (
         f"{able.get('cpu_name') or platform.processor()}, {os.cpu_count()} cores, "
         + ", ".join(name for name in ("amx_bf16", "avx512_bf16", "avx2") if able.get(name))
-        + f"; Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+        + f"; Python {platform.python_version()}, torch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}"
     )
 
 

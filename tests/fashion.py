@@ -248,6 +248,7 @@ def fashion94(words):
     print_table(done)
     reached = all(run["top1"] >= TOP1 and run["wall"] <= 60 * MINUTES for run in done)
     print(
-        f"{'reached' if reached else 'NOT reached'}: top-1 of at least {TOP1:.0%} after the last epoch, within {MINUTES} minutes"
+        f"{'reached' if reached else 'NOT reached'}: top-1 of at least {TOP1:.0%} after the "
+        f"last epoch, within {MINUTES} minutes"
     )
     raise SystemExit(not reached)

@@ -132,7 +132,8 @@ class Slurm:
             "SLURM_CONF": str(self.folder / "slurm.conf"),
         }
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs=64 Gres=gpu:8 State=UNKNOWN"
+            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs=64 "
+            f"Gres=gpu:8 State=UNKNOWN"
             for name, port in zip(NODES, ports[1:])
         )
         (self.folder / "slurm.conf").write_text(

@@ -451,8 +451,9 @@ def instants(monkeypatch, act):
     """Call act(number, name of the function) before each step of writing files."""
     count = iter(range(1000))
     for name in ("replace", "unlink", "fsync"):
+        real = getattr(os, name)
 
-        def step(*words, real=getattr(os, name), name=name, **options):
+        def step(*words, real=real, name=name, **options):
             act(next(count), name)
             return real(*words, **options)
 
@@ -461,7 +462,7 @@ def instants(monkeypatch, act):
 
 
 def two_sets(new_class=True):
-    """Lists of two classes, and another split to write now, with a third class, which comes first."""
+    """Lists of two classes, and another split to write now, with a third class before them."""
     numbered("ds/b", "ds/c")
     annotate(["ds"])
     if new_class:

@@ -38,7 +38,7 @@ def picture_folders(root, counts, splits=("train", "test")):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A trained run on folders of one's own: (project folder, run folder, what annotation printed)."""
+    """A run on folders of one's own: (project folder, run folder, what annotation printed)."""
     folder = make_project(
         tmp_path_factory.mktemp("own"),
         backbone="'resnet18'",
@@ -244,8 +244,10 @@ def test_export(trained, tmp_path):
     np.save(tmp_path / "expected.npy", expected.numpy())
     (tmp_path / "clean.py").write_text(
         "import sys, numpy, torch\nprogram = torch.export.load(sys.argv[1]).module()\n"
-        "images, expected = (torch.from_numpy(numpy.load(n)) for n in ('images.npy', 'expected.npy'))\n"
-        "for n in (5, 1, 3):\n    torch.testing.assert_close(program(images[:n]), expected[:n], rtol=1e-4, atol=1e-5)\n"
+        "images, expected = (torch.from_numpy(numpy.load(n)) for n in ('images.npy', "
+        "'expected.npy'))\n"
+        "for n in (5, 1, 3):\n    torch.testing.assert_close(program(images[:n]), expected[:n], "
+        "rtol=1e-4, atol=1e-5)\n"
         "assert 'torchvision' not in sys.modules\n"
     )
     result = subprocess.run(

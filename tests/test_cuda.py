@@ -42,7 +42,8 @@ from utils.task import batch_sums
 
 STAND_IN = "FAKE_GPUS" in os.environ
 NETWORK = (
-    "nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), "
+    "nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), "
+    "nn.BatchNorm2d(16), nn.ReLU(), "
     "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)"
 )
 
@@ -212,7 +213,8 @@ own_sums = batch_sums
 
 
 def batch_sums(loss, logits, targets, settings):
-    return {**own_sums(loss, logits, targets, settings), "by_class": logits.detach().double().sum(0)}
+    sums = own_sums(loss, logits, targets, settings)
+    return {**sums, "by_class": logits.detach().double().sum(0)}
 """
 WAYS = [("sgd", 1, 1)] + [
     pytest.param(*way, marks=pytest.mark.slow)
@@ -253,14 +255,17 @@ import json, runpy, sys, torch
 from pathlib import Path
 run, out = sys.argv[1:]
 loaded = [torch.load(file) for file in Path(run).glob("*.pth")]  # as README says: nothing but this
-for module, words in (("evaluate", [run, "--out", out]), ("predict", [run, "model_data/test0.png", "--json"]), ("export", [run])):
+picture = "model_data/test0.png"
+commands = {"evaluate": [run, "--out", out], "predict": [run, picture, "--json"], "export": [run]}
+for module, words in commands.items():
     sys.argv = [module, *words]
     try:
         runpy.run_module(f"utils.{module}", run_name="__main__")
     except SystemExit as end:
         assert not end.code, end
 Path(run, "model.pt2").rename(Path(out, "model.pt2"))
-print(json.dumps({"files": len(loaded), "cuda": torch.cuda.is_available(), "tf32": torch.get_float32_matmul_precision()}))
+tf32 = torch.get_float32_matmul_precision()
+print(json.dumps({"files": len(loaded), "cuda": torch.cuda.is_available(), "tf32": tf32}))
 """
 
 
@@ -399,7 +404,8 @@ def test_gradients_that_stay_nan(tmp_path):
     path = folder / "nets" / "small.py"
     path.write_text(
         path.read_text()
-        + "\n\nclass Root(nn.Module):\n    def forward(self, x):\n        return x + 0 * (0 * x).sqrt()\n"
+        + "\n\nclass Root(nn.Module):\n    def forward(self, x):\n        return x + 0 * (0 * "
+        "x).sqrt()\n"
     )
     path.write_text(path.read_text().replace("nn.Flatten(),", "nn.Flatten(), Root(),"))
     with machine():
@@ -422,14 +428,17 @@ def test_the_first_bad_loss_is_named_within_bounds(tmp_path, fakes):
     assert not (run_of(folder) / "last_checkpoint.pth").exists() and ("by step" in err or fakes)
 
 
-NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5
+NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, \
+unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5
 ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
 Last error:
-Error while creating shared memory segment /dev/shm/nccl-vyUsAH (size 33030528), error: No space left on device (28)"""
+Error while creating shared memory segment /dev/shm/nccl-vyUsAH (size 33030528), \
+error: No space left on device (28)"""
 ERRORS = [
     (
         torch.AcceleratorError,
-        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be "
+        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel "
+        "errors might be "
         "asynchronously reported",
         ["GPU", "PyTorch"],
     ),

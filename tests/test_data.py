@@ -967,7 +967,7 @@ def test_the_sample_is_no_task_for_a_linear_classifier(tmp_path):
 
 
 def test_few_of_the_sample_are_no_task_for_a_linear_classifier(tmp_path, monkeypatch):
-    """Ridge regression on greys of 8 by 8, of few pictures: what the long proof shows of them all."""
+    """Ridge regression on greys of 8 by 8, of few: what the long proof shows of them all."""
     monkeypatch.setattr("utils.plumbing.shapes.TRAIN", 600)
     monkeypatch.setattr("utils.plumbing.shapes.TEST", 200)
     draw_set(tmp_path)

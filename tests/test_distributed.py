@@ -38,7 +38,8 @@ def plain_network(folder):
     write_network(
         folder / "nets",
         "convnext_tiny_plain",
-        "nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.GroupNorm(4, 16), nn.ReLU(), "
+        "nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.GroupNorm(4, 16), "
+        "nn.ReLU(), "
         "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)",
     )
 
@@ -169,7 +170,7 @@ def test_settings_that_need_a_launcher_or_a_gpu(tmp_path):
 
 
 def test_class_weights_do_not_depend_on_the_processes(alone):
-    """A batch's share of rare classes differs between processes; each picture must count the same."""
+    """A batch's share of rare classes differs between processes; each picture counts the same."""
     folder, _, _ = alone
     rows = []
     lines = (folder / "model_data/cls_train.txt").read_text().splitlines(keepends=True)

@@ -103,7 +103,8 @@ def test_the_mean_leaves_out_classes_without_pictures(folder, tmp_path, capsys):
         (dict(annotation="gone.txt"), "annotation.*gone.txt"),
         (
             dict(weights="other.pth"),
-            "--weights: other.pth holds the weights of another network than squeezenet1_1 with 3 classes",
+            "--weights: other.pth holds the weights of another network than squeezenet1_1 with "
+            "3 classes",
         ),
         (dict(weights="keys.pth"), "--weights: .*keys.pth"),
         (dict(weights="nan.pth"), "--weights: nan.pth holds weights that are not finite"),
@@ -150,7 +151,8 @@ def test_ids_that_mean_other_classes(folder, tmp_path, capsys):
         make_run(tmp_path / "run", ["class0", "class1", "class2"], classes_path="classes.txt")
         with pytest.raises(
             UserError,
-            match="the classes of .*run are not those of classes.txt, so class ids mean others: --annotation",
+            match="the classes of .*run are not those of classes.txt, so class ids mean others: "
+            "--annotation",
         ):
             evaluate(tmp_path / "run", num_workers=0)
     evaluate(

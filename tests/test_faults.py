@@ -128,8 +128,10 @@ def raised(work):
 
 def test_nccl_says_all_and_an_old_gpu_what_it_lacks():
     full = (
-        "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error, NCCL version 2.27.3\nncclSystemError: System call failed."
-        "\nLast error:\nError while creating shared memory segment /dev/shm/nccl-x (size 9637888), error: No space left on device"
+        "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error, NCCL version "
+        "2.27.3\nncclSystemError: System call failed."
+        "\nLast error:\nError while creating shared memory segment /dev/shm/nccl-x (size "
+        "9637888), error: No space left on device"
     )
     told = explain(torch.distributed.DistBackendError(full))
     assert "No space left on device" in told and "--shm-size" in told and "\n" not in told

@@ -270,7 +270,10 @@ def test_weights_by_the_square_root_of_frequency():
 
 
 def test_a_head_of_zeros_learns_under_clipping():
-    """As torchvision's ViT has one, and as LoRA's second matrix begins: its steps are no shorter than others'."""
+    """As torchvision's ViT has one, and as LoRA's second matrix begins.
+
+    Its steps are no shorter than others'.
+    """
     torch.manual_seed(0)
     images, targets = torch.randn(64, 32), torch.arange(64) % 4
     moved = {}
@@ -345,7 +348,10 @@ def test_what_is_trained_outside_of_the_network_is_refused():
 
 
 def test_an_overflowing_loss_is_the_scalers_to_skip():
-    """One infinite loss of float16 leaves no trace in the sums; without a scaler it stays, and ends the run."""
+    """One infinite loss of float16 leaves no trace in the sums.
+
+    Without a scaler it stays, and ends the run.
+    """
     model, parts = network(), batches([4, 4])
     recipe = Recipe()
     values = iter((float("inf"), 0.0) * 2)

@@ -123,7 +123,8 @@ def test_only_its_own_launch_continues_a_run_without_resume(tmp_path, monkeypatc
 
 def holder(folder):
     """A process that holds a run's lock until its standard input ends."""
-    code = f"from utils.plumbing import run; run.lock({str(folder)!r}); print('held', flush=True); input()"
+    code = f"from utils.plumbing import run; run.lock({str(folder)!r}); print('held', "
+    "flush=True); input()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,

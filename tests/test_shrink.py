@@ -1,4 +1,4 @@
-"""Reduced copies of large pictures: what they show, when they are made, and what is never touched."""
+"""Reduced copies of large pictures: what they show, when they are made, what is never touched."""
 
 import os
 import shutil
@@ -249,7 +249,9 @@ def damaged(data):
 
 @pytest.mark.parametrize("words", [["--check"], ["--shrink", "64"]])
 def test_damaged_jpegs_are_named(words, capfd):
-    """Also those that Pillow reads without a word, and in training libjpeg speaks of without a name."""
+    """Also those that Pillow reads without a word, and in training libjpeg speaks of without a
+    name.
+    """
     large()
     for name, data in damaged(Path("photos/cat/a.jpg").read_bytes()).items():
         Path(f"photos/cat/{name}.jpg").write_bytes(data)

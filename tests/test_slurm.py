@@ -22,7 +22,8 @@ pytestmark = [
 PREEMPTION = dict(
     extra="PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE",
     partitions=(
-        "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60\n"
+        "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 "
+        "GraceTime=60\n"
         "PartitionName=first Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF"
     ),
 )

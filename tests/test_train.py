@@ -199,7 +199,7 @@ def test_a_setting_of_ones_own(tmp_path):
 
 
 def test_pretrained_weights_of_the_cache(tmp_path, monkeypatch):
-    """As torch.hub leaves them; frozen, they come out of the run as they went in, but for the head."""
+    """As torch.hub leaves them; frozen, they come out of the run as they went in, but the head."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     cached = (
         tmp_path
@@ -285,7 +285,8 @@ def test_compile(tmp_path, backend):
     )
     make_data(tmp_path, train=24, test=6)
     train(tmp_path, "--save_dir", "plain")
-    code = f"import torch, functools\ntorch.compile = functools.partial(torch.compile, backend='{backend}')"
+    code = "import torch, functools\ntorch.compile = functools.partial(torch.compile, "
+    f"backend='{backend}')"
     script = hooked(tmp_path, code + "\nbefore('torch:compile', lambda *given: print('compiled'))")
     out, _ = train(tmp_path, "--save_dir", "compiled", "--compile", True, script=script)
     assert out.count("compiled") >= 2

@@ -42,7 +42,7 @@ class Usual(Dataset):
 
 
 def work(kind, paths):
-    """What a round does: 'training', 'evaluation', or decoding alone by 'pillow' or 'torchvision'."""
+    """What a round does: training, evaluation, or decoding alone by pillow or torchvision."""
     usual = Usual(paths, kind == "training")
     return {
         "pillow": lambda: [Image.open(path).load() for path in paths],

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40))
+COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44))
 GREY = (225, 225, 225)
 BLACK = (40, 40, 40)
 # Fonts with the letters of many scripts, those with the most first; Pillow finds them by these
@@ -82,68 +82,53 @@ def ticks(low, high, smallest_step=0):
     return [step * number for number in range(first, last + 1)]
 
 
-class Panel:
-    """The axes of one line chart in a picture, from `left` on.
-
-    xs, ys: all numbers that are drawn. Zero is always on the vertical axis.
-    """
-
-    def __init__(self, draw, left, xs, ys):
-        self.draw = draw
-        self.left, self.right = left + 70, left + PANEL_WIDTH - 25
-        self.top, self.bottom = 50, PANEL_HEIGHT - 55
-        self.x_low = min(xs)
-        self.x_high = max(*xs, self.x_low + 1)
-        self.y_low = min(0, *ys)
-        self.y_high = max(1e-6, *ys) * 1.05
-
-    def place(self, x, y):
-        """Return the pixel of a point; the largest y is at the top."""
-        across = np.interp(x, [self.x_low, self.x_high], [self.left, self.right])
-        down = np.interp(y, [self.y_low, self.y_high], [self.bottom, self.top])
-        return across, down
-
-    def draw_axes(self, title):
-        write(self.draw, ((self.left + self.right) / 2, 24), title, 20, "mm")
-        for y in ticks(self.y_low, self.y_high):
-            start, end = self.place(self.x_low, y), self.place(self.x_high, y)
-            self.draw.line([start, end], GREY)
-            write(self.draw, (self.left - 8, start[1]), f"{y:g}", 14, "rm")
-        for x in ticks(self.x_low, self.x_high, smallest_step=1):
-            across, _ = self.place(x, self.y_low)
-            write(self.draw, (across, self.bottom + 14), f"{x:g}", 14, "mm")
-        write(self.draw, (self.right, PANEL_HEIGHT - 18), "epoch", 15, "rm")
-        corner = (self.left, self.bottom)
-        self.draw.line([(self.left, self.top), corner, (self.right, self.bottom)], BLACK, 2)
-
-    def draw_curve(self, number, name, points):
-        """Draw a curve, and its name and last value below the axes, in the colour of its number."""
-        colour = COLOURS[number]
-        dots = [self.place(x, y) for x, y in points]
-        self.draw.line(dots, colour, 3, joint="curve")
-        if len(dots) <= 30:
-            for dot in dots:
-                self.draw.circle(dot, 4, colour)
-        if points:
-            name = f"{name}  (last {points[-1][1]:.4g})"
-        write(self.draw, (self.left + 220 * number, PANEL_HEIGHT - 18), name, 15, ink=colour)
-
-
 def draw_line_chart(panels):
     """Return a picture of panels side by side, with axes and a legend.
 
     panels: [(title, {name: [(x, y), …]}), …] of finite numbers.
     """
     image = Image.new("RGB", (PANEL_WIDTH * len(panels), PANEL_HEIGHT), "white")
-    draw = ImageDraw.Draw(image)
     for number, (title, curves) in enumerate(panels):
-        points = [point for curve in curves.values() for point in curve]
-        xs, ys = zip(*points)
-        panel = Panel(draw, PANEL_WIDTH * number, xs, ys)
-        panel.draw_axes(title)
-        for place, (name, curve) in enumerate(curves.items()):
-            panel.draw_curve(place, name, curve)
+        draw_panel(ImageDraw.Draw(image), PANEL_WIDTH * number, title, curves)
     return image
+
+
+def draw_panel(draw, x_offset, title, curves):
+    """Draw one panel from x_offset on. Zero is always on its vertical axis."""
+    xs, ys = zip(*(point for curve in curves.values() for point in curve))
+    x_low, x_high = min(xs), max(*xs, min(xs) + 1)
+    y_low, y_high = min(0, *ys), max(1e-6, *ys) * 1.05
+    left, right = x_offset + 70, x_offset + PANEL_WIDTH - 25
+    top, bottom, legend = 50, PANEL_HEIGHT - 55, PANEL_HEIGHT - 18
+
+    def place(x, y):
+        across = np.interp(x, [x_low, x_high], [left, right])
+        down = np.interp(y, [y_low, y_high], [bottom, top])
+        return across, down
+
+    write(draw, ((left + right) / 2, 24), title, 20, "mm")
+    for y in ticks(y_low, y_high):
+        _, down = place(x_low, y)
+        draw.line([(left, down), (right, down)], GREY)
+        write(draw, (left - 8, down), f"{y:g}", 14, "rm")
+    for x in ticks(x_low, x_high, smallest_step=1):
+        across, _ = place(x, y_low)
+        write(draw, (across, bottom + 14), f"{x:g}", 14, "mm")
+    write(draw, (right, legend), "epoch", 15, "rm")
+    draw.line([(left, top), (left, bottom), (right, bottom)], BLACK, 2)
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[number]
+        draw_curve(draw, [place(x, y) for x, y in curve], colour)
+        if curve:
+            name += f"  (last {curve[-1][1]:.4g})"
+        write(draw, (left + 220 * number, legend), name, 15, ink=colour)
+
+
+def draw_curve(draw, dots, colour):
+    draw.line(dots, colour, 3, joint="curve")
+    if len(dots) <= 30:
+        for dot in dots:
+            draw.circle(dot, 4, colour)
 
 
 def draw_contact_sheet(pictures, captions):

@@ -24,6 +24,7 @@ import torch
 
 from utils import task
 from utils.dataloader import DataGenerator, own_data
+from utils.fit import metric_texts
 from utils.plumbing import lists
 from utils.plumbing.charts import draw_contact_sheet, drawable_text
 from utils.plumbing.console import ProgressLine
@@ -93,7 +94,7 @@ def score(run, data, batch_size, num_workers=None):
     progress = ProgressLine("evaluating", math.ceil(len(data) / batch_size))
 
     def describe():
-        return ", ".join(task.metric_texts(task.metrics_from(sums, settings), data.num_classes))
+        return ", ".join(metric_texts(task.metrics_from(sums, settings), data.num_classes))
 
     for step, batch in enumerate(run.score(data, batch_size, num_workers), 1):
         logits, targets, unread = batch
@@ -209,16 +210,16 @@ def evaluate(
     names = run.class_names
 
     metrics, indices, targets, predictions = score(run, data, batch_size, num_workers)
-    metrics.update(task.whole_set_metrics(targets, predictions, names))
     rows, files = task.whole_set_tables(targets, predictions, names)
     if rows:
         print_table(rows)
+        metrics.update(task.whole_set_metrics(targets, predictions, names))
     mistakes = task.mistakes(targets, predictions, names)
     if mistakes:
         files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
     files["predictions.csv"] = tabulate(data, indices, targets, predictions, names)
 
-    texts = task.metric_texts(metrics, len(names), exact=True)
+    texts = metric_texts(metrics, len(names), exact=True)
     unreadable = len(data) - len(indices)
     print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
     save_outputs(out, files)

@@ -113,15 +113,6 @@ def metric_text(name, value, exact=False):
     return f"{name.replace('_', ' ')} {value:{'.8g' if exact else digits}}"
 
 
-def metric_texts(metrics, num_classes, exact=False):
-    """Return the texts of {name: number}, without top-5 where there are no more than five classes."""
-    texts = []
-    for name, value in metrics.items():
-        if name != "top5" or num_classes is None or num_classes > 5:
-            texts.append(metric_text(name, value, exact))
-    return texts
-
-
 def epoch_order(metrics, best_by):
     """Return the key by which epochs are compared: the highest is the best epoch. Equal ones go by val_loss.
 

@@ -104,13 +104,15 @@ def test_class_files(tmp_path):
         lists.get_classes(path)
     path.write_text("cafe\u0301\ndog\n", encoding="utf-8")
     assert lists.get_classes(path) == (["caf\u00e9", "dog"], 2)
-    for text, named in (
-        ("cat\ndog\ncat\n", "cat"),
-        ("cafe\u0301\ncaf\u00e9\n", "caf\u00e9"),
-        ("\x1b[2Jcat\n" * 2, r"\\x1b\[2Jcat"),
+    for text, numbers in (
+        ("cat\ndog\ncat\n", (1, 3)),
+        ("cafe\u0301\ncaf\u00e9\n", (1, 2)),
+        ("password=1234\n" * 2, (1, 2)),  # a run of somebody else may name any file
     ):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=f"more than once: {named}"):
+        with pytest.raises(
+            UserError, match="more than once: number {} and number {}$".format(*numbers)
+        ):
             lists.get_classes(path)
 
 

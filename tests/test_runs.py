@@ -25,7 +25,7 @@ from tests.helpers import (
     weights,
     write_network,
 )
-from utils.plumbing import processes, run
+from utils.plumbing import processes, relaunch, run
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import clear_drafts, draft, save_tensors, save_text
 
@@ -306,3 +306,98 @@ def test_an_average_that_is_turned_on_or_off(tmp_path, before, after):
         folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", 2, "--ema_decay", 0.8 * before
     )
     assert len(history(run_of(folder))) == 2
+
+
+FOREIGN = [
+    dict(start=10**4000),
+    dict(start=10**9 + 1),
+    dict(start=-1),
+    dict(start=True),
+    dict(start="3"),
+    dict(class_names=["a", "b", "a"]),
+    dict(class_names=[]),
+    dict(class_names=["a", ""]),
+    dict(constants=[]),
+    dict(settings=[]),
+    dict(finished=1),
+]
+
+
+@pytest.mark.parametrize("change", FOREIGN, ids=lambda change: next(iter(change)))
+def test_a_foreign_config_stops_no_new_training(tmp_path, change):
+    """It is no run, and does not decide how starts are counted."""
+    finished_run(tmp_path / "mine", 7)
+    foreign = finished_run(tmp_path / "foreign", 1, saved=False)
+    config = {**json.loads((foreign / "config.json").read_text()), **change}
+    (foreign / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="foreign' is not a run's folder: ") as caught:
+        run.read_config(foreign)
+    assert len(str(caught.value)) < 400
+    new = run.new_run(str(tmp_path))
+    assert run.begin_run(new, SETTINGS, ["a"])["start"] == 8
+    assert run.read_config(new)["start"] == 8
+    assert run.find_run(True, str(tmp_path)) == str(tmp_path / "mine")
+
+
+def test_the_highest_start_is_no_dead_end(tmp_path):
+    finished_run(tmp_path / "foreign", 10**9)
+    new = run.new_run(str(tmp_path))
+    run.begin_run(new, SETTINGS, ["a"])
+    assert run.read_config(new)["start"] == 10**9
+
+
+def test_a_folder_that_is_no_run_names_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'RUN' is not a run's folder: .*does not exist$"):
+        run.read_config("RUN")
+    finished_run(tmp_path / "logs/old", 1)
+    finished_run(tmp_path / "logs/new", 2)
+    for name in ("RUN", "logs", "logs/typo"):
+        with pytest.raises(UserError, match="; the newest run in 'logs' is 'logs/new'$"):
+            run.read_config(name)
+
+
+@pytest.mark.parametrize(
+    "environment, words, expected",
+    [
+        ({}, ["--Init_lr", "0.1"], "python -u train.py --resume logs/1"),
+        ({}, [], "python -u train.py --resume logs/1"),
+        (
+            {},
+            ["--Cuda", "False", "--resume", "True"],
+            "python -u train.py --Cuda False --resume logs/1",
+        ),
+        ({}, ["--num_workers=3"], "python -u train.py --num_workers=3 --resume logs/1"),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"},
+            ["--seed", "2"],  # of a launcher that is not this process's parent
+            "torchrun --nproc_per_node=4 train.py --resume logs/1",
+        ),
+    ],
+)
+def test_the_command_that_continues(monkeypatch, environment, words, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train.py", *words])
+    assert relaunch.command_to_continue("logs/1") == expected
+    assert relaunch.advice_to_continue("logs/1") == f"continue with\n  {expected}"
+    monkeypatch.setattr(sys, "orig_argv", ["ipython"])  # a notebook's %run
+    if not environment:
+        assert relaunch.command_to_continue("a b").startswith("python train.py ")
+        assert relaunch.command_to_continue("a b").endswith(" --resume 'a b'")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert "on every machine" in relaunch.advice_to_continue("logs/1")
+
+
+def test_the_header(capsys):
+    settings = {"UnFreeze_Epoch": 5, "Unfreeze_batch_size": 32, "input_shape": [8, 8]}
+    run.print_header(settings, {"backbone": "x"})
+    out = capsys.readouterr().out
+    assert "epochs       1 to 5\n" in out and "batch_size   32\n" in out
+    run.print_header({**settings, "Init_Epoch": 3, "accumulate": 2, "num_workers": 4}, {})
+    out = capsys.readouterr().out
+    assert "epochs       4 to 5\n" in out and "batch_size   32, 2 batches to a step\n" in out
+    assert "num_workers  4\n" in out
+    run.print_header({**settings, "Init_Epoch": 5}, {})
+    assert "epochs       all 5 are trained\n" in capsys.readouterr().out

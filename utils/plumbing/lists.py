@@ -3,7 +3,6 @@
 import os
 import re
 import unicodedata
-from collections import Counter
 from contextlib import suppress
 from functools import cache
 
@@ -102,11 +101,13 @@ def check_names(names, source):
             f"{source}: class names must be texts, none of them blank, as ids count them; "
             f"not {names[:5]}"
         )
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{source} names a class more than once: {', '.join(map(printable, repeated[:5]))}"
-        )
+    numbers = {}
+    for number, name in enumerate(names, 1):
+        if name in numbers:  # not shown: a run of somebody else may name any file
+            raise UserError(
+                f"{source} names a class more than once: number {numbers[name]} and number {number}"
+            )
+        numbers[name] = number
     return list(map(str, names))
 
 

@@ -152,7 +152,8 @@ def find_lists(settings):
     the settings name their lists from then on; but only in train.py's own folder.
     """
     paths = tuple(settings[name] for name in PATH_SETTINGS)
-    if paths != DEFAULT_PATHS or any(map(os.path.exists, paths)):
+    drawn = tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))
+    if paths not in (DEFAULT_PATHS, drawn) or any(map(os.path.exists, paths)):
         for name, path in zip(PATH_SETTINGS, paths):
             check_text_file(name, path)
         return paths
@@ -162,6 +163,5 @@ def find_lists(settings):
             f"(cd {shlex.quote(str(PROJECT))}), where the paths of its settings begin"
         )
     draw_once(paths[1])
-    paths = tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))
-    settings.update(zip(PATH_SETTINGS, paths))
-    return paths
+    settings.update(zip(PATH_SETTINGS, drawn))
+    return drawn

@@ -144,6 +144,10 @@ def test_calibration_error(evaluated):
             total += gap * inside.sum() / len(ids)
     assert total > 0.05 and found["calibration_error"] == pytest.approx(total, abs=2e-3)
     assert task.calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == 0
+    neighbours = np.array([0.62, 0.64])  # of one bin of fifteen, of two of a hundred
+    assert task.calibration_error(neighbours, np.array([True, False])) == pytest.approx(0.13)
+    apart = np.array([0.65, 0.69])  # of two bins of fifteen, of one of ten
+    assert task.calibration_error(apart, np.array([True, False])) == pytest.approx(0.52)
 
 
 def test_predictions_stand_beside_their_pictures(evaluated):
@@ -291,7 +295,11 @@ def test_features_are_what_the_head_sees(made):
     with pytest.raises(ValueError, match="unreadable picture"):
         classify.features(f"{BROKEN[0]}.png")
     run = make_run(Path("maps"), ["x", "y"], "squeezenet1_1")  # its head is a convolution
-    assert predict.Classifier(run).features("0.png").shape == (512,)
+    classify = predict.Classifier(run)
+    images = normalised_by_hand(predict.read_picture(classify, "0.png"))
+    with torch.no_grad():
+        expected = classify.network.features(images).mean((0, 2, 3))
+    torch.testing.assert_close(classify.features("0.png"), expected, rtol=1e-3, atol=1e-4)
 
 
 # Pictures that are drawn
@@ -324,6 +332,14 @@ def test_curves_go_up_where_numbers_do():
     assert heights == sorted(heights, reverse=True) and heights[0] - heights[-1] > 150
     column = np.flatnonzero(curve.any(0))
     assert column.max() - column.min() > 500
+
+
+def test_long_captions_keep_both_ends():
+    text = "IMG_" + "0123456789" * 9 + ".jpg"
+    short = charts.shorten(text, 144, 13)
+    assert charts.font(13).getlength(short) <= 144 < charts.font(13).getlength(text)
+    assert short[:4] == text[:4] and short[-4:] == text[-4:] and "…" in short
+    assert charts.shorten("short", 144, 13) == "short" and charts.shorten("x" * 10**6, 144, 13)
 
 
 # explain

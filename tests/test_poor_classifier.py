@@ -296,6 +296,7 @@ def test_features_are_what_the_head_sees(made):
         classify.features(f"{BROKEN[0]}.png")
     run = make_run(Path("maps"), ["x", "y"], "squeezenet1_1")  # its head is a convolution
     classify = predict.Classifier(run)
+    classify.settings["input_shape"] = [64, 64]  # a map of more than one place
     images = normalised_by_hand(predict.read_picture(classify, "0.png"))
     with torch.no_grad():
         expected = classify.network.features(images).mean((0, 2, 3))

@@ -635,3 +635,11 @@ def test_a_launch_says_which_limit_changed_the_rate(tmp_path):
     out, _ = train(folder)
     assert "adamw, linear, lr 0.0001 to 1e-06 (Init_lr = 2e-05 gives 2.5e-06, outside adamw" in out
     assert history(run_of(folder))[0]["lr"] == pytest.approx(1e-5)  # a tenth, as the warm-up begins
+
+
+def test_a_number_in_quotes(tmp_path):
+    """Another constant is computed from it before anything can be checked."""
+    folder = make_project(tmp_path, Init_lr="'5e-2'")
+    _, err = train(folder, code=1, fresh=True)
+    assert "Min_lr = Init_lr * 0.01" in err and "without quotes" in err
+    assert err.count("\n") == 1 and "Traceback" not in err

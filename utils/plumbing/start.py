@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import sys
+import traceback
 
 
 def start_program():
@@ -19,7 +20,18 @@ def start_program():
 
 
 def end_quietly_on_interrupt(kind, error, trace):
-    """Handle an uncaught exception: no words for Ctrl-C, the usual traceback for any other."""
+    """Handle an uncaught exception: no words for Ctrl-C, a sentence for a constant that
+    cannot be computed, the usual traceback for any other.
+    """
     if kind is KeyboardInterrupt:
         os._exit(130)
+    place = traceback.extract_tb(trace)[-1:]
+    in_constants = place and place[0].filename == getattr(sys.modules["__main__"], "__file__", "")
+    if kind is TypeError and in_constants:
+        print(
+            f"error: line {place[0].lineno} of {os.path.basename(place[0].filename)}, "
+            f"{place[0].line!r}, cannot be computed ({error}): numbers are written without quotes",
+            file=sys.stderr,
+        )
+        return
     sys.__excepthook__(kind, error, trace)

@@ -242,6 +242,15 @@ def test_the_same_names_side_by_side(tops):
     assert classes() == sorted(tops)
 
 
+def test_a_name_side_by_side():
+    """One name that two folders share is enough where they hold others."""
+    numbered("ds/known/cat", "ds/known/dog", "ds/unknown/Cat", "ds/unknown/eel")
+    with pytest.raises(
+        UserError, match="'known', 'unknown'.*hold folders of the same names, 'cat'"
+    ):
+        annotate(["ds"])
+
+
 @pytest.mark.parametrize(
     "folders",
     [

@@ -33,7 +33,9 @@ def advise(paths, num_classes, is_shrunk):
 
     tests/README.md, Fine-tuning, has the measurements.
     """
-    sizes = read_sizes(paths) or [(SMALL, SMALL)]
+    sizes = read_sizes(paths)
+    if not sizes:
+        return {}, []
     height, width = (round(side) for side in np.median(sizes, axis=0))
     notes = [f"a usual picture is {width}×{height}"]
     if min(height, width) >= SLOW and not is_shrunk:

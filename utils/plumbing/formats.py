@@ -164,10 +164,11 @@ def open_bytes(data):
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # its own words name the place of the bytes in memory
         raise UnidentifiedImageError(explain_unknown(data)) from None
-    except Image.DecompressionBombError as error:
+    except Image.DecompressionBombError:
         if bytes(data[:3]) != b"\xff\xd8\xff":
             raise Image.DecompressionBombError(
-                f"{error} Only a JPEG can be decoded at a smaller size: save a smaller copy"
+                f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels. Only a JPEG can be decoded at a "
+                f"smaller size: save a smaller copy"
             ) from None
         image = JpegImageFile(io.BytesIO(data))
         if image.info.get("progressive"):  # its decoder holds all of it, whatever it gives

@@ -73,10 +73,11 @@ def find_splits(pictures, datasets):
 
 def check_classes(inside, datasets):
     """Raise UserError where folders side by side hold the same names, as parts of a split do."""
-    counts = Counter(name.casefold() for names in inside.values() for name in names)
+    folded = {top: {name.casefold() for name in names} for top, names in inside.items()}
+    counts = Counter(name for names in folded.values() for name in names)
     shared = {name for name, count in counts.items() if count > 1}
-    if len(shared) > 1:
-        tops = [top for top in inside if any(name.casefold() in shared for name in inside[top])]
+    tops = [top for top in inside if shared & folded[top]]
+    if len(set().union(*(folded[top] for top in tops))) > 1:  # one is no split: cat/images
         raise UserError(
             f"the folders {quote(tops)} of {datasets!r} hold folders of the same names, "
             f"{quote(shared)}: if those are the classes, call the ones around them 'train', 'val' "

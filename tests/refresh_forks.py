@@ -1,6 +1,6 @@
 """Write the diffs of utils/README.md anew where the code beside them has moved: python -m tests.refresh_forks
 
-A diff that no longer applies, even with other lines around it, is named and left as it is.
+A diff whose neighbouring lines have changed is named and left as it is.
 """
 
 import re
@@ -28,7 +28,7 @@ def refresh(change):
         shutil.copy(ROOT / "train.py", folder)
         run(folder, "git", "init", "-q")
         run(folder, "git", "add", ".")
-        run(folder, "patch", "-p1", "-F3", "--no-backup-if-mismatch", text=change)
+        run(folder, "patch", "-p1", "-F0", "--no-backup-if-mismatch", text=change)
         made = run(folder, "git", "diff", "-U1")
     made = re.sub(r"^(diff|index|new file) .*\n", "", made, flags=re.M)
     return re.sub(r"^(@@ .* @@).*", r"\1", made, flags=re.M)

@@ -64,8 +64,8 @@ def test_the_best_epoch(best_by, best):
 
 
 def test_texts():
-    assert metric_text("recall", 0.123456) == "recall 12.35%"
-    assert metric_text("recall", 0.123456, exact=True) == "recall 12.3456%"
+    assert metric_text("recall", 0.123456) == "mean recall 12.35%"
+    assert metric_text("recall", 0.123456, exact=True) == "mean recall 12.3456%"
     assert metric_text("top5", 1.0) == "top-5 100.00%"
     assert metric_text("val_loss", 0.123456) == "val loss 0.1235"
 

@@ -1,4 +1,6 @@
-"""One epoch of training and validation: fit_one_epoch, as documented, and below it the parts that it is made of."""
+"""One epoch of training and validation: fit_one_epoch, as documented, and below it the parts that
+it is made of.
+"""
 
 import contextlib
 import math
@@ -8,14 +10,14 @@ import time
 import torch
 
 from utils.checkpoint import Checkpoint, Position
-from utils.optimizer import check_trained, clip_layers, set_optimizer_lr
+from utils.optimizer import check_trained, optimizer_step, set_optimizer_lr
 from utils.pictures import normalize
 from utils.plumbing import processes
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import NOT_FINITE, UserError, printable
 from utils.plumbing.processes import rank, world_size
 from utils.plumbing.waiting import describe_waiting
-from utils.recipe import Recipe
+from utils.recipe import Recipe, mixed_precision
 from utils.task import batch_sums, logits_from, metric_text, metrics_from
 
 VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs
@@ -47,12 +49,13 @@ def fit_one_epoch(
 ):
     """Train one epoch, validate, record and save; the sixteen parameters are the documented ones.
 
-    model_train is the wrapped model, model the bare one; loss_history is None on all processes but the first; fp16 is
-    True, False or a type's name (precision_name); save_dir is the run's folder. checkpoint, a Checkpoint, continues an
-    interrupted epoch where it stopped. lr_scheduler_func: the rate follows it at every step, at epoch + step / epoch_step;
-    without it the rate stays as it is.
-    Returns {metric: number}, the same on every process; its 'lr' is the documented one, that of the epoch's first step.
-    UserError: a loss or weights that are not finite, too many unreadable pictures, a full disk.
+    model_train is the wrapped model, model the bare one; loss_history is None on all processes but
+    the first; fp16 is True, False or a type's name (precision_name); save_dir is the run's folder.
+    checkpoint, a Checkpoint, continues an interrupted epoch where it stopped. lr_scheduler_func:
+    the rate follows it at every step, at epoch + step / epoch_step; without it the rate stays as it
+    is. Returns {metric: number}, the same on every process; its 'lr' is the documented one, that of
+    the epoch's first step. UserError: a loss or weights that are not finite, too many unreadable
+    pictures, a full disk.
     """
     recipe = recipe or Recipe()
     settings = recipe.settings
@@ -128,7 +131,9 @@ def fit_one_epoch(
 
 
 def backward(model_train, batches, Cuda, fp16, scaler, recipe):
-    """Compute the gradients of the mean loss over `batches` (several: accumulated). Returns the batch_sums of each."""
+    """Compute the gradients of the mean loss over `batches` (several: accumulated). Returns the
+    batch_sums of each.
+    """
     all_sums = []
     for number, (images, targets, _) in enumerate(batches, 1):
         reduce_later = number < len(batches) and hasattr(model_train, "no_sync")
@@ -145,7 +150,9 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
 
 
 def compute_loss(model_train, images, targets, Cuda, fp16, recipe):
-    """Return (loss, batch_sums) of a batch from the loader. Further losses add their own sums for metrics_from here."""
+    """Return (loss, batch_sums) of a batch from the loader. Further losses add their own sums for
+    metrics_from here.
+    """
     device = next(model_train.parameters()).device
     inputs = normalize(images, device, recipe.settings)
     targets = targets.to(device, non_blocking=True)
@@ -160,42 +167,13 @@ def compute_loss(model_train, images, targets, Cuda, fp16, recipe):
 
 
 def score_batch(model, images, targets, Cuda, fp16, settings):
-    """Return (logits, targets) of a batch from the loader, on the model's device; model: in evaluation mode."""
+    """Return (logits, targets) of a batch from the loader, on the model's device; model: in
+    evaluation mode.
+    """
     device = next(model.parameters()).device
     with torch.no_grad(), mixed_precision(Cuda, fp16):
         logits = logits_from(model(normalize(images, device, settings)))
     return logits, targets.to(device, non_blocking=True)
-
-
-def precision_name(fp16, Cuda):
-    """Return 'float32', 'float16' or 'bfloat16': fp16 itself, or what the documented True and False mean here."""
-    if isinstance(fp16, str):
-        return fp16
-    if not fp16:
-        return "float32"
-    return "float16" if Cuda else "bfloat16"
-
-
-def mixed_precision(Cuda, fp16):
-    """Return the context that the network computes in; fp16: as in precision_name."""
-    name = precision_name(fp16, Cuda)
-    if name == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda" if Cuda else "cpu", dtype=getattr(torch, name))
-
-
-def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
-    """Make one optimizer step. Where the gradients have overflowed, the scaler skips it, and nothing changes."""
-    if clip_ratio or clip_grad_norm:
-        scaler.unscale_(optimizer)  # otherwise a fused optimizer does it on its way
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if clip_ratio:
-            clip_layers(parameters, clip_ratio)
-        if clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def seed_step(seed, epoch, step, Cuda):
@@ -207,7 +185,9 @@ def seed_step(seed, epoch, step, Cuda):
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
-    """Return validation's metrics over all processes, with 'scored' and 'unreadable', the numbers of pictures."""
+    """Return validation's metrics over all processes, with 'scored' and 'unreadable', the numbers
+    of pictures.
+    """
     position = Position(epoch)
     settings = recipe.settings
     gen_val.sampler.set_epoch(epoch)
@@ -293,7 +273,9 @@ def check_unreadable(number, data):
 
 
 def check_training(position, scaler, lr, Cuda):
-    """Raise UserError where the loss is not finite, or float16 overflows at any scale. Makes a GPU finish its queue."""
+    """Raise UserError where the loss is not finite, or float16 overflows at any scale. Makes a GPU
+    finish its queue.
+    """
     epoch, step = position.epoch + 1, position.step
     if not math.isfinite(position.sums["loss"]):
         by = "by " if Cuda else ""  # it was not looked at in every step

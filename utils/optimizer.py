@@ -44,10 +44,11 @@ OPTIMIZERS = {  # optimizer_type: how it is made, and its limits
 
 
 def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_lr_scale=1.0):
-    """Return an optimizer of OPTIMIZERS. Each parameter group has an lr_scale, 1 for the head's, which come last.
+    """Return an optimizer of OPTIMIZERS. Each parameter group has an lr_scale, 1 for the head's,
+    which come last.
 
-    Decay applies to the weights of layers only: not to biases, norm layers, position embeddings or layer scales.
-    head: names of the head's layers (nets.head_layers).
+    Decay applies to the weights of layers only: not to biases, norm layers, position embeddings or
+    layer scales. head: names of the head's layers (nets.head_layers).
     """
     norms = set()
     for module in model.modules():
@@ -70,15 +71,18 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
 
 
 def own_name(name):
-    """Return a parameter's name as it is without torch.nn.utils.parametrize: '….weight' for '….weight.original0'."""
+    """Return a parameter's name as it is without torch.nn.utils.parametrize: '….weight' for
+    '….weight.original0'.
+    """
     return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", name)
 
 
 def fill_momentum(optimizer):
-    """Give SGD's parameters momentum of zeros where they have none, from which the first step's is its gradient.
+    """Give SGD's parameters momentum of zeros where they have none, from which the first step's is
+    its gradient.
 
-    Otherwise fused SGD would take what the memory holds when the scaler skips a first step, and fail where a parameter
-    is first used in a later step than others.
+    Otherwise fused SGD would take what the memory holds when the scaler skips a first step, and
+    fail where a parameter is first used in a later step than others.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("momentum") else ():
@@ -100,7 +104,9 @@ def restore_optimizer(optimizer, state):
 
 
 def check_trained(optimizer, model):
-    """Raise UserError where the optimizer trains what is no part of the network: it would not be saved or kept equal."""
+    """Raise UserError where the optimizer trains what is no part of the network: it would not be
+    saved or kept equal.
+    """
     own = {id(parameter) for parameter in model.parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not all(id(parameter) in own for parameter in trained):
@@ -111,12 +117,31 @@ def check_trained(optimizer, model):
         )
 
 
-@torch.no_grad()  # behind DDP, which keeps the gradients' memory, each step's graph would chain to the next
-def clip_layers(parameters, ratio):
-    """Clip adaptively by layer: no weight tensor's gradient stays longer than `ratio` times the tensor itself.
+def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
+    """Make one optimizer step. Where the gradients have overflowed, the scaler skips it, and
+    nothing changes.
+    """
+    if clip_ratio or clip_grad_norm:
+        scaler.unscale_(optimizer)  # otherwise a fused optimizer does it on its way
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if clip_ratio:
+            clip_layers(parameters, clip_ratio)
+        if clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
-    Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021. Biases and norm layers
-    are left alone. A tensor counts as at least 0.01 an element long (root mean square), so that zeros can learn.
+
+# without it each step's graph would chain to the next behind DDP, which keeps the gradients' memory
+@torch.no_grad()
+def clip_layers(parameters, ratio):
+    """Clip adaptively by layer: no weight tensor's gradient stays longer than `ratio` times the
+    tensor itself.
+
+    Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
+    Biases and norm layers are left alone. A tensor counts as at least 0.01 an element long (root
+    mean square), so that zeros can learn.
     """
     weights = [p for p in parameters if p.ndim > 1 and p.grad is not None]
     gradients = [p.grad for p in weights]
@@ -130,7 +155,9 @@ def clip_layers(parameters, ratio):
 
 
 def cosine(lr, min_lr, total, epoch):
-    """Return the documented 'cos': a squared warm-up, half a cosine, then min_lr held (YOLOX's yoloxwarmcos)."""
+    """Return the documented 'cos': a squared warm-up, half a cosine, then min_lr held (YOLOX's
+    yoloxwarmcos).
+    """
     warmup = min(max(0.05 * total, 1), 3)
     hold = min(max(0.05 * total, 1), 15)
     start = max(0.1 * lr, 1e-6)
@@ -156,12 +183,16 @@ def linear(lr, min_lr, total, epoch):
 
 
 def step(lr, min_lr, total, epoch):
-    """Return the documented 'step': ten equal stairs from lr to min_lr, each beginning with an epoch."""
+    """Return the documented 'step': ten equal stairs from lr to min_lr, each beginning with an
+    epoch.
+    """
     rate = (min_lr / lr) ** (1 / 9)
     return lr * rate ** (math.floor(epoch) // (total / 10))
 
 
-LR_DECAYS = {  # lr_decay_type: function of the highest rate, the lowest, the number of epochs, and the epoch (0 …, parts too)
+# lr_decay_type: function of the highest rate, the lowest, the number of epochs, and the epoch
+# (0 …, parts too)
+LR_DECAYS = {
     "linear": linear,
     "cos": cosine,
     "step": step,
@@ -169,7 +200,9 @@ LR_DECAYS = {  # lr_decay_type: function of the highest rate, the lowest, the nu
 
 
 def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
-    """Return a function from the epoch (0 …, parts too) to the learning rate; lr_decay_type: a name of LR_DECAYS."""
+    """Return a function from the epoch (0 …, parts too) to the learning rate; lr_decay_type: a name
+    of LR_DECAYS.
+    """
     return partial(LR_DECAYS[lr_decay_type], lr, min_lr, total_iters)
 
 
@@ -179,7 +212,9 @@ def pictures_per_step(transformer):
 
 
 def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
-    """Return (Init_lr_fit, Min_lr_fit): the rates scaled by batch size, within the optimizer's documented limits."""
+    """Return (Init_lr_fit, Min_lr_fit): the rates scaled by batch size, within the optimizer's
+    documented limits.
+    """
     optimizer = OPTIMIZERS[optimizer_type]
     low, high = optimizer.transformer_limits if transformer else optimizer.limits
     scale = batch_size / pictures_per_step(transformer)
@@ -189,7 +224,9 @@ def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
 
 
 def phases(settings):
-    """Return which of 'Freeze_batch_size' and 'Unfreeze_batch_size' will be trained with, in this order."""
+    """Return which of 'Freeze_batch_size' and 'Unfreeze_batch_size' will be trained with, in this
+    order.
+    """
     frozen = settings.get("Freeze_Epoch", 0) if settings.get("Freeze_Train") else 0
     begin = settings.get("Init_Epoch", 0)
     end = settings.get("UnFreeze_Epoch", math.inf)
@@ -202,7 +239,9 @@ def phases(settings):
 
 
 def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
-    """Set every parameter group to the epoch's rate, times the group's own lr_scale where it has one."""
+    """Set every parameter group to the epoch's rate, times the group's own lr_scale where it has
+    one.
+    """
     lr = lr_scheduler_func(epoch)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

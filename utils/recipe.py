@@ -1,5 +1,6 @@
 """The recipes around the loss: mixing pictures, weighting classes, and averaging the weights."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -16,8 +17,9 @@ CLASS_WEIGHTS = {"balanced": 1.0, "sqrt": 0.5}  # class_weights: the power of 1 
 class Recipe:
     """The loss, mixing and averaging: what fit_one_epoch needs besides its documented parameters.
 
-    settings: train.py's; a missing one means off. weights: float32 (classes,) for the loss, or None.
-    extra_loss: (the network's inputs, logits, targets) → scalar that is added to every batch's loss, or None.
+    settings: train.py's; a missing one means off. weights: float32 (classes,) for the loss, or
+    None. extra_loss: (the network's inputs, logits, targets) → scalar that is added to every
+    batch's loss, or None.
     """
 
     def __init__(self, settings={}, model=None, num_classes=None, weights=None):  # noqa: B006
@@ -32,7 +34,9 @@ class Recipe:
 
 
 def get_mix(settings, num_classes):
-    """Return (inputs, class ids) → (inputs, float32 (N, classes) shares), by mixup or cutmix at random; None for neither."""
+    """Return (inputs, class ids) → (inputs, float32 (N, classes) shares), by mixup or cutmix at
+    random; None for neither.
+    """
     mixes = []
     if settings.get("mixup_alpha"):
         mixes.append(v2.MixUp(alpha=float(settings["mixup_alpha"]), num_classes=num_classes))
@@ -53,8 +57,28 @@ def check_targets(targets, settings, num_classes):
         )
 
 
+def precision_name(fp16, Cuda):
+    """Return 'float32', 'float16' or 'bfloat16': fp16 itself, or what the documented True and False
+    mean here.
+    """
+    if isinstance(fp16, str):
+        return fp16
+    if not fp16:
+        return "float32"
+    return "float16" if Cuda else "bfloat16"
+
+
+def mixed_precision(Cuda, fp16):
+    """Return the context that the network computes in; fp16: as in precision_name."""
+    name = precision_name(fp16, Cuda)
+    if name == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda" if Cuda else "cpu", dtype=getattr(torch, name))
+
+
 def balanced_weights(class_ids, num_classes, power=1.0):
-    """Return float32 (classes,) weights ∝ 1 / number of pictures ** power, from int64 (N,) class_ids; 0 for absent classes.
+    """Return float32 (classes,) weights ∝ 1 / number of pictures ** power, from int64 (N,)
+    class_ids; 0 for absent classes.
 
     The mean of the pictures' weights is 1. With power 1 they are scikit-learn's 'balanced'.
     """
@@ -69,8 +93,9 @@ def balanced_weights(class_ids, num_classes, power=1.0):
 class EMA(nn.Module):
     """Exponential moving average of a model's parameters and BatchNorm statistics.
 
-    The decay begins low, min(decay, (1 + n) / (10 + n)) in step n, so that the first weights are soon forgotten, also
-    in a short training. (torch's AveragedModel copies its counter to the GPU in every step, and waits for it.)
+    The decay begins low, min(decay, (1 + n) / (10 + n)) in step n, so that the first weights are
+    soon forgotten, also in a short training. (torch's AveragedModel copies its counter to the GPU
+    in every step, and waits for it.)
     """
 
     def __init__(self, model, decay):

@@ -1,4 +1,6 @@
-"""What is tried on one batch before training. It leaves no trace: copies of the network, and the random stream put back."""
+"""What is tried on one batch before training. It leaves no trace: copies of the network, and the
+random stream put back.
+"""
 
 import copy
 import math
@@ -8,7 +10,8 @@ from itertools import islice
 import torch
 
 from utils.dataloader import detection_collate
-from utils.fit import VALIDATION, mixed_precision, optimizer_step, precision_name, score_batch
+from utils.fit import VALIDATION, score_batch
+from utils.optimizer import optimizer_step
 from utils.pictures import normalize
 from utils.plumbing import processes
 from utils.plumbing.charts import draw_contact_sheet, drawable_names
@@ -16,7 +19,7 @@ from utils.plumbing.console import say, say_if_slow, say_row
 from utils.plumbing.errors import UserError, did_you_mean, short_repr
 from utils.plumbing.files import save_image
 from utils.plumbing.processes import rank, world_size
-from utils.recipe import check_targets
+from utils.recipe import check_targets, mixed_precision, precision_name
 from utils.sampler import EpochSampler
 from utils.task import batch_sums, get_criterion, logits_from, metrics_from, target_text
 
@@ -26,7 +29,9 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def first_batch(data, batch_size, seed):
-    """Return this process's first batch of a training data set as the loader gives it, at most 64 pictures."""
+    """Return this process's first batch of a training data set as the loader gives it, at most 64
+    pictures.
+    """
     sampler = EpochSampler(len(data), batch_size, rank(), world_size(), seed=seed)
     with say_if_slow("reading the first pictures …"), torch.random.fork_rng(devices=[]):
         items = islice(sampler, min(64, batch_size // world_size()))
@@ -34,7 +39,9 @@ def first_batch(data, batch_size, seed):
 
 
 def rehearse(batch, model, recipe, num_classes):
-    """Return the name of the type to train in, which is printed. UserError: settings that do not go with the batch."""
+    """Return the name of the type to train in, which is printed. UserError: settings that do not go
+    with the batch.
+    """
     settings = recipe.settings
     images, targets, _ = batch
     if images.amax((1, 2, 3)).median() <= 16:
@@ -50,7 +57,9 @@ def rehearse(batch, model, recipe, num_classes):
 
 
 def check_best_by(best_by, model, batch, Cuda, recipe):
-    """Raise UserError unless best_by is a metric of validation, or one after '-'. Two pictures are scored for the names."""
+    """Raise UserError unless best_by is a metric of validation, or one after '-'. Two pictures are
+    scored for the names.
+    """
     settings = recipe.settings
     with kept_random_stream(Cuda):
         trial = copy.deepcopy(model).eval()
@@ -65,7 +74,9 @@ def check_best_by(best_by, model, batch, Cuda, recipe):
 
 
 def choose_precision(settings, model, batch):
-    """Return (name of the type to train in, why): the setting fp16's, and for 'auto' the fastest that is known to be good."""
+    """Return (name of the type to train in, why): the setting fp16's, and for 'auto' the fastest
+    that is known to be good.
+    """
     Cuda, fp16 = settings["Cuda"], settings["fp16"]
     if fp16 != "auto":
         return precision_name(fp16, Cuda), ""
@@ -75,7 +86,9 @@ def choose_precision(settings, model, batch):
 
 
 def choose_on_cuda(settings, model, batch):
-    """Choose bfloat16, which needs no scaler; float16 where it is FASTER, as cuDNN's BatchNorm has no bfloat16."""
+    """Choose bfloat16, which needs no scaler; float16 where it is FASTER, as cuDNN's BatchNorm has
+    no bfloat16.
+    """
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float16", ""
     if torch.cuda.device_count() > 1 and not settings["distributed"]:
@@ -84,7 +97,9 @@ def choose_on_cuda(settings, model, batch):
 
 
 def choose_on_cpu(settings, model, batch):
-    """Choose float32; bfloat16 where it is FASTER: some networks train three times as fast in it, others half as fast."""
+    """Choose float32; bfloat16 where it is FASTER: some networks train three times as fast in it,
+    others half as fast.
+    """
     able = torch.cpu.get_capabilities()
     if not any(able.get(name) for name in BFLOAT16_INSTRUCTIONS):
         return "float32", ""
@@ -93,7 +108,9 @@ def choose_on_cpu(settings, model, batch):
 
 
 def compare_speed(settings, model, batch, usual, other, seconds):
-    """Return (`other` where it is FASTER than `usual`, why), trained with by turns for so many seconds or one step each."""
+    """Return (`other` where it is FASTER than `usual`, why), trained with by turns for so many
+    seconds or one step each.
+    """
     best = {usual: math.inf, other: math.inf}
     begin = time.perf_counter()
     with (

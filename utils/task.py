@@ -1,8 +1,9 @@
-"""What makes this project a classifier: labels, the loss, the metrics, predictions and their tables.
+"""What makes this project a classifier: labels, the loss, the metrics, predictions and their
+tables.
 
-Another task is another file in place of this one: train.py, fit.py and the commands call these functions and know no more.
-Logits: what the network gives, float32 (N, classes). Targets: int64 (N,) class ids, or float32 (N, classes) shares where
-pictures are mixed.
+Another task is another file in place of this one: train.py, fit.py and the commands call these
+functions and know no more. Logits: what the network gives, float32 (N, classes). Targets: int64
+(N,) class ids, or float32 (N, classes) shares where pictures are mixed.
 """
 
 import re
@@ -18,7 +19,9 @@ PREDICTION_COLUMNS = ("class", "probability")  # of predictions.csv and JSON
 
 
 def read_label(label, num_classes=None):
-    """Return the class id, an int, that an annotation line's text or a data set's label means. UserError for any other."""
+    """Return the class id, an int, that an annotation line's text or a data set's label means.
+    UserError for any other.
+    """
     text = str(label).strip()
     # int() would also take '+0', '00' and '٠'
     if not re.fullmatch("0|-?[1-9][0-9]{0,17}", text):
@@ -31,10 +34,11 @@ def read_label(label, num_classes=None):
 def get_criterion(settings, weights=None, training=False):
     """Return the loss, criterion(logits, targets) → scalar, the mean over the batch's pictures.
 
-    weights: float32 (classes,) or None. Only training has weights and label smoothing. A picture's loss is multiplied by
-    the weight of its label: cross_entropy(weight=…) would weight each smoothed class by its own, and favour rare ones.
-    The sum is divided by the number of pictures, not by the sum of their weights, so that it does not matter how a
-    batch is spread over processes.
+    weights: float32 (classes,) or None. Only training has weights and label smoothing. A picture's
+    loss is multiplied by the weight of its label: cross_entropy(weight=…) would weight each
+    smoothed class by its own, and favour rare ones. The sum is divided by the number of pictures,
+    not by the sum of their weights, so that it does not matter how a batch is spread over
+    processes.
     """
     smoothing = settings.get("label_smoothing", 0.0) if training else 0.0
 
@@ -53,12 +57,16 @@ def get_criterion(settings, weights=None, training=False):
 
 
 def logits_from(outputs):
-    """Return the float32 logits of what the network gave, which mixed precision may have left in another type."""
+    """Return the float32 logits of what the network gave, which mixed precision may have left in
+    another type.
+    """
     return outputs.float()
 
 
 def check_outputs(outputs, num_classes):
-    """Raise UserError unless a network's outputs for two pictures are what the loss takes: (2, num_classes)."""
+    """Raise UserError unless a network's outputs for two pictures are what the loss takes: (2,
+    num_classes).
+    """
     if not isinstance(outputs, torch.Tensor):
         shape = type(outputs).__name__
     else:
@@ -71,11 +79,13 @@ def check_outputs(outputs, num_classes):
 
 
 def batch_sums(loss, logits, targets, settings):
-    """Return what a batch adds to the metrics: {name: tensor of any shape}, float64, on the batch's device.
+    """Return what a batch adds to the metrics: {name: tensor of any shape}, float64, on the batch's
+    device.
 
-    No number is read here: a GPU would have to finish the step first. 'pictures' is on the CPU, where it is known.
-    loss: scalar mean over the batch. 'hits' is (classes, 6): how many pictures of each class there are, then for how
-    many of them the first, second, … fifth of the highest logits is the class.
+    No number is read here: a GPU would have to finish the step first. 'pictures' is on the CPU,
+    where it is known. loss: scalar mean over the batch. 'hits' is (classes, 6): how many pictures
+    of each class there are, then for how many of them the first, second, … fifth of the highest
+    logits is the class.
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
     columns = torch.cat([labels[:, None], top_classes(logits, 5)], 1)
@@ -89,7 +99,9 @@ def batch_sums(loss, logits, targets, settings):
 
 
 def metrics_from(sums, settings):
-    """Return {name: number} from the added batch_sums. All of it is in the history, with 'train_' for training's."""
+    """Return {name: number} from the added batch_sums. All of it is in the history, with 'train_'
+    for training's.
+    """
     hits = sums["hits"].cpu()
     of_class, top1, top5 = hits[:, 0], hits[:, 1], hits[:, 1:].sum(1)
     present = of_class > 0
@@ -114,9 +126,11 @@ def metric_text(name, value, exact=False):
 
 
 def epoch_order(metrics, best_by):
-    """Return the key by which epochs are compared: the highest is the best epoch. Equal ones go by val_loss.
+    """Return the key by which epochs are compared: the highest is the best epoch. Equal ones go by
+    val_loss.
 
-    best_by: a name in metrics. The lowest value is best for a name that ends in 'loss', or with '-' in front ('-mae').
+    best_by: a name in metrics. The lowest value is best for a name that ends in 'loss', or with '-'
+    in front ('-mae').
     """
     name = best_by.removeprefix("-")
     lowest_is_best = best_by.startswith("-") or name.endswith("loss")
@@ -125,17 +139,23 @@ def epoch_order(metrics, best_by):
 
 
 def probabilities(logits):
-    """Return what predict, evaluate and export show of logits for each class: float32 (N, classes) from 0 to 1."""
+    """Return what predict, evaluate and export show of logits for each class: float32 (N, classes)
+    from 0 to 1.
+    """
     return logits.softmax(1)
 
 
 def top_classes(logits, number):
-    """Return the int64 (N, number) class ids of the highest logits; of equal ones the lower class id comes first."""
+    """Return the int64 (N, number) class ids of the highest logits; of equal ones the lower class
+    id comes first.
+    """
     return logits.argsort(dim=1, descending=True, stable=True)[:, :number]
 
 
 def top_predictions(logits, names):
-    """Return a prediction for each row: [(class name, probability), …], the best five first; or a sentence on why not."""
+    """Return a prediction for each row: [(class name, probability), …], the best five first; or a
+    sentence on why not.
+    """
     ids = top_classes(logits, 5)  # by logits: small probabilities are rounded to equal numbers
     values = probabilities(logits).gather(1, ids)
     finite = logits.isfinite().all(1)
@@ -165,7 +185,9 @@ def target_text(target, names):
 
 
 def per_class(targets, predicted, number):
-    """Return precision, recall, F1 (0 where undefined) and support of each class, from int64 (N,) arrays of class ids."""
+    """Return precision, recall, F1 (0 where undefined) and support of each class, from int64 (N,)
+    arrays of class ids.
+    """
     support = np.bincount(targets, minlength=number)
     named = np.bincount(predicted, minlength=number)
     right = np.bincount(targets[targets == predicted], minlength=number)
@@ -182,10 +204,12 @@ def predicted_ids(predictions, names):
 
 
 def whole_set_tables(targets, predictions, names):
-    """Return (rows to print, {file name: rows of a CSV file, or a picture}) for the pictures of a whole list.
+    """Return (rows to print, {file name: rows of a CSV file, or a picture}) for the pictures of a
+    whole list.
 
-    targets: int64 (N,) tensor; predictions: those of top_predictions. The printed rows are per_class's, then two means:
-    over the classes that have pictures, and weighted by their number. Files: per_class.csv and the confusion matrix.
+    targets: int64 (N,) tensor; predictions: those of top_predictions. The printed rows are
+    per_class's, then two means: over the classes that have pictures, and weighted by their number.
+    Files: per_class.csv and the confusion matrix.
     """
     targets, predicted, number = targets.numpy(), predicted_ids(predictions, names), len(names)
     *scores, support = per_class(targets, predicted, number)
@@ -209,7 +233,9 @@ def whole_set_tables(targets, predictions, names):
 
 
 def mistakes(targets, predictions, names, number=32):
-    """Return [(place, caption)] of the wrong predictions, the most confident ones first, at most `number`."""
+    """Return [(place, caption)] of the wrong predictions, the most confident ones first, at most
+    `number`.
+    """
     targets, predicted = targets.numpy(), predicted_ids(predictions, names)
     shown = drawable_names(names)
     probability = np.array([prediction[0][1] for prediction in predictions])

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from nets import build, lay_out
 from nets._weights import check_numbers, load_weights
 from utils.dataloader import DataGenerator, detection_collate
-from utils.fit import precision_name, score_batch
+from utils.fit import score_batch
 from utils.pictures import MEAN, STD
 from utils.plumbing.console import show_errors_as_sentences
 from utils.plumbing.errors import UserError
@@ -18,6 +18,7 @@ from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS
 from utils.plumbing.processes import cores, ignore_signals
 from utils.plumbing.run import read_config
 from utils.plumbing.settings import check_value
+from utils.recipe import precision_name
 
 PROJECT = Path(__file__).resolve().parent.parent
 # The settings that commands read, with a value for runs that lack one

@@ -214,7 +214,7 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
 
 
 def over_all_gpus(model, model_train):
-    """Return model_train where it is the same network for several GPUs of this process, else model."""
+    """Return model_train where it is the network on several GPUs of this process, else model."""
     if isinstance(model_train, torch.nn.DataParallel) and model_train.module is model:
         return model_train
     return model
@@ -263,7 +263,7 @@ def count_unreadable(batches, data, position):
 
 
 def check_unreadable(number, data):
-    """Raise UserError where more than 1 % of a data set, and more than one picture, cannot be read."""
+    """Raise UserError where more than one picture and 1 % of a data set cannot be read."""
     if number > max(1, 0.01 * len(data)):
         kind = "training" if data.random else "test"
         raise UserError(
@@ -280,10 +280,11 @@ def check_training(position, scaler, lr, Cuda):
     if not math.isfinite(position.sums["loss"]):
         by = "by " if Cuda else ""  # it was not looked at in every step
         raise UserError(
-            f"the loss is not finite in epoch {epoch}, {by}step {step}, at lr {lr:.3g}: {NOT_FINITE}"
+            f"the loss is not finite in epoch {epoch}, {by}step {step}, at lr {lr:.3g}: "
+            f"{NOT_FINITE}"
         )
     if scaler.get_scale() < 1:
         raise UserError(
-            f"float16 gradients overflow in every step by epoch {epoch}, step {step}, at any scale: "
-            f"set fp16 = False, or lower Init_lr or clip_ratio"
+            f"float16 gradients overflow in every step by epoch {epoch}, step {step}, "
+            f"at any scale: set fp16 = False, or lower Init_lr or clip_ratio"
         )

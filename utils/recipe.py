@@ -46,14 +46,14 @@ def get_mix(settings, num_classes):
 
 
 def check_targets(targets, settings, num_classes):
-    """Raise UserError where mixing or class weights are on and a batch's targets are no class ids."""
+    """Raise UserError where mixing or class weights meet targets that are no class ids."""
     names = ("mixup_alpha", "cutmix_alpha", "class_weights")
     used = [name for name in names if settings.get(name) not in (None, 0, "none")]
     class_ids = targets.dtype == torch.int64 and targets.dim() == 1
     if used and not (class_ids and ((targets >= 0) & (targets < num_classes)).all()):
         raise UserError(
-            f"{used[0]} = {settings[used[0]]!r} is for targets that are class ids, one a picture, and "
-            f"these are not: switch it off"
+            f"{used[0]} = {settings[used[0]]!r} is for targets that are class ids, one a picture, "
+            f"and these are not: switch it off"
         )
 
 
@@ -100,7 +100,7 @@ class EMA(nn.Module):
 
     def __init__(self, model, decay):
         super().__init__()
-        # deepcopy shares what its memo holds: BatchNorm's counters of batches, which are not averaged
+        # deepcopy shares what its memo holds: BatchNorm's counters, which are not averaged
         shared = {
             id(buffer): buffer for buffer in model.buffers() if not buffer.is_floating_point()
         }

@@ -140,8 +140,8 @@ def spread(values, digits):
     """'mean (lowest to highest)'."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to "
-    f"{max(values):.{digits}f})"
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ({low} to {high})"
 
 
 def print_table(done):

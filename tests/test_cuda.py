@@ -16,7 +16,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import get_model, head_layers
@@ -36,7 +35,6 @@ from tests.helpers import (
 from utils.fit import backward, optimizer_step
 from utils.optimizer import get_optimizer
 from utils.pictures import normalize
-from utils.plumbing.errors import explain
 from utils.recipe import EMA, Recipe
 from utils.task import batch_sums
 
@@ -426,57 +424,6 @@ def test_the_first_bad_loss_is_named_within_bounds(tmp_path, fakes):
         _, err = train(folder, code=1)
     one_sentence(err, "loss is not finite", "step")
     assert not (run_of(folder) / "last_checkpoint.pth").exists() and ("by step" in err or fakes)
-
-
-NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, \
-unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5
-ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
-Last error:
-Error while creating shared memory segment /dev/shm/nccl-vyUsAH (size 33030528), \
-error: No space left on device (28)"""
-ERRORS = [
-    (
-        torch.AcceleratorError,
-        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel "
-        "errors might be "
-        "asynchronously reported",
-        ["GPU", "PyTorch"],
-    ),
-    (dist.DistBackendError, NCCL, ["/dev/shm", "No space left", "ncclSystemError"]),
-    (
-        torch.OutOfMemoryError,
-        "CUDA out of memory. Tried to allocate 20.00 MiB.",
-        ["Unfreeze_batch_size", "input_shape"],
-    ),
-    (
-        torch.AcceleratorError,
-        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
-        ["Unfreeze_batch_size", "input_shape"],
-    ),
-    (
-        RuntimeError,
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        ["Unfreeze_batch_size", "input_shape"],
-    ),
-    (
-        RuntimeError,
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        ["Unfreeze_batch_size", "input_shape"],
-    ),
-]
-
-
-@pytest.mark.parametrize("kind, text, words", ERRORS)
-def test_sentences_of_errors(kind, text, words):
-    told = explain(kind(text) if kind is not torch.AcceleratorError else accelerator_error(text))
-    assert told and all(word in told for word in words), told
-
-
-def accelerator_error(text):
-    """As torch makes it: with a number."""
-    error = torch.AcceleratorError(text)
-    error.error_code = 2
-    return error
 
 
 def test_no_step_waits_for_the_gpu():

@@ -103,8 +103,16 @@ def test_a_worker_dies(tmp_path):
     )
 
 
+def accelerator_error(text):
+    """As torch makes it: with a number."""
+    error = torch.AcceleratorError(text)
+    error.error_code = 2
+    return error
+
+
 def test_out_of_memory_names_the_setting():
     for error in (
+        accelerator_error("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -135,9 +143,9 @@ def test_nccl_says_all_and_an_old_gpu_what_it_lacks():
     )
     told = explain(torch.distributed.DistBackendError(full))
     assert "No space left on device" in told and "--shm-size" in told and "\n" not in told
-    assert "not built for this GPU" in explain(
-        RuntimeError("CUDA error: no kernel image is available for execution on the device")
-    )
+    text = "CUDA error: no kernel image is available for execution on the device\nmore of it"
+    for error in (RuntimeError(text), accelerator_error(text)):
+        assert "not built for this GPU" in explain(error)
 
 
 def test_a_programming_error_keeps_its_traceback(tmp_path):

@@ -27,7 +27,7 @@ from tests.helpers import (
 )
 from utils.plumbing import processes, relaunch, run
 from utils.plumbing.errors import UserError
-from utils.plumbing.files import clear_drafts, draft, save_tensors, save_text
+from utils.plumbing.files import clear_drafts, content_sum, draft, save_tensors, save_text
 
 SETTINGS = {
     "backbone": "x",
@@ -123,8 +123,8 @@ def test_only_its_own_launch_continues_a_run_without_resume(tmp_path, monkeypatc
 
 def holder(folder):
     """A process that holds a run's lock until its standard input ends."""
-    code = f"from utils.plumbing import run; run.lock({str(folder)!r}); print('held', "
-    "flush=True); input()"
+    lock = f"from utils.plumbing import run; run.lock({str(folder)!r})"
+    code = f"{lock}; print('held', flush=True); input()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -401,3 +401,19 @@ def test_the_header(capsys):
     assert "num_workers  4\n" in out
     run.print_header({**settings, "Init_Epoch": 5}, {})
     assert "epochs       all 5 are trained\n" in capsys.readouterr().out
+
+
+def test_other_content_is_told(tmp_path):
+    """By a file's size and its middle, whatever it is called."""
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.write_bytes(bytes(30_000))
+    same_content = content_sum(paths)
+    assert content_sum(paths[::-1]) == same_content
+    assert content_sum([*paths, tmp_path / "gone", tmp_path]) == same_content
+    found = {same_content, content_sum(paths[:1]), content_sum([])}
+    paths[1].write_bytes(bytes(30_001))
+    found.add(content_sum(paths))
+    paths[1].write_bytes(bytes(15_000) + b"1" + bytes(14_999))
+    found.add(content_sum(paths))
+    assert len(found) == 5

@@ -165,6 +165,7 @@ def test_paths_and_rates(tmp_path):
         save_period=1,
         UnFreeze_Epoch=3,
         Init_lr=4e-2,
+        lr_decay_type="'cos'",
     )
     make_data(folder, train=24, test=6)
     (folder / "lists").mkdir()
@@ -285,8 +286,8 @@ def test_compile(tmp_path, backend):
     )
     make_data(tmp_path, train=24, test=6)
     train(tmp_path, "--save_dir", "plain")
-    code = "import torch, functools\ntorch.compile = functools.partial(torch.compile, "
-    f"backend='{backend}')"
+    code = "import torch, functools\n"
+    code += f"torch.compile = functools.partial(torch.compile, backend='{backend}')"
     script = hooked(tmp_path, code + "\nbefore('torch:compile', lambda *given: print('compiled'))")
     out, _ = train(tmp_path, "--save_dir", "compiled", "--compile", True, script=script)
     assert out.count("compiled") >= 2

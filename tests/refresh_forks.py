@@ -1,4 +1,5 @@
-"""Write the diffs of utils/README.md anew where the code beside them has moved: python -m tests.refresh_forks
+"""Write the diffs of utils/README.md anew where the code beside them has moved: python -m
+tests.refresh_forks
 
 A diff whose neighbouring lines have changed is named and left as it is.
 """

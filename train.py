@@ -1,11 +1,13 @@
-"""Train an image classifier: edit the constants, or give them on the command line, and run this file.
+"""Train an image classifier: edit the constants, or give them on the command line, and run it.
 
-python train.py                                        one process, on the GPU where there is one
-python train.py --backbone resnet50 --Init_lr 0.02     any constant below, without an editor
-torchrun --nproc_per_node=2 train.py                   two processes (GPUs, or CPU processes without one)
-torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py    the first of two machines
+python train.py                                      one process, on the GPU if there is one
+python train.py --backbone resnet50 --Init_lr 0.02   any constant below, without an editor
+torchrun --nproc_per_node=2 train.py                 two processes, each with a GPU, or on CPUs
+torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py
+                                                     the first of two machines
 """
 
+import math
 import os
 
 from utils.plumbing.start import start_program
@@ -31,7 +33,7 @@ from nets import (
 from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, detection_collate, own_data
 from utils.fit import fit_one_epoch
-from utils.loss_history import LossHistory
+from utils.loss_history import LossHistory, epochs_since_best
 from utils.optimizer import (
     describe_rates,
     fit_lr,
@@ -139,7 +141,8 @@ if __name__ == "__main__":
     # The data
     own = own_data(settings)
     if own:
-        class_names, train_lines, val_lines = lists.check_names(own[0], "own_data"), *own[1:]
+        class_names, train_lines, val_lines = own
+        class_names = lists.check_names(class_names, "own_data")
     else:
         classes_path, train_annotation_path, test_annotation_path = find_lists(settings)
         train_version = lists.version(train_annotation_path)
@@ -158,21 +161,20 @@ if __name__ == "__main__":
     train_data = DataGenerator(
         train_lines,
         input_shape,
-        True,
-        augmentation,
-        random_erasing,
-        crop_scale,
-        val_crop,
-        seed,
-        num_classes,
-        cache_mb,
-        mean,
-        resize,
+        augmentation=augmentation,
+        random_erasing=random_erasing,
+        crop_scale=crop_scale,
+        val_crop=val_crop,
+        seed=seed,
+        num_classes=num_classes,
+        cache_mb=cache_mb,
+        mean=mean,
+        resize=resize,
     )
     val_data = DataGenerator(
         val_lines,
         input_shape,
-        False,
+        random=False,
         val_crop=val_crop,
         num_classes=num_classes,
         cache_mb=cache_mb,
@@ -214,7 +216,8 @@ if __name__ == "__main__":
     print_header(
         settings,
         {
-            "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs)",
+            "backbone": f"{backbone} ({parameters / 1e6:.2f} M parameters, "
+            f"{flops / 1e9:.3f} GFLOPs)",
             "pictures": f"{num_train} training, {num_val} test, {num_classes} classes",
             "optimizer": describe_rates(settings, is_transformer(model)),
             "device": processes.describe_device(Cuda),
@@ -231,9 +234,9 @@ if __name__ == "__main__":
 
     # The run
     save_dir = run or processes.on_rank_0(new_run, save_dir)
-    loss_history = (
-        LossHistory(save_dir, input_shape=input_shape, best_by=best_by) if rank() == 0 else None
-    )
+    loss_history = None  # rank 0 alone has one
+    if rank() == 0:
+        loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by)
     scored_on = {
         **val_data.fingerprint,
         "pictures": processes.on_rank_0(val_data.content),
@@ -264,7 +267,7 @@ if __name__ == "__main__":
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
-        if processes.on_rank_0(lambda: 0 < early_stop <= loss_history.since_best()):
+        if early_stop and processes.on_rank_0(epochs_since_best, loss_history) >= early_stop:
             break
         unfreeze = not Freeze_Train or epoch >= Freeze_Epoch
         if unfreeze != UnFreeze_flag:
@@ -280,7 +283,7 @@ if __name__ == "__main__":
             else:
                 model.freeze_backbone()
             epoch_step = num_train // batch_size
-            epoch_step_val = -(-num_val // batch_size)  # rounded up: every picture counts
+            epoch_step_val = math.ceil(num_val / batch_size)  # every picture counts
             if epoch_step == 0 or epoch_step_val == 0:
                 raise ValueError(too_small(num_train, num_val, "the batch size", batch_size))
 
@@ -309,23 +312,12 @@ if __name__ == "__main__":
             options = dict(
                 pin_memory=Cuda, worker_init_fn=ignore_signals, persistent_workers=num_workers > 0
             )
-            gen = DataLoader(
-                train_data,
-                batch_size,
-                num_workers=num_workers,
-                drop_last=True,
-                collate_fn=detection_collate,
-                sampler=train_sampler,
-                **options,
-            )
-            gen_val = DataLoader(
-                val_data,
-                batch_size,
-                num_workers=num_workers,
-                collate_fn=detection_collate,
-                sampler=val_sampler,
-                **options,
-            )
+            gen = DataLoader(train_data, batch_size, num_workers=num_workers, drop_last=True,
+                             collate_fn=detection_collate, sampler=train_sampler,
+                             **options)  # fmt: skip
+            gen_val = DataLoader(val_data, batch_size, num_workers=num_workers,
+                                 collate_fn=detection_collate, sampler=val_sampler,
+                                 **options)  # fmt: skip
             UnFreeze_flag = unfreeze
 
         # As documented. fit_one_epoch does both again, at the step where it begins and at every
@@ -333,32 +325,15 @@ if __name__ == "__main__":
         if distributed:
             train_sampler.set_epoch(epoch)
         set_optimizer_lr(optimizer, lr_scheduler_func, epoch)
-        fit_one_epoch(
-            model_train,
-            model,
-            loss_history,
-            optimizer,
-            epoch,
-            epoch_step,
-            epoch_step_val,
-            gen,
-            gen_val,
-            UnFreeze_Epoch,
-            Cuda,
-            fp16,
-            scaler,
-            save_period,
-            save_dir,
-            local_rank,
-            recipe=recipe,
-            checkpoint=checkpoint,
-            lr_scheduler_func=lr_scheduler_func,
-        )
+        fit_one_epoch(model_train, model, loss_history, optimizer, epoch, epoch_step,
+                      epoch_step_val, gen, gen_val, UnFreeze_Epoch, Cuda, fp16, scaler,
+                      save_period, save_dir, local_rank, recipe=recipe, checkpoint=checkpoint,
+                      lr_scheduler_func=lr_scheduler_func)  # fmt: skip
 
     if rank() == 0:
         loss_history.writer.close()
-        write_config(
-            save_dir, {**config, "finished": loss_history.rows[-1]["epoch"] == UnFreeze_Epoch}
-        )  # no early stop
+        # an early stop is no end: the run can be continued
+        config["finished"] = loss_history.rows[-1]["epoch"] == UnFreeze_Epoch
+        write_config(save_dir, config)
         say(f"best {loss_history.describe_best()} in {save_dir}")
     processes.finish()

@@ -1,7 +1,8 @@
 """A residual network to read, for small pictures; and the example of a network of your own.
 
-The ResNet-9 of DAWNBench's fastest CIFAR-10 entries (David Page, "How to train your ResNet", 2018), narrower: at width 24
-it has 0.93 million parameters. Its last function is all that get_model asks of a file nets/NAME.py.
+The ResNet-9 of DAWNBench's fastest CIFAR-10 entries (David Page, "How to train your ResNet",
+2018), narrower: at width 24 it has 0.93 million parameters. Its last function is all that get_model
+asks of a file nets/NAME.py.
 """
 
 from torch import nn
@@ -10,7 +11,7 @@ from utils.plumbing.errors import UserError
 
 
 def convolution(inputs, outputs, stride=1):
-    """3×3 convolution, BatchNorm, ReLU: (N, inputs, H, W) → (N, outputs, H / stride, W / stride)."""
+    """Return 3×3 convolution, BatchNorm, ReLU: (N, inputs, H, W) → (N, outputs, H / stride, …)."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),  # BatchNorm has the bias
         nn.BatchNorm2d(outputs),
@@ -45,18 +46,17 @@ class ResNet9(nn.Module):
         self.head = nn.Linear(8 * width, num_classes)
 
     def forward(self, pictures):
-        """float (N, 3, H, W) pictures → (N, num_classes) scores."""
-        return (
-            self.head(self.body(pictures).amax((2, 3))) / 8
-        )  # Page's scale: larger scores learn badly at first
+        """Return float (N, num_classes) logits of float (N, 3, H, W) pictures."""
+        features = self.body(pictures).amax((2, 3))
+        return self.head(features) / 8  # Page's scale: larger logits learn badly at first
 
 
 def resnet9(num_classes, input_shape, width=24):
-    """The network for pictures of input_shape (height, width), both 8 pixels or more."""
+    """Return the network for pictures of input_shape (height, width), both 8 pixels or more."""
     if min(input_shape) < 8:
         raise UserError(
-            f"input_shape = {list(input_shape)}: resnet9 halves pictures three times, it needs 8 pixels"
+            f"input_shape = {list(input_shape)}: resnet9 halves pictures three times, "
+            f"so it needs 8 pixels"
         )
-    return ResNet9(
-        num_classes, width, stride=2 if min(input_shape) >= 48 else 1
-    )  # large ones are slow at full size
+    stride = 2 if min(input_shape) >= 48 else 1  # large pictures are slow at full size
+    return ResNet9(num_classes, width, stride)

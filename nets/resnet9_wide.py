@@ -1,4 +1,4 @@
-"""resnet9 at width 32 (1.65 million parameters): for more pictures; and the example of a variant of a network."""
+"""resnet9 at width 32, 1.65 million parameters, for more pictures: how to vary a network."""
 
 from nets.resnet9 import resnet9
 

@@ -67,7 +67,7 @@ WORDS = {
     OPTIMIZER: ["--optimizer_type", "rmsprop", "--Init_lr", 1e-3],
     CURVE: ["--lr_decay_type", "one_over"],
     LOSS: ["--focal_gamma", 1.5],
-    BALANCED: ["--sampling", "balanced"],
+    BALANCED: ["--balanced_sampling", "True"],
     SAM: ["--sam_radius", 0.1],
 }
 

@@ -178,7 +178,7 @@ def save_csv(path, rows):
     for row in rows:
         writer.writerow(map(cell, row))
     content = memory.getvalue().encode("utf-8", "backslashreplace")
-    save_file(path, lambda file: file.write(content))
+    save_file(path, content)
 
 
 def save_outputs(out, files):

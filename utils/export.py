@@ -107,7 +107,7 @@ def export(run, weights=None, mirrored=False):
     for name, write in writers.items():
         content = write(program, example, sizes, texts)
         paths.append(folder / name)
-        save_file(paths[-1], lambda file, content=content: file.write(content))
+        save_file(paths[-1], content)
         print(f"wrote {printable(paths[-1])} ({len(content) / 1e6:.1f} MB)")
     print(f"input: {texts['input.txt']}", flush=True)
     return paths

@@ -49,11 +49,6 @@ class LossHistory:
         """Compare only epochs that follow from now on."""
         self.best_since = len(self.rows)
 
-    def since_best(self):
-        """Return the number of epochs since the best one."""
-        best = self.best()
-        return self.rows[-1]["epoch"] - best["epoch"] if best else 0
-
     def write(self):
         """Write history.csv, with a column for each metric of any epoch, and epoch_loss.png."""
         names = list(dict.fromkeys(chain(*self.rows)))
@@ -84,6 +79,12 @@ class LossHistory:
     def load_state_dict(self, state):
         self.rows = state["rows"]
         self.best_since = state.get("best_since", 0)
+
+
+def epochs_since_best(history):
+    """Return the number of epochs that a LossHistory has since its best one."""
+    best = history.best()
+    return history.rows[-1]["epoch"] - best["epoch"] if best else 0
 
 
 class NoWriter:

@@ -1,4 +1,4 @@
-"""Atomic writing and checked reading: what a run writes is whole, and what it reads is what was written."""
+"""Write files whole and read them checked: what a run reads is what was written."""
 
 import contextlib
 import copy
@@ -24,9 +24,12 @@ LAST = "last_checkpoint.pth"
 
 @contextlib.contextmanager
 def draft(path, folder=False):
-    """The path of a new file (or folder) beside `path`, with a name of its own; it is removed unless it was moved away."""
+    """Yield the path of a new file or folder beside `path`; it is removed unless moved away."""
     fresh = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}.draft")
-    fresh.mkdir() if folder else fresh.touch(exist_ok=False)  # neither goes through a link
+    if folder:
+        fresh.mkdir()
+    else:
+        fresh.touch(exist_ok=False)  # not through a link
     try:
         yield fresh
     finally:
@@ -34,24 +37,28 @@ def draft(path, folder=False):
 
 
 def remove(path):
+    """Remove a file, a link or a folder with all that is in it, if it is there."""
     with contextlib.suppress(OSError):
-        shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
 
 
 def clear_drafts(folder):
-    """Remove what killed programs have left in a folder: drafts that nobody has written to for ten minutes."""
+    """Remove drafts of killed programs from a folder: those not written to for ten minutes."""
     for path in Path(folder).glob(".*.draft"):
         with contextlib.suppress(OSError):
             if path.lstat().st_mtime < time.time() - 600:
                 remove(path)
 
 
-def save_file(path, write):
-    """write(binary file) on a draft beside `path`, which then takes its place: never half a file, nor through a link."""
+def save_file(path, data):
+    """Write bytes to a draft beside `path`, then move it into place: nobody reads half a file."""
     try:
         with draft(path) as fresh:
             with open(fresh, "wb") as file:
-                write(file)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(fresh, path)
@@ -60,79 +67,87 @@ def save_file(path, write):
 
 
 def not_written(path, error):
+    """Return the UserError for a file that could not be written."""
     return UserError(
-        f"{path} could not be written ({error.strerror or error}); the files saved before it are intact. "
-        f"Free some space or choose another folder (a training continues with resume = True)"
+        f"{path} could not be written ({error.strerror or error}); the files saved before it are "
+        f"intact. Free some space or choose another folder (a training goes on with resume = True)"
     )
 
 
 def save_text(path, text):
-    save_file(path, lambda file: file.write(text.encode("utf-8")))
+    """Save a text in UTF-8."""
+    save_file(path, text.encode("utf-8"))
 
 
 def save_image(path, image):
-    save_file(path, lambda file: image.save(file, "PNG"))
-
-
-def on_cpu(state):
-    """A nested state with every tensor on the CPU: files must load on a machine without a GPU."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().cpu()
-    if isinstance(state, dict):
-        kept = copy.copy(state)  # with a state_dict's version marks
-        kept.update((name, on_cpu(value)) for name, value in state.items())
-        return kept
-    return type(state)(map(on_cpu, state)) if isinstance(state, (list, tuple)) else state
+    """Save a Pillow image as PNG."""
+    memory = io.BytesIO()
+    image.save(memory, "PNG")
+    save_file(path, memory.getbuffer())
 
 
 def save_tensors(path, state):
-    """torch.save through memory: a full disk then raises OSError instead of aborting inside PyTorch's own writer."""
+    """Save a state with torch.save, with every tensor on the CPU.
+
+    It goes through memory: on a full disk PyTorch's own writer would abort the program.
+    """
     memory = io.BytesIO()
     torch.save(on_cpu(state), memory)
-    save_file(path, lambda file: file.write(memory.getbuffer()))
+    save_file(path, memory.getbuffer())
+
+
+def on_cpu(state):
+    """Return a nested state with every tensor on the CPU: it must load where there is no GPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        moved = copy.copy(state)  # with a state_dict's version marks
+        for name, value in state.items():
+            moved[name] = on_cpu(value)
+        return moved
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(on_cpu, state))
+    return state
 
 
 def writable(folder, remedy):
-    """The folder's Path, made where it is missing; a UserError, before any work, when no file can be written there."""
+    """Make a folder if it is missing, and return its Path. UserError: it cannot be written."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} cannot be written ({getattr(error, 'strerror', None) or error}): {remedy}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written ({reason}): {remedy}") from None
     return Path(folder)
 
 
 def check_regular(path, name):
-    """UserError when `path` is missing, a folder, or nothing that ends when it is read (a pipe, a device)."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError) as error:
-        problem = (
-            "does not exist"
-            if isinstance(error, FileNotFoundError)
-            else f"cannot be read ({error})"
-        )
-    else:
-        whole = (
-            stat.S_ISREG(found.st_mode) and found.st_size
-        )  # a file of the kernel without an end says that it is empty
-        problem = (
-            "is a folder, not a file"
-            if stat.S_ISDIR(found.st_mode)
-            else None
-            if whole
-            else "is empty, or no regular file"
-        )
+    """Raise UserError for a path that is missing, a folder, or endless (a pipe, a device)."""
+    problem = problem_of(path)
     if problem:
         raise UserError(f"{name}: {str(path)!r} {problem}")
+
+
+def problem_of(path):
+    """Return why a path cannot be read as a file, or None."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+    if stat.S_ISDIR(status.st_mode):
+        return "is a folder, not a file"
+    # a file of the kernel without an end reports that it is empty
+    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        return "is empty, or no regular file"
+    return None
 
 
 def load_tensors(path, name="model_path"):
     """Return the dictionary in a file of torch.save, on the CPU.
 
-    UserError, which calls the path `name`: a file that cannot be read, that holds anything that could
+    UserError, which calls the path `name`: a file that cannot be read, that holds anything that can
     run, or that has changed since it was written.
     """
     check_regular(path, name)

@@ -199,7 +199,7 @@ def stop_workers():
 
 
 def stop_launcher(number):
-    """Send torchrun a signal, from its first process on a machine, if the launch has several machines.
+    """Send torchrun a signal, from its first process on each machine of several.
 
     It would otherwise start its processes again, and wait for the machine that was told to stop.
     Return whether it was sent.

@@ -112,8 +112,8 @@ def check_trained(optimizer, model):
     if not all(id(parameter) in own for parameter in trained):
         raise UserError(
             "the optimizer trains parameters that are not in the network, so they would be "
-            "neither saved nor the same in all processes: make their module an attribute of the network "
-            "before the optimizer is made (model.my_loss = …)"
+            "neither saved nor the same in all processes: make their module an attribute of the "
+            "network before the optimizer is made (model.my_loss = …)"
         )
 
 
@@ -259,7 +259,7 @@ def rate_at(settings, epoch, transformer):
 
 
 def describe_rates(settings, transformer):
-    """Return the header's text on the optimizer, each phase's rates, and limits that changed them."""
+    """Return the header's text: the optimizer, each phase's rates, the limits that changed them."""
     optimizer_type = settings["optimizer_type"]
     texts = []
     for name in phases(settings):

@@ -24,7 +24,7 @@ from utils.sampler import EpochSampler
 from utils.task import batch_sums, get_criterion, logits_from, metrics_from, target_text
 
 FASTER = 1.1  # what a type of fewer digits, or one that needs a scaler, must gain to be chosen
-# names in torch.cpu.get_capabilities(), of x86 and ARM; without them bfloat16 is emulated, up to 20 times slower
+# names in torch.cpu.get_capabilities(); without these bfloat16 is emulated, 10 times slower
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
@@ -46,8 +46,8 @@ def rehearse(batch, model, recipe, num_classes):
     images, targets, _ = batch
     if images.amax((1, 2, 3)).median() <= 16:
         say(
-            "NOTE: most pictures are almost black (nothing above 16 of 255). 12-bit images in 16-bit "
-            "files look like this: multiply their values by 16"
+            "NOTE: most pictures are almost black (nothing above 16 of 255). 12-bit images in "
+            "16-bit files look like this: multiply their values by 16"
         )
     check_targets(targets, settings, num_classes)
     check_best_by(settings["best_by"], model, batch, settings["Cuda"], recipe)

@@ -169,7 +169,7 @@ def load_matching(model, state, source):
     missed = [name for name in floats if name not in matching]
     ours.update(matching)
     model.load_state_dict(ours)
-    describe(source, len(state), prefix, len(matching), missed, without_head(model, missed))
+    describe(source, len(translated), prefix, len(matching), missed, without_head(model, missed))
     return missed
 
 

@@ -9,8 +9,9 @@ import torch
 
 torch.set_num_threads(1)
 if threading.current_thread() is threading.main_thread():
-    # a shell's background job, and what it starts, would ignore Ctrl-C
+    # a shell's background job, and what it starts, would ignore Ctrl-C; under nohup, SIGHUP
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile(  # the same cases each time, however slow the machine is
     "steady",
     database=None,

@@ -216,8 +216,12 @@ def check_finite(state):
         ("ema", "averaged weights are"),
         ("totals", "loss is"),
     ):
-        for value in (state[name] or {}).values():
-            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+        values = state[name] or {}
+        for key, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            no_loss_was_finite = name == "totals" and key == "finite" and value == 0
+            if no_loss_was_finite or not value.isfinite().all():
                 raise UserError(
                     f"the {what} not finite any more after epoch {state['epoch']}, "
                     f"step {state['step']}: {NOT_FINITE}"

@@ -141,9 +141,8 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
         with model_train.no_sync() if reduce_later else contextlib.nullcontext():
             loss, sums = compute_loss(model_train, images, targets, Cuda, fp16, recipe)
             scaler.scale(loss / len(batches)).backward()
-        if (
-            scaler.is_enabled()
-        ):  # an overflow is the scaler's to skip, and must not stay in the sums
+        if scaler.is_enabled():  # it skips an overflow, which must not stay in the sums
+            sums["finite"] = loss.detach().isfinite().double()
             sums["loss"].nan_to_num_(0, 0, 0)
         all_sums.append(sums)
     return all_sums
@@ -277,7 +276,8 @@ def check_training(position, scaler, lr, Cuda):
     finish its queue.
     """
     epoch, step = position.epoch + 1, position.step
-    if not math.isfinite(position.sums["loss"]):
+    # with a scaler the sum is of the finite losses; 0 / 0 is nan, where there was none
+    if not math.isfinite(position.sums["loss"] / position.sums.get("finite", 1)):
         by = "by " if Cuda else ""  # it was not looked at in every step
         raise UserError(
             f"the loss is not finite in epoch {epoch}, {by}step {step}, at lr {lr:.3g}: "

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.plumbing.processes import LAUNCH_SETTINGS
+from utils.plumbing.processes import LAUNCH_SETTINGS, local_world_size
 
 
 def advice_to_continue(run):
@@ -29,8 +29,7 @@ def launcher(arguments):
     fallback = ["python", sys.argv[0]]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         words = parent_command()
-        number = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        fallback = ["torchrun", f"--nproc_per_node={number}", sys.argv[0]]
+        fallback = ["torchrun", f"--nproc_per_node={local_world_size()}", sys.argv[0]]
     end = len(words) - len(arguments)
     known = end > 1 and words[end:] == arguments and words[end - 1] == sys.argv[0]
     return words[:end] if known else fallback

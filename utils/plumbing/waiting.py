@@ -1,11 +1,10 @@
 """How many processes read pictures, how long training waits for them, and what helps."""
 
-import os
 import time
 
 import torch
 
-from utils.plumbing.processes import cores
+from utils.plumbing.processes import cores, local_world_size
 
 MUCH = 1 / 3  # of an epoch's time: above it, the epoch's line says what helps
 
@@ -15,8 +14,7 @@ def count_workers(num_workers, Cuda, in_memory):
     if num_workers != "auto":
         return num_workers
     if Cuda:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
-        return min(8, max(1, cores() // processes))
+        return min(8, max(1, cores() // local_world_size()))
     # out of memory, loader processes would take more from a CPU that trains than they save
     return 0 if in_memory else 2
 

@@ -159,26 +159,10 @@ if __name__ == "__main__":
         np.random.seed(None)
     num_train, num_val, num_classes = len(train_lines), len(val_lines), len(class_names)
     train_data = DataGenerator(
-        train_lines,
-        input_shape,
-        augmentation=augmentation,
-        random_erasing=random_erasing,
-        crop_scale=crop_scale,
-        val_crop=val_crop,
-        seed=seed,
-        num_classes=num_classes,
-        cache_mb=cache_mb,
-        mean=mean,
-        resize=resize,
+        train_lines, input_shape, num_classes=num_classes, settings=settings, cache_mb=cache_mb
     )
     val_data = DataGenerator(
-        val_lines,
-        input_shape,
-        random=False,
-        val_crop=val_crop,
-        num_classes=num_classes,
-        cache_mb=cache_mb,
-        resize=resize,
+        val_lines, input_shape, False, num_classes, settings=settings, cache_mb=cache_mb
     )
     del train_lines, val_lines
     lists.check_same_everywhere(train_data, val_data)

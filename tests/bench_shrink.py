@@ -62,9 +62,8 @@ def bench_speed(folder):
             f"{96 / ours:.0f} of {96 / theirs:.0f} pictures/s; a copy has "
             f"{np.mean([path.stat().st_size for path in copies.iterdir()]) / 1e3:.0f} KB",
         )
-        data = DataGenerator(
-            [f"0;{path}" for path in sorted(copies.iterdir())], (224, 224), True, "crop"
-        )
+        lines = [f"0;{path}" for path in sorted(copies.iterdir())]
+        data = DataGenerator(lines, (224, 224), settings={"augmentation": "crop"})
 
         def reading():
             return seconds(

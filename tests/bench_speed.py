@@ -29,7 +29,8 @@ def bench_pictures(folder):
     small = photos(folder, 32, 500, 375)
 
     def reading(paths, random):
-        data = DataGenerator([f"0;{p}" for p in paths], (224, 224), random, "crop", val_crop=0.875)
+        settings = {"augmentation": "crop", "val_crop": 0.875}
+        data = DataGenerator([f"0;{p}" for p in paths], (224, 224), random, settings=settings)
         return lambda: seconds(
             lambda: detection_collate([data[1, i, i] for i in range(len(paths))])
         )
@@ -158,7 +159,12 @@ def bench_train(folder):
     target = "≥ 3" if able.get("amx_bf16") else "≥ 2" if able.get("avx512_bf16") else "≥ 1.1"
     paths = photos(folder, 96, 500, 375)
     model, optimizer = network()
-    gen = loader(DataGenerator([f"0;{p}" for p in paths], (224, 224), True, "crop"), 32)
+    gen = loader(
+        DataGenerator(
+            [f"0;{p}" for p in paths], (224, 224), True, settings={"augmentation": "crop"}
+        ),
+        32,
+    )
     with Reference("loops.py", paths=paths, batch=32) as usual:
         ratio, ours, theirs = pairs(
             lambda: train_seconds(model, optimizer, gen, 3, folder, False, fp16), usual, 5
@@ -204,7 +210,7 @@ def bench_evaluate(folder):
     run.Cuda, run.fp16, run.class_names = False, False, [str(i) for i in range(10)]
     run.settings = dict(input_shape=[224, 224], val_crop=0.875)
     lines = [f"{i % 10};{p}" for i, p in enumerate(paths)]
-    data = DataGenerator(lines, (224, 224), False, val_crop=0.875)
+    data = DataGenerator(lines, (224, 224), False, settings={"val_crop": 0.875})
 
     def decode():
         for _ in DataLoader(
@@ -249,7 +255,12 @@ def bench_cuda(folder):
 
     paths, workers = photos(folder, 64, 500, 375), os.cpu_count()
     gen = loader(
-        DataGenerator([f"0;{p}" for p in paths * 4 * steps], (224, 224), True, "crop"),
+        DataGenerator(
+            [f"0;{p}" for p in paths * 4 * steps],
+            (224, 224),
+            True,
+            settings={"augmentation": "crop"},
+        ),
         size,
         workers,
         pin_memory=True,

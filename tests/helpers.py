@@ -307,6 +307,15 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def data_of(source, shape, random=True, augmentation="flip", random_erasing=0.0, **settings):
+    """A DataGenerator with some settings, which may stand in its call."""
+    from utils.dataloader import DataGenerator
+
+    own = {name: settings.pop(name) for name in ("num_classes", "cache_mb") if name in settings}
+    settings.update(augmentation=augmentation, random_erasing=random_erasing)
+    return DataGenerator(source, shape, random, settings=settings, **own)
+
+
 def default_settings(**changes):
     """train.py's own settings, with changes."""
     import train as trainer

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from tests.helpers import make_data, make_project, make_run, run_of, train
+from tests.helpers import data_of, make_data, make_project, make_run, run_of, train
 from utils.dataloader import AUGMENTATIONS, DataGenerator, detection_collate
 from utils.fit import fit_one_epoch, order_of
 from utils.loss_history import LossHistory
@@ -193,9 +193,7 @@ def lines(tmp_path_factory):
 def test_augmentation_is_a_function_of_seed_epoch_and_index(lines, augmentation):
     def picture(seed, epoch, index):
         torch.manual_seed(np.random.default_rng().integers(1 << 30))  # whatever came before
-        return DataGenerator(lines, (32, 40), True, augmentation, 0.5, seed=seed)[epoch, 5, index][
-            0
-        ]
+        return data_of(lines, (32, 40), True, augmentation, 0.5, seed=seed)[epoch, 5, index][0]
 
     first = picture(1, 2, 3)
     assert (
@@ -209,7 +207,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(lines, augmentation)
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_change_nothing(lines, context):
-    data = DataGenerator(lines, (32, 32), True, "trivial", 0.5)
+    data = data_of(lines, (32, 32), True, "trivial", 0.5)
 
     def batches(**options):
         sampler = EpochSampler(len(data), 4, seed=3)
@@ -237,7 +235,7 @@ def test_workers_change_nothing(lines, context):
 
 
 def test_lines_are_tensors_and_shared_where_workers_need_it(lines):
-    data = DataGenerator(lines, (32, 32))
+    data = data_of(lines, (32, 32))
     assert [data.name(i) for i in range(len(data))] == [line.rstrip("\n") for line in lines]
     assert not data.source.text.is_shared() and not data.source.ends.is_shared()
     ForkingPickler.dumps(data)  # as for a worker that is not forked
@@ -309,7 +307,7 @@ def test_memory_changes_nothing(tmp_path, augmentation):
         photo(40, 30, i).save(line.partition(";")[2])
     for random in (True, False):
         plain, kept = (
-            DataGenerator(lines, (24, 24), random, augmentation, 0.3, seed=3, cache_mb=size)
+            data_of(lines, (24, 24), random, augmentation, 0.3, seed=3, cache_mb=size)
             for size in (0, 1)
         )
         assert kept.in_memory and not plain.in_memory
@@ -372,11 +370,11 @@ def test_the_epoch_s_line_says_how_long_training_waited_for_pictures(
     items = [(np.full((9, 9), i, np.uint8), i % 2) for i in range(8)]
     source = Slow(items)
     source.clock = clock
-    data = DataGenerator(source, (8, 8), cache_mb=int(slow == "reading into memory"))
+    data = data_of(source, (8, 8), cache_mb=int(slow == "reading into memory"))
     options = dict(batch_size=4, collate_fn=detection_collate, drop_last=True)
     assert data.fingerprint  # reads some pictures as well, once
     gen = DataLoader(data, sampler=EpochSampler(8, 4), **options)
-    val = DataGenerator(items, (8, 8), random=False)
+    val = data_of(items, (8, 8), random=False)
     gen_val = DataLoader(val, sampler=EpochSampler(8, 4, shuffle=False), **options)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
     if slow == "training":
@@ -441,12 +439,12 @@ def test_waiting_on_a_gpu_is_its_own_pauses(monkeypatch):
 def test_what_is_kept_in_memory(lines):
     size = 3 * 300 * 300 * len(lines) / 1e6
     for augmentation in AUGMENTATIONS:
-        assert DataGenerator(lines, (300, 300), True, augmentation, cache_mb=size).in_memory == (
+        assert data_of(lines, (300, 300), True, augmentation, cache_mb=size).in_memory == (
             augmentation in ("none", "flip", "flips")
         )
-        assert DataGenerator(lines, (300, 300), False, augmentation, cache_mb=size).in_memory
-    assert not DataGenerator(lines, (300, 301), cache_mb=size).in_memory  # all of them, or none
-    data = DataGenerator(lines[:1], (300, 301), random=False)
+        assert data_of(lines, (300, 300), False, augmentation, cache_mb=size).in_memory
+    assert not data_of(lines, (300, 301), cache_mb=size).in_memory  # all of them, or none
+    data = data_of(lines[:1], (300, 301), random=False)
     assert torch.equal(data[0][0], data[0][0]) and data.memory is None
 
 
@@ -458,8 +456,8 @@ def test_workers_share_what_they_have_read(tmp_path, context):
     lines = [f"{i % 3};{tmp_path / f'{i}.png'}" for i in range(20)]
     for i, line in enumerate(lines[1:]):  # the first is unreadable
         photo(40, 30, i).save(line.partition(";")[2])
-    expected = list(epochs(DataGenerator(lines, (24, 24), True, "flips", seed=3), range(2)))
-    data = DataGenerator(lines, (24, 24), True, "flips", seed=3, cache_mb=1)
+    expected = list(epochs(data_of(lines, (24, 24), True, "flips", seed=3), range(2)))
+    data = data_of(lines, (24, 24), True, "flips", seed=3, cache_mb=1)
     data.share_memory()
     assert data.in_memory and data.memory.filled.sum() == 1
     got = []
@@ -475,20 +473,20 @@ def test_workers_share_what_they_have_read(tmp_path, context):
 
 
 def test_without_workers_and_without_room_nothing_is_shared(lines, monkeypatch):
-    data = DataGenerator(lines, (24, 24), random=False, cache_mb=1)
+    data = data_of(lines, (24, 24), random=False, cache_mb=1)
     assert data[3][1] == data[3][1] == 0 and data.memory.filled.tolist()[3] == 1
     assert not data.memory.images.is_shared()
     data.share_memory()
     assert data.memory.images.is_shared() and data.in_memory
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=24 * 24 * 3 * 20))
-    data = DataGenerator(lines, (24, 24), random=False, cache_mb=1)
+    data = data_of(lines, (24, 24), random=False, cache_mb=1)
     data.share_memory()
     assert not data.in_memory and data[3][1] == 0 and data.memory is None
 
 
 def test_own_data_without_a_readable_picture_is_not_kept():
-    data = DataGenerator(Items([OSError("gone")] * 3), (8, 8), random=False, cache_mb=1)
+    data = data_of(Items([OSError("gone")] * 3), (8, 8), random=False, cache_mb=1)
     data.share_memory()
     assert not data.in_memory and data[0][0] is None
 
@@ -497,7 +495,7 @@ def test_targets_of_other_kinds_are_not_kept_as_the_first_one(monkeypatch):
     targets = [1, 0.5, [1, 2], 3]
     monkeypatch.setattr("utils.dataloader.read_label", lambda label, number: targets[label])
     grey = np.zeros((9, 9), np.uint8)
-    data = DataGenerator([(grey, i) for i in range(4)], (8, 8), random=False, cache_mb=1)
+    data = data_of([(grey, i) for i in range(4)], (8, 8), random=False, cache_mb=1)
     for _ in range(2):
         assert [data[i][1] for i in range(4)] == targets
     assert data.memory.filled.tolist() == [1, 0, 0, 1]
@@ -505,13 +503,13 @@ def test_targets_of_other_kinds_are_not_kept_as_the_first_one(monkeypatch):
 
 def test_training_refuses_a_plain_index(lines):
     with pytest.raises(UserError, match="EpochSampler"):
-        DataGenerator(lines, (8, 8))[3]
-    assert DataGenerator(lines, (8, 8), random=False)[3][0].shape == (8, 8, 3)
+        data_of(lines, (8, 8))[3]
+    assert data_of(lines, (8, 8), random=False)[3][0].shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("augmentation", ["flip", "crop", "trivial"])
 def test_a_picture_that_comes_twice_is_augmented_twice(lines, augmentation):
-    data = DataGenerator(lines, (32, 32), True, augmentation)
+    data = data_of(lines, (32, 32), True, augmentation)
     assert len({data[0, place, 7][0].numpy().tobytes() for place in range(12)}) > 1
 
 
@@ -535,7 +533,7 @@ def test_a_picture_that_comes_twice_is_augmented_twice(lines, augmentation):
 )
 def test_a_label_that_is_no_class_id_is_a_sentence(label):
     grey = np.zeros((9, 9), np.uint8)
-    data = DataGenerator(Items([(grey, 1), (grey, label)]), (8, 8), random=False, num_classes=2)
+    data = data_of(Items([(grey, 1), (grey, label)]), (8, 8), random=False, num_classes=2)
     assert data[0][1] == 1
     for ask in (lambda: data[1], data.class_ids):
         with pytest.raises(
@@ -561,7 +559,7 @@ def test_a_label_that_is_no_class_id_is_a_sentence(label):
     ],
 )
 def test_a_data_sets_own_mistake_is_no_broken_picture(error, random):
-    data = DataGenerator(Items([(np.zeros((9, 9), np.uint8), 1), error]), (8, 8), random)
+    data = data_of(Items([(np.zeros((9, 9), np.uint8), 1), error]), (8, 8), random)
     with pytest.raises(type(error)) as caught:
         data[0, 0, 1]
     assert caught.value is error
@@ -579,9 +577,9 @@ def test_a_data_sets_own_mistake_is_no_broken_picture(error, random):
 )
 def test_what_reading_a_picture_raises_is_a_broken_picture(error):
     source = Items([(np.zeros((9, 9), np.uint8), 1), error])
-    image, target, unreadable = DataGenerator(source, (8, 8), random=False)[1]
+    image, target, unreadable = data_of(source, (8, 8), random=False)[1]
     assert image is None and target is None and [index for index, _ in unreadable] == [1]
-    assert DataGenerator(source, (8, 8))[0, 0, 1][1] == 1
+    assert data_of(source, (8, 8))[0, 0, 1][1] == 1
 
 
 def test_too_little_memory_is_no_broken_picture(lines, monkeypatch):
@@ -590,7 +588,7 @@ def test_too_little_memory_is_no_broken_picture(lines, monkeypatch):
 
     monkeypatch.setattr("utils.pictures.crop", short)
     with pytest.raises(MemoryError):
-        DataGenerator(lines, (8, 8))[0, 0, 0]
+        data_of(lines, (8, 8))[0, 0, 0]
 
 
 def test_class_ids():
@@ -601,12 +599,12 @@ def test_class_ids():
 
     grey = np.zeros((9, 9), np.uint8)
     source = Transformed([(grey, 2), (grey, 1), (grey, 0)])
-    assert DataGenerator(source, (8, 8)).class_ids().tolist() == [0, 1, 2]
+    assert data_of(source, (8, 8)).class_ids().tolist() == [0, 1, 2]
     source.target_transform = lambda label: 2 - label
-    assert DataGenerator(source, (8, 8)).class_ids().tolist() == [2, 1, 0]
+    assert data_of(source, (8, 8)).class_ids().tolist() == [2, 1, 0]
     source.target_transform, source.transforms = None, lambda picture, label: (picture, 2 - label)
-    assert DataGenerator(source, (8, 8)).class_ids().tolist() == [2, 1, 0]
-    ids = DataGenerator(["1;a", "0;b"], (8, 8), num_classes=2).class_ids()
+    assert data_of(source, (8, 8)).class_ids().tolist() == [2, 1, 0]
+    ids = data_of(["1;a", "0;b"], (8, 8), num_classes=2).class_ids()
     assert ids.tolist() == [1, 0] and ids.dtype == np.int64
 
 
@@ -625,7 +623,7 @@ def test_targets_of_any_kind_travel(monkeypatch, workers, targets, dtype):
     monkeypatch.setattr(
         "utils.dataloader.read_label", lambda label, num_classes: targets[int(label)]
     )
-    data = DataGenerator([(np.zeros((9, 9), np.uint8), i) for i in range(2)], (8, 8), random=False)
+    data = data_of([(np.zeros((9, 9), np.uint8), i) for i in range(2)], (8, 8), random=False)
     ((_, found, _),) = DataLoader(
         data,
         2,
@@ -643,26 +641,23 @@ def test_fingerprint(lines):
     """It names all that items depend on, and of data of one's own the content of some."""
 
     def of(source, *options, **more):
-        return DataGenerator(source, *options, **more).fingerprint
+        return data_of(source, *options, **more).fingerprint
 
     base = of(lines, (32, 40), False)
+    training = of(lines, (32, 40))
     assert base == of(lines, [32, 40], False, cache_mb=100) == json.loads(json.dumps(base))
-    others = dict(
-        input_shape=(32, 32),
-        random=True,
-        augmentation="none",
-        random_erasing=0.1,
-        crop_scale=0.1,
-        val_crop=0.9,
-        seed=1,
-        num_classes=3,
-        mean=(0, 0, 0),
-        resize="squeeze",
+    seen_by_all = dict(input_shape=(32, 32), val_crop=0.9, num_classes=3, resize="squeeze")
+    of_training = dict(
+        augmentation="none", random_erasing=0.1, crop_scale=0.1, seed=1, mean=[0, 0, 0]
     )
-    for name, value in others.items():
-        options = {"input_shape": (32, 40), "random": False, name: value}
+    for name, value in {**seen_by_all, **of_training}.items():
+        options = {"shape": (32, 40), name: value}
+        if name == "input_shape":
+            options = {"shape": value}
         changed = of(lines, **options)
-        assert [key for key in base if base[key] != changed[key]] == [name]
+        assert [key for key in training if training[key] != changed[key]] == [name]
+        assert (of(lines, random=False, **options) == base) == (name in of_training)
+    assert training["random"] and not base["random"]
     for other in (lines[:-1], lines[1:] + lines[:1], ["1" + lines[0][1:], *lines[1:]]):
         assert of(other, (32, 40), False)["list"] != base["list"]
     greys = [(np.full((9, 9), i, np.uint8), i) for i in range(3)]
@@ -690,7 +685,7 @@ def test_targets_count_by_content(kind):
         else:
             targets = kind(targets)
         data.targets = targets
-        return DataGenerator(data, (8, 8), False).fingerprint
+        return data_of(data, (8, 8), False).fingerprint
 
     targets = [0] * 3000
     assert of(targets) == of(list(targets))
@@ -728,24 +723,24 @@ def test_unreadable(lines, tmp_path):
     whole_file = open(lines[0].strip().partition(";")[2], "rb").read()
     (tmp_path / "cut.jpg").write_bytes(whole_file[: len(whole_file) // 2])
     bad = [f"2;{tmp_path / name}\n" for name in ("zero.jpg", "text.jpg", "cut.jpg", "vanished.png")]
-    data = DataGenerator(lines + bad, (32, 32), True)
+    data = data_of(lines + bad, (32, 32), True)
     for index in range(20, 24):
         image, class_id, unreadable = data[1, 0, index]
         assert image.shape == (32, 32, 3) and unreadable[0][0] == index
         again = data[1, 0, index]
         assert torch.equal(image, again[0]) and class_id == again[1]
     images, targets, unreadable = detection_collate(
-        [DataGenerator(bad + lines, (32, 32), False)[i] for i in range(6)]
+        [data_of(bad + lines, (32, 32), False)[i] for i in range(6)]
     )
     assert len(images) == len(targets) == 2 and [index for index, _ in unreadable] == [0, 1, 2, 3]
-    images, targets, _ = detection_collate([DataGenerator(bad, (32, 32), False)[0]])
+    images, targets, _ = detection_collate([data_of(bad, (32, 32), False)[0]])
     assert len(images) == len(targets) == 0
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
     photo(60, 50).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    image, _, unreadable = DataGenerator([f"0;{tmp_path}/a.png"], (8, 8), random=False)[0]
+    image, _, unreadable = data_of([f"0;{tmp_path}/a.png"], (8, 8), random=False)[0]
     assert image is None and "Bomb" in unreadable[0][1]
 
 
@@ -804,24 +799,24 @@ def test_squeeze_keeps_the_whole_picture(augmentation):
     picture = shape_of_an_l()
     source = [(picture, 0)]
     for random in (False, True):
-        data = DataGenerator(source, (32, 24), random, augmentation, resize="squeeze")
+        data = data_of(source, (32, 24), random, augmentation, resize="squeeze")
         image = data[0, 0, 0][0]
         assert image.shape == (32, 24, 3)
         if not data.random_crops:
             assert corners(image) == L
             expected = np.asarray(picture.resize((24, 32), Image.Resampling.BILINEAR)).astype(int)
             assert np.abs(image.numpy() - expected).max() <= 1
-    cropped = DataGenerator(source, (32, 24), False)[0][0]
+    cropped = data_of(source, (32, 24), False)[0][0]
     assert corners(cropped) == [(0, 0), (0, 0), (0, 1), (0, 1)]  # the middle alone
     torch.manual_seed(0)
-    data = DataGenerator(source, (32, 24), True, "crop", crop_scale=0.5, resize="squeeze")
+    data = data_of(source, (32, 24), True, "crop", crop_scale=0.5, resize="squeeze")
     shapes = [box[3] / box[2] for box in (data.choose_box(480, 960) for _ in range(50))]
     assert 1.45 < min(shapes) < 1.8 and 2.2 < max(shapes) < 2.7
     assert data.choose_box(480, 960)[2] * data.choose_box(480, 960)[3] > 0.4 * 480 * 960
 
 
 def test_val_crop_of_a_squeezed_picture():
-    data = DataGenerator([(shape_of_an_l(), 0)], (8, 8), False, val_crop=0.5, resize="squeeze")
+    data = data_of([(shape_of_an_l(), 0)], (8, 8), False, val_crop=0.5, resize="squeeze")
     assert data.choose_box(48, 96) == (12, 24, 24, 48)
     assert corners(data[0][0]) == [(0, 0)] * 4
 
@@ -832,26 +827,24 @@ def test_wide_pictures_are_noted(tmp_path):
     for i, size in enumerate(sizes):
         Image.new("RGB", size).save(tmp_path / f"{i}.jpg")
     lines = [f"0;{tmp_path / f'{i}.jpg'}" for i in range(5)]
-    text = DataGenerator(lines, (64, 64)).describe_cut()
+    text = data_of(lines, (64, 64)).describe_cut()
     assert "640×120" in text and "81%" in text and "--resize squeeze" in text
-    assert DataGenerator(lines, (64, 64), resize="squeeze").describe_cut() == ""
-    assert DataGenerator(lines[:1] + lines[3:], (64, 64)).describe_cut() == ""
-    assert DataGenerator(lines[:3], (24, 128)).describe_cut() == ""  # the pictures' own proportions
+    assert data_of(lines, (64, 64), resize="squeeze").describe_cut() == ""
+    assert data_of(lines[:1] + lines[3:], (64, 64)).describe_cut() == ""
+    assert data_of(lines[:3], (24, 128)).describe_cut() == ""  # the pictures' own proportions
     for i in range(3):  # cut to the header, and turned
         exif = Image.Exif()
         exif[0x0112] = 6
         Image.new("RGB", (640, 120)).save(tmp_path / f"{i}.jpg", exif=exif)
         whole_file = (tmp_path / f"{i}.jpg").read_bytes()
         (tmp_path / f"{i}.jpg").write_bytes(whole_file[: whole_file.rindex(b"\xff\xda")])
-    assert DataGenerator(lines[:3], (128, 24)).describe_cut() == ""
-    assert "120×640" in DataGenerator(lines[:3], (64, 64)).describe_cut()
-    own = DataGenerator(
-        [(np.zeros((20, 90, 3), np.uint8), 0), (Image.new("L", (90, 20)), 0)], (9, 9)
-    )
+    assert data_of(lines[:3], (128, 24)).describe_cut() == ""
+    assert "120×640" in data_of(lines[:3], (64, 64)).describe_cut()
+    own = data_of([(np.zeros((20, 90, 3), np.uint8), 0), (Image.new("L", (90, 20)), 0)], (9, 9))
     assert "90×20" in own.describe_cut()
     for i in range(5):
         (tmp_path / f"{i}.jpg").write_bytes(b"\xff\xd8\xff" + bytes(i))
-    assert DataGenerator(lines, (64, 64)).describe_cut() == ""
+    assert data_of(lines, (64, 64)).describe_cut() == ""
 
 
 @pytest.mark.parametrize("settings", [{}, dict(resize="squeeze"), dict(val_crop=0.5)])
@@ -863,9 +856,7 @@ def test_commands_read_pictures_as_validation_does(tmp_path, monkeypatch, settin
     photo(120, 60).save("wide.png")
     Path("test.txt").write_text("0;wide.png\n1;wide.png\n")
     run = make_run("run", ["a", "b"], test_annotation_path="test.txt", **settings)
-    expected = DataGenerator(["0;wide.png"], (32, 32), False, **settings)[0][0].permute(2, 0, 1)[
-        None
-    ]
+    expected = data_of(["0;wide.png"], (32, 32), False, **settings)[0][0].permute(2, 0, 1)[None]
     seen = []
 
     def score(model, images, targets, *rest):
@@ -886,7 +877,7 @@ def test_commands_read_pictures_as_validation_does(tmp_path, monkeypatch, settin
     assert all(torch.equal(image, expected[0]) for images in seen for image in images)
     if "resize" in settings:
         assert torch.equal(
-            drawn[0], DataGenerator(["0;wide.png"], (112, 112), False, resize="squeeze")[0][0]
+            drawn[0], data_of(["0;wide.png"], (112, 112), False, resize="squeeze")[0][0]
         )
     words = export.describe_input(predict.Classifier(run).settings)
     assert ("the whole picture" in words) == ("resize" in settings)
@@ -987,7 +978,7 @@ def test_few_of_the_sample_are_no_task_for_a_linear_classifier(tmp_path, monkeyp
 
 def test_a_data_set_travels_to_a_spawned_process(lines):
     """By pickle, with what it draws."""
-    data = DataGenerator(lines, (32, 32), True, "trivial", 0.5)
+    data = data_of(lines, (32, 32), True, "trivial", 0.5)
     other = ForkingPickler.loads(bytes(ForkingPickler.dumps(data)))
     for item in ((0, 0, 3), (1, 2, 5)):
         assert torch.equal(data[item][0], other[item][0]) and data[item][1:] == other[item][1:]

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils.dataloader import POLICIES, DataGenerator
+from tests.helpers import data_of
+from utils.dataloader import POLICIES
 from utils.pictures import read_crop
 from utils.recipe import Recipe
 from utils.sampler import EpochSampler
@@ -24,7 +25,7 @@ def positions(height, width):
 
 def draws(source, number=200, shape=SHAPE, **options):
     """The pictures that training sees of the first one of `source`, in so many epochs."""
-    data = DataGenerator(source, shape, True, **options)
+    data = data_of(source, shape, True, **options)
     return [data[epoch, 0, 0][0] for epoch in range(number)]
 
 
@@ -73,7 +74,7 @@ def test_flips_turn_it_upside_down_as_well(picture):
 @pytest.mark.parametrize("size", [(64, 80), (64, 160), (128, 80)])
 def test_the_centre_is_seen(random, val_crop, size):
     """The largest box of the shape's proportions, times val_crop, in the middle."""
-    data = DataGenerator([(positions(*size), 0)], SHAPE, random, "none", val_crop=val_crop)
+    data = data_of([(positions(*size), 0)], SHAPE, random, "none", val_crop=val_crop)
     height, width = size
     scale = min(height / 32, width / 40) * val_crop
     across, down = scale * 40 / width, scale * 32 / height
@@ -82,7 +83,7 @@ def test_the_centre_is_seen(random, val_crop, size):
 
 
 def test_a_squeezed_picture_is_seen_whole():
-    data = DataGenerator([(positions(64, 240), 0)], SHAPE, False, resize="squeeze")
+    data = data_of([(positions(64, 240), 0)], SHAPE, False, resize="squeeze")
     assert extent(data[0][0], 64, 240) == pytest.approx((0, 0, 1, 1), abs=0.02)
 
 

@@ -214,7 +214,7 @@ def print_next_steps(paths, names, lists, is_shrunk):
             f"{len(lists[2])} pictures are kept for the end, after training: "
             f"python -m utils.evaluate RUN --annotation {shlex.quote(paths[3])}"
         )
-    settings, notes = advise([path for _, path in lists[0]], len(names), is_shrunk)
+    settings, notes = advise([(path, name) for name, path in lists[0]], len(names), is_shrunk)
     for note in notes:
         say(note)
     command = "python train.py"

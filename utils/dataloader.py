@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
-from utils.pictures import MEAN, centre_box, describe_cut, random_box, read_crop
+from utils.pictures import MEAN, centre_box, describe_cut, random_box, read_crop, read_sizes
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import content_sum
-from utils.plumbing.formats import BROKEN, failure_reason, read_size
+from utils.plumbing.formats import BROKEN, failure_reason
 from utils.plumbing.lists import AnnotationLines
 from utils.plumbing.memory import PictureMemory
 from utils.task import read_label
@@ -32,6 +32,16 @@ POLICIES = {
 RESIZES = ("crop", "squeeze")  # cut to input_shape's proportions, or keep the whole picture
 FIXED = ("none", "flip", "flips")  # these read the same crop of a picture in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
+# the settings that items depend on, with a value for whoever lacks one: of all, and of training
+CROPPING = {"resize": "crop", "val_crop": 1.0}
+AUGMENTING = {
+    "augmentation": "flip",
+    "crop_scale": 0.08,
+    "random_erasing": 0.0,
+    "mean": MEAN,
+    "seed": 0,
+}
+DEFAULTS = {**CROPPING, **AUGMENTING}
 
 
 def own_data(settings):
@@ -52,6 +62,7 @@ class DataGenerator(Dataset):
     An item is asked for by (epoch, place, index), or by an index where nothing is random. It is
     (uint8 (H, W, 3), target, [(index, reason)] of what was unreadable).
     random: augment, and replace an unreadable picture by another one; else both are None.
+    settings: train.py's; DEFAULTS hold where one is missing.
     cache_mb (of 10⁶ bytes): what was read is kept in memory, if all of it fits and a picture's crop
     is the same in every epoch.
     """
@@ -61,15 +72,9 @@ class DataGenerator(Dataset):
         annotation_lines,
         input_shape,
         random=True,
-        augmentation="flip",
-        random_erasing=0.0,
-        crop_scale=0.08,
-        val_crop=1.0,
-        seed=0,
         num_classes=None,
+        settings=None,
         cache_mb=0,
-        mean=MEAN,
-        resize="crop",
     ):
         self.source = annotation_lines
         if isinstance(annotation_lines, list):
@@ -77,21 +82,20 @@ class DataGenerator(Dataset):
                 self.source = AnnotationLines(annotation_lines)
         self.input_shape = tuple(input_shape)
         self.random = random
-        self.augmentation = augmentation
-        self.resize = resize
-        self.crop_scale = crop_scale
-        self.val_crop = val_crop
-        self.random_erasing = random_erasing
-        self.mean = mean
-        self.seed = seed
         self.num_classes = num_classes
+        self.settings = {**DEFAULTS, **(settings or {})}
+        augmentation = self.settings["augmentation"]
         self.random_crops = random and augmentation not in FIXED
         size = len(self) * math.prod(self.input_shape) * 3
         self.in_memory = not self.random_crops and size <= cache_mb * 1e6
         self.memory = None  # the PictureMemory, when the first picture has been read
-        self.transforms = [POLICIES[augmentation]()] if random and augmentation in POLICIES else []
-        if random and random_erasing:
-            self.transforms.append(v2.RandomErasing(random_erasing, value=[255 * m for m in mean]))
+        self.transforms = []
+        if random and augmentation in POLICIES:
+            self.transforms.append(POLICIES[augmentation]())
+        if random and self.settings["random_erasing"]:
+            grey = [255 * value for value in self.settings["mean"]]
+            erasing = v2.RandomErasing(self.settings["random_erasing"], value=grey)
+            self.transforms.append(erasing)
 
     def __len__(self):
         return len(self.source)
@@ -113,21 +117,18 @@ class DataGenerator(Dataset):
 
     def choose_box(self, height, width):
         """Return the (top, left, height, width) that is read of a picture of this size."""
-        squeeze = self.resize == "squeeze"
+        squeeze = self.settings["resize"] == "squeeze"
         if self.random_crops:
-            return random_box(self.crop_scale, height, width, width / height if squeeze else 1.0)
+            proportions = width / height if squeeze else 1.0
+            return random_box(self.settings["crop_scale"], height, width, proportions)
         shape = (height, width) if squeeze else self.input_shape
-        return centre_box(shape, self.val_crop, height, width)
+        return centre_box(shape, self.settings["val_crop"], height, width)
 
     def describe_cut(self):
         """Return pictures.describe_cut's note on some of the pictures; "" where all is kept."""
-        if self.resize == "squeeze":
+        if self.settings["resize"] == "squeeze":
             return ""
-        sizes = []
-        for index in range(0, len(self), max(1, len(self) // 32)):
-            with suppress(*BROKEN):
-                sizes.append(read_size(self.source[index][0]))
-        return describe_cut(sizes, self.input_shape)
+        return describe_cut(read_sizes(self.source), self.input_shape)
 
     def class_ids(self):
         """Return every target, int64 (N,) of class ids.
@@ -152,18 +153,13 @@ class DataGenerator(Dataset):
             content = zlib.crc32(self.source.text.numpy())
         else:
             content = self.sample_content()
+        names = DEFAULTS if self.random else CROPPING
         return {
             "list": f"{len(self)} pictures, {content:08x}",
             "num_classes": self.num_classes,
             "input_shape": list(self.input_shape),
-            "resize": self.resize,
-            "val_crop": self.val_crop,
             "random": self.random,
-            "augmentation": self.augmentation,
-            "crop_scale": self.crop_scale,
-            "random_erasing": self.random_erasing,
-            "mean": list(self.mean),
-            "seed": self.seed,
+            **{name: self.settings[name] for name in names},
         }
 
     def sample_content(self):
@@ -246,9 +242,9 @@ class DataGenerator(Dataset):
         if not self.random:
             return image
         # v2's flip wants (3, H, W) and takes three times as long
-        if self.augmentation != "none" and rng.random() < 0.5:
+        if self.settings["augmentation"] != "none" and rng.random() < 0.5:
             image = image.flip(1)
-        if self.augmentation == "flips" and rng.random() < 0.5:
+        if self.settings["augmentation"] == "flips" and rng.random() < 0.5:
             image = image.flip(0)
         for transform in self.transforms:
             image = transform(image.permute(2, 0, 1)).permute(1, 2, 0)
@@ -262,7 +258,9 @@ class DataGenerator(Dataset):
                 f"derive your sampler from EpochSampler, with another order()"
             )
         epoch, place, index = item if is_place else (0, 0, item)
-        rng = random.Random(f"{self.seed} {epoch} {place} {index}")  # a text mixes all four well
+        rng = random.Random(
+            f"{self.settings['seed']} {epoch} {place} {index}"
+        )  # a text mixes all four well
         if self.random:
             # torch.manual_seed would walk through every device
             torch.default_generator.manual_seed(rng.getrandbits(63))

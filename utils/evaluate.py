@@ -135,7 +135,7 @@ def draw_mistakes(data, indices, mistakes):
 
     indices: the data's index of each prediction, as unreadable pictures have none.
     """
-    small = DataGenerator(data.source, (112, 112), random=False, resize=data.resize)
+    small = DataGenerator(data.source, (112, 112), random=False, settings=data.settings)
     pictures, captions = [], []
     for place, caption in mistakes:
         index = int(indices[place])

@@ -91,15 +91,8 @@ class TrainedRun:
 
     def dataset(self, source, kind=DataGenerator):
         """Return pictures as the network sees them; source: what a DataGenerator takes."""
-        settings = self.settings
-        return kind(
-            source,
-            settings["input_shape"],
-            random=False,
-            val_crop=settings["val_crop"],
-            num_classes=len(self.class_names),
-            resize=settings["resize"],
-        )
+        number = len(self.class_names)
+        return kind(source, self.settings["input_shape"], False, number, self.settings)
 
     def score(self, data, batch_size, num_workers=None):
         """Yield each batch's (logits, (N, …) targets, [(index, reason)] of unreadable pictures).

@@ -1,26 +1,14 @@
 """The settings that a friend would advise for a set of pictures, and what to do before."""
 
 import math
-from contextlib import suppress
 
 import numpy as np
 
-from utils.pictures import describe_cut
-from utils.plumbing.errors import UserError
-from utils.plumbing.formats import BROKEN, read_size
+from utils.pictures import describe_cut, read_sizes
 
 SMALL = 96  # pixels; from this shorter side on, photographs resemble those of ImageNet
 FEW = 100  # training pictures of a class; below it pretrained weights pay for small pictures, too
 SLOW = 900  # pixels; a photo of this shorter side takes longer to decode than to train on
-
-
-def read_sizes(paths):
-    """Return [(height, width)] of about 200 of the pictures, by their headers."""
-    sizes = []
-    for path in paths[:: math.ceil(len(paths) / 200)]:
-        with suppress(UserError, *BROKEN):
-            sizes.append(read_size(path))
-    return sizes
 
 
 def count_epochs(number, batch_size, steps):
@@ -28,12 +16,12 @@ def count_epochs(number, batch_size, steps):
     return min(max(3, math.ceil(steps / max(1, number // batch_size))), 100)
 
 
-def advise(paths, num_classes, is_shrunk):
-    """Return ({setting: value} for training on the pictures at these paths, [note, …] for people).
+def advise(pairs, num_classes, is_shrunk):
+    """Return ({setting: value} for training on [(path, class name), …], [note, …] for people).
 
     tests/README.md, Fine-tuning, has the measurements.
     """
-    sizes = read_sizes(paths)
+    sizes = read_sizes(pairs)
     if not sizes:
         return {}, []
     height, width = (round(side) for side in np.median(sizes, axis=0))
@@ -41,12 +29,12 @@ def advise(paths, num_classes, is_shrunk):
     if min(height, width) >= SLOW and not is_shrunk:
         notes.append("--shrink 512 makes copies of large photos, which train many times faster")
     is_small = min(height, width) < SMALL
-    if is_small and len(paths) > FEW * num_classes:
+    if is_small and len(pairs) > FEW * num_classes:
         settings = {"input_shape": [min(side, 224) for side in (height, width)]}
-        settings["UnFreeze_Epoch"] = count_epochs(len(paths), 32, steps=1000)
+        settings["UnFreeze_Epoch"] = count_epochs(len(pairs), 32, steps=1000)
         return settings, notes
     side = SMALL if is_small else 224
-    batch_size = min(16 if len(paths) >= 64 else 8, len(paths))
+    batch_size = min(16 if len(pairs) >= 64 else 8, len(pairs))
     settings = {
         "pretrained": True,
         "backbone": "resnet18",
@@ -54,7 +42,7 @@ def advise(paths, num_classes, is_shrunk):
         "optimizer_type": "adam",
         "Init_lr": "4e-3",
         "Unfreeze_batch_size": batch_size,
-        "UnFreeze_Epoch": count_epochs(len(paths), batch_size, steps=500),
+        "UnFreeze_Epoch": count_epochs(len(pairs), batch_size, steps=500),
     }
     if cut := describe_cut(sizes, settings["input_shape"]):
         settings["resize"] = "squeeze"

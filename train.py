@@ -44,7 +44,6 @@ from utils.optimizer import (
 from utils.plumbing import lists, processes
 from utils.plumbing.command_line import command_line
 from utils.plumbing.console import say, show_errors_as_sentences
-from utils.plumbing.constants import sources
 from utils.plumbing.processes import ignore_signals, rank, world_size
 from utils.plumbing.run import begin_run, new_run, print_header, write_config
 from utils.plumbing.settings import (
@@ -129,12 +128,12 @@ resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 if __name__ == "__main__":
     show_errors_as_sentences()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    settings = command_line(globals())
+    settings, recorded = command_line(globals())
     check_launch(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
     run, config, state = processes.on_rank_0(continued_run, resume, save_dir)
     if run:  # it goes on with its own settings
-        settings = command_line(globals(), config=config)
+        settings, recorded = command_line(globals(), config=config)
         check_goes_on(run, config, state, settings)
     check_settings(settings, continued=run is not None)
 
@@ -243,7 +242,7 @@ if __name__ == "__main__":
     )
     if state:
         checkpoint.load(state)
-    config = processes.on_rank_0(begin_run, save_dir, settings, class_names, sources(__file__))
+    config = processes.on_rank_0(begin_run, save_dir, settings, class_names, recorded)
     checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
     if state is None and rank() == 0:

@@ -738,7 +738,7 @@ def test_what_is_to_be_pasted(count, size, side, words, note, capsys):
     if side:
         words = f'--pretrained True --backbone resnet18 --input_shape "[{side},{side}]" {words}'
     assert note in out and out.splitlines()[-1] == f"python train.py {words}"
-    settings = command_line(dict(vars(train_module)), shlex.split(words))
+    settings, _ = command_line(dict(vars(train_module)), shlex.split(words))
     check_settings(settings)
     assert describe_few_steps(settings, 2 * count) == ""
 

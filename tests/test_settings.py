@@ -16,8 +16,7 @@ import train as trainer
 from tests.helpers import history, make_data, make_project, run_of, train
 from utils.plumbing import settings as rules
 from utils.plumbing.command_line import command_line
-from utils.plumbing.constants import constants as constants_of
-from utils.plumbing.constants import sources
+from utils.plumbing.command_line import constants as constants_of
 from utils.plumbing.errors import UserError
 from utils.plumbing.run import as_json
 from utils.recipe import Recipe
@@ -42,7 +41,7 @@ def given_words(*words, **constants):
         "os": os,
         **constants,
     }
-    result = command_line(values, list(map(str, words)))
+    result, _ = command_line(values, list(map(str, words)))
     assert result == {name: values[name] for name in CONSTANTS}
     return result
 
@@ -400,10 +399,10 @@ def continued(tmp_path, text, *words, config=None):
     path.write_text(text)
     script = {"__file__": str(path), "__doc__": "", "os": os, "np": np}
     exec(text, script)
-    values = command_line(script, list(map(str, words)))
+    values, recorded = command_line(script, list(map(str, words)))
     if config:
-        values = command_line(script, list(map(str, words)), config=config)
-    return values, {"settings": as_json(values), "constants": sources(path)}
+        values, recorded = command_line(script, list(map(str, words)), config=config)
+    return values, as_json({"settings": values, **recorded})
 
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path):
@@ -453,16 +452,30 @@ def test_a_chosen_precision_stays(tmp_path, words):
     assert continued(tmp_path, FILE, *words, config=config)[0]["fp16"] == "auto"
 
 
-def test_runs_of_before_constants_were_kept(tmp_path):
-    _, config = continued(tmp_path, FILE, "--UnFreeze_Epoch", 12)
-    config["constants"] = {}
-    values, _ = continued(tmp_path, FILE, config=config)
-    assert values["UnFreeze_Epoch"] == 12 and values["weights"].tolist() == [1, 1]
+def test_constants_that_come_and_go(tmp_path):
+    _, config = continued(tmp_path, FILE, "--UnFreeze_Epoch", 12, "--Init_lr", 0.02)
     more = FILE + "more = UnFreeze_Epoch + 1\n"  # a constant that the run has not
-    assert continued(tmp_path, more, config=config)[0]["more"] == 13
-    config["settings"]["UnFreeze_Epoch"] = "12"
-    with pytest.raises(UserError, match="UnFreeze_Epoch = '12' must be"):
+    values, _ = continued(tmp_path, more, config=config)
+    assert values["more"] == 13 and values["weights"].tolist() == [1, 1]
+    less = "".join(line for line in FILE.splitlines(True) if "lr" not in line and "Min" not in line)
+    assert "Init_lr" not in continued(tmp_path, less, config=config)[0]
+    config["words"]["UnFreeze_Epoch"] = "many"
+    with pytest.raises(UserError, match="UnFreeze_Epoch = 'many' must be"):
         continued(tmp_path, FILE, config=config)
+    config["words"]["UnFreeze_Epoch"] = 7
+    assert continued(tmp_path, FILE, config=config)[0]["UnFreeze_Epoch"] == 7
+
+
+def test_words_hold_through_several_legs(tmp_path):
+    _, config = continued(tmp_path, FILE, "--Init_lr", 0.02, "--num_workers", 7)
+    _, config = continued(tmp_path, FILE, "--UnFreeze_Epoch", 9, "--model_path", "x", config=config)
+    values, config = continued(tmp_path, FILE, config=config)
+    assert (values["Init_lr"], values["UnFreeze_Epoch"], values["num_workers"]) == (0.02, 9, 2)
+    assert values["model_path"] == ""
+    edited = FILE.replace("5e-2", "0.04")
+    _, config = continued(tmp_path, edited, config=config)
+    values, _ = continued(tmp_path, edited, config=config)  # an edit outlives its leg as well
+    assert (values["Init_lr"], values["UnFreeze_Epoch"]) == (0.04, 9)
 
 
 def test_arrays_as_constants(tmp_path):
@@ -542,7 +555,8 @@ def test_settings_of_ones_own(tmp_path, monkeypatch):
     def own_words(*words):
         script = {"__file__": str(path), "__doc__": ""}
         exec(SCRIPT, script)
-        return command_line(script, [str(word) for word in words])
+        values, _ = command_line(script, [str(word) for word in words])
+        return values
 
     assert own_words() == {
         "gamma": 2.0,

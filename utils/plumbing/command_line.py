@@ -1,13 +1,23 @@
-"""The command line: any constant of train.py by its name, and --help from its comments."""
+"""The command line: any constant of train.py by its name, and --help from its comments.
+
+A run that is continued has words of its own, those of the command lines that it was started with.
+They hold, unless they are given anew, or the constant was edited in train.py since.
+"""
 
 import argparse
 import ast
+import os
+from typing import NamedTuple
 
-from utils.plumbing.constants import constants, set_constants
 from utils.plumbing.errors import UserError, did_you_mean, short_repr
-from utils.plumbing.settings import BOUNDS, CHOICES, LIST, TEXTS
+from utils.plumbing.processes import LAUNCH_SETTINGS
+from utils.plumbing.settings import BOUNDS, CHOICES, LIST, TEXTS, check_value
 
-COMMANDS = ("annotation", "evaluate", "predict", "export")
+FIXED = ("pretrained", "model_path", "Init_Epoch", "save_dir")  # used only where a run begins
+OTHER_COMMANDS = (
+    "Other commands: python -m utils.annotation, python -m utils.evaluate, "
+    "python -m utils.predict, python -m utils.export"
+)
 OTHER_NAMES = {  # setting: what other programs call it
     "UnFreeze_Epoch": "epoch epochs num_epochs max_epochs",
     "Init_lr": "lr lr0 learning_rate",
@@ -35,14 +45,105 @@ OTHER_NAMES = {  # setting: what other programs call it
 }
 
 
-def command_line(script, arguments=None, config=None):
-    """Set constants of the script, its globals(), from the command line, and return all of them.
+class Constant(NamedTuple):
+    """A setting's line in the script."""
 
-    config: the config.json of a run that is continued, which has settings of its own.
+    source: str  # its expression
+    comment: str
+    title: str  # of its group: a comment that follows a blank line
+
+
+def command_line(script, arguments=None, config=None):
+    """Set constants of the script, its globals(), from the command line.
+
+    config: the config.json of a run that is continued. Return {setting: value}, and what the next
+    config.json keeps to continue from: the constants as they are written, and the words.
     """
     known = constants(script["__file__"])
     words = parse(arguments, script, known)
-    return set_constants(script, known, words, config)
+    kept = {}
+    if config:
+        words = {**words_of_run(config, known), **words}
+        kept = kept_settings(config["settings"], script)
+    given = {name: value_of(name, word, script[name]) for name, word in words.items()}
+    set_constants(script, known, {**given, **kept})
+    sources = {name: constant.source for name, constant in known.items()}
+    return {name: script[name] for name in known}, {"constants": sources, "words": words}
+
+
+def words_of_run(config, known):
+    """Return a run's own {setting: word}, without those of the launch or of edited constants."""
+    words = {}
+    for name, word in config["words"].items():
+        edited = name not in known or known[name].source != config["constants"].get(name)
+        if not edited and name not in LAUNCH_SETTINGS:
+            words[name] = str(word)
+    return words
+
+
+def kept_settings(run, script):
+    """Return those of a run's settings that nothing changes: also the precision that 'auto' has
+    chosen, on the same kind of device.
+    """
+    kept = {name: run[name] for name in FIXED if name in run}
+    if script.get("fp16") == "auto" and script.get("Cuda") == run.get("Cuda"):
+        kept["fp16"] = run.get("fp16", "auto")
+    return kept
+
+
+def constants(path):
+    """Return {setting: Constant} of all names that a script assigns at module level."""
+    with open(path, encoding="utf-8-sig") as file:
+        source = file.read()
+    lines = ["", *source.split("\n")]  # numbered from 1, as syntax trees are
+    titles = {0: "Settings"}
+    for number, line in enumerate(lines):
+        if line.startswith("# ") and not lines[number - 1].strip():
+            titles[number] = line[2:]
+    known = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+            continue
+        title = titles[max(number for number in titles if number < node.lineno)]
+        comment = lines[node.lineno].partition(" #")[2].strip()
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                known[target.id] = Constant(ast.unparse(node.value), comment, title)
+    return known
+
+
+def set_constants(script, known, given):
+    """Set constants of the script to the values given.
+
+    What is computed from other constants (Min_lr from Init_lr) follows them.
+    """
+    changed = {*given}
+    for name, constant in known.items():
+        value = script[name]
+        if name in given:
+            check_value(name, given[name], value)
+            value = given[name]
+        elif names_in(constant.source) & changed:
+            value = eval(constant.source, dict(script))
+            changed.add(name)
+        script[name] = one_spelling(name, value)
+
+
+def names_in(source):
+    """Return the names that an expression uses."""
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+
+
+def one_spelling(name, value):
+    """Return a setting's value with tuples and arrays as lists and '~' as the home folder."""
+    if isinstance(value, tuple):
+        return list(value)
+    if name in (*BOUNDS, *CHOICES) and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, str) and name.endswith(("_path", "_dir", "resume")):
+        return os.path.expanduser(value)
+    return value
 
 
 def help_text(name, comment, default):
@@ -57,11 +158,10 @@ def help_text(name, comment, default):
 
 def make_parser(script, known):
     """Return the parser of `--setting value`; its --help has the script's own groups."""
-    commands = ", ".join(f"python -m utils.{name}" for name in COMMANDS)
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value …]",
         description=script["__doc__"],
-        epilog=f"Other commands: {commands}",
+        epilog=OTHER_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -82,7 +182,7 @@ def make_parser(script, known):
 
 
 def parse(arguments, script, known):
-    """Return {setting: value} of the command line's words. UserError: a word that is no setting."""
+    """Return {setting: word} of the command line. UserError: a word that is no setting."""
     parser = make_parser(script, known)
     try:
         given, unknown = parser.parse_known_args(arguments)
@@ -96,8 +196,7 @@ def parse(arguments, script, known):
             f"{short_repr(unknown[0])} is no setting of {parser.prog}"
             f"{advice_for(unknown[0], known)}; --help lists them"
         )
-    words = vars(given).items()
-    return {name: value_of(name, word, script[name]) for name, word in words if name in known}
+    return {name: word for name, word in vars(given).items() if name in known}
 
 
 def advice_for(word, known):

@@ -28,11 +28,12 @@ from utils.plumbing.processes import world_size
 KINDS = {  # what config.json must hold
     "settings": dict,
     "constants": dict,
+    "words": dict,
     "class_names": list,
     "finished": bool,
     "start": int,
 }
-MISSING = {"start": 0, "constants": {}}  # in runs of before these were written
+MISSING = {"start": 0, "constants": {}, "words": {}}  # in runs of before these were written
 HIGHEST_START = 10**9  # nobody starts as often
 
 
@@ -199,10 +200,10 @@ def new_run(save_dir):
         time.sleep(0.1)  # another run has begun in this second
 
 
-def begin_run(run, settings, class_names, constants=None):
+def begin_run(run, settings, class_names, recorded=None):
     """Print the run's folder; write and return what its config.json holds.
 
-    constants: {name: source} of train.py.
+    recorded: what command_line returned beside the settings.
     """
     say_row("run", run)
     modules = (torch, torchvision, numpy, PIL)
@@ -211,7 +212,7 @@ def begin_run(run, settings, class_names, constants=None):
     last = start_number(others[0]) if others else 0
     config = {
         "settings": settings,
-        "constants": constants or {},
+        **(recorded or {}),
         "class_names": class_names,
         "launch": processes.launch_id,
         "start": min(last + 1, HIGHEST_START),

@@ -6,7 +6,6 @@ is resnet9.py.
 
 import copy
 import importlib
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -21,11 +20,6 @@ from utils.plumbing.errors import UserError, did_you_mean
 from utils.task import check_outputs
 
 OWN = [file.stem for file in Path(__file__).parent.glob("[!_]*.py")]
-ATTENTION = (
-    nn.MultiheadAttention,
-    ShiftedWindowAttention,
-    RelativePositionalMultiHeadAttention,
-)
 DOCUMENTED_NAMES = {
     "mobilenetv2": "mobilenet_v2",
     "swin_transformer_tiny": "swin_t",
@@ -80,17 +74,11 @@ def empty_network(own_class):
 
 
 def head_layers(model):
-    """Return the names of the modules that give the logits, and of all inside them, as a set.
-
-    UserError: a network's head_names names a module that it does not have.
-    """
+    """Return the names of the modules that give the logits, and of all inside them, as a set."""
     heads = set()
     for name in head_names(model):
-        try:
-            head = model.get_submodule(name)
-        except AttributeError as error:
-            raise UserError(f"head_names: {type(model).__name__} has no module {name!r}") from error
-        heads.update(inside for inside, _ in head.named_modules(prefix=name))
+        inside = model.get_submodule(name).named_modules(prefix=name)
+        heads.update(dict(inside))
     return heads
 
 
@@ -141,20 +129,6 @@ def check_shape(name, input_shape):
         )
 
 
-@contextmanager
-def size_errors(backbone, input_shape):
-    """Make a UserError of what torchvision's networks raise for pictures of a wrong size."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or check_name(backbone) in OWN:
-            raise
-        raise UserError(
-            f"input_shape = {list(input_shape)} is too small (or of a shape that does not fit) for "
-            f"{backbone}: {' '.join(str(error).split())[:200]}"
-        ) from error
-
-
 def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
     """Return the network `backbone`: float32 pictures (N, 3, H, W) → logits (N, num_classes).
 
@@ -176,8 +150,7 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
         options["image_size"] = input_shape[0]
     elif name == "maxvit_t":
         options["input_size"] = tuple(input_shape)
-    with size_errors(backbone, input_shape):
-        model = builder(**options)
+    model = builder(**options)
     if not isinstance(model, Freezable):
         model.__class__ = freezable(type(model))
     if pretrained:
@@ -227,8 +200,16 @@ def profile(model, backbone, input_shape, num_classes):
     counter = FlopCounterMode(display=False)
     pictures = torch.empty(2, 3, *input_shape, dtype=torch.uint8, device="meta")
     on_meta = copy.deepcopy(model).to("meta").eval()  # where nothing is computed
-    with size_errors(backbone, input_shape), torch.no_grad(), counter:
-        outputs = on_meta(normalize(pictures, "meta"))
+    try:
+        with torch.no_grad(), counter:
+            outputs = on_meta(normalize(pictures, "meta"))
+    except Exception as error:
+        if check_name(backbone) in OWN:
+            raise
+        raise UserError(
+            f"input_shape = {list(input_shape)} is too small (or of a shape that does not fit) for "
+            f"{backbone}: {' '.join(str(error).split())[:200]}"
+        ) from error
     check_outputs(outputs, num_classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, counter.get_total_flops() // 2

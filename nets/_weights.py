@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from nets._foreign import fit
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, short_repr
 from utils.plumbing.files import check_regular, load_tensors
-from utils.plumbing.settings import check_value
 
 # Where other trainers' checkpoints keep weights. Averages and teachers come first: they are what
 # their publishers evaluate.
@@ -47,17 +45,18 @@ def load_safetensors(path, name):
         ) from None
 
 
-def entries(checkpoint, depth=2, name=""):
-    """Yield (entry, {name: tensor}) of whatever may be a state_dict, the likeliest first."""
-    if depth:
-        for key in ENTRIES:
-            if isinstance(checkpoint.get(key), dict):
-                yield from entries(checkpoint[key], depth - 1, f"{name}.{key}".lstrip("."))
+def find_state(checkpoint):
+    """Return (entry, {name: tensor}) of the first of ENTRIES that holds tensors, else of all."""
+    for key in ENTRIES:
+        if isinstance(checkpoint.get(key), dict):
+            entry, tensors = find_state(checkpoint[key])
+            if tensors:
+                return f"{key}.{entry}".rstrip("."), tensors
     tensors = {}
     for key, value in checkpoint.items():
         if isinstance(key, str) and isinstance(value, torch.Tensor):
             tensors[key] = value
-    yield name, tensors
+    return "", tensors
 
 
 def is_plain(tensor):
@@ -75,8 +74,7 @@ def load_weights(path, name="model_path"):
     # other trainers save their options as a Namespace, which has no code to run
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = load(path, name)
-    full = [found for found in entries(checkpoint) if found[1]]
-    entry, state = full[0] if full else ("", {})
+    entry, state = find_state(checkpoint)
     if not state or not all(map(is_plain, state.values())):
         raise UserError(
             f"{name}: {str(path)!r} holds no state_dict of names and plain tensors (not quantized, "
@@ -112,7 +110,7 @@ def read_run(path):
     try:
         check_regular(config, "config.json")
         found = json.loads(config.read_text(encoding="utf-8"))
-        return found["class_names"], dict(found.get("settings", {}))
+        return found["class_names"], dict(found["settings"])
     except Exception:  # there is none, or it is another program's
         return None, {}
 
@@ -136,14 +134,13 @@ def load_file(model, path, class_names=None, settings=None):
 def compare_normalization(source, trained, settings):
     """Warn where the settings' mean or std is not the one that weights were trained with."""
     for name in ("mean", "std"):
-        with suppress(UserError):  # not a run's after all
-            check_value(name, trained.get(name))
-            theirs, ours = list(trained[name]), list(settings[name])
-            if theirs != ours:
-                say(
-                    f"  WARNING: {source} was trained with {name} = {theirs}, not {ours}: "
-                    f"set {name} to that"
-                )
+        ours = list(settings[name])
+        theirs = trained.get(name, ours)
+        if theirs != ours:
+            say(
+                f"  WARNING: {source} was trained with {name} = {theirs}, not {ours}: "
+                f"set {name} to that"
+            )
 
 
 def load_matching(model, state, source):

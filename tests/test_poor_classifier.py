@@ -366,18 +366,18 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     pixels[40:, 60:] = 255
     Image.fromarray(pixels).save(tmp_path / "corner.png")
     classify = predict.Classifier(run)
-    _, heat = explain.look(classify, predict.read_picture(classify, tmp_path / "corner.png"))
+    heat = explain.look(classify, predict.read_picture(classify, tmp_path / "corner.png"))
     assert heat.shape == (32, 32) and heat.min() >= 0 and heat.max() == 1
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[20:, 20:] = True
     assert heat[24:, 24:].min() > 0.9 and heat[:16, :16].max() < 0.1
     assert heat[inside].mean() > 5 * heat[~inside].mean()
     prediction, image = explain.explain(classify, tmp_path / "corner.png")
-    assert prediction[0][0] == "white" and image.size == (2 * 32 * 8, 32 * 8)
+    assert prediction[0][0] == "white" and image.size == (1024, 512)
     left, right = np.split(np.asarray(image).astype(int), 2, axis=1)
     assert (left[..., 0] == left[..., 2]).mean() > 0.9  # the picture as it is
-    red, blue_ = right[-40:, -40:].mean((0, 1))[::2]
-    assert red > blue_ + 40 and right[:40, :40, 2].mean() > right[:40, :40, 0].mean() + 40
+    red, blue_ = right[-80:, -80:].mean((0, 1))[::2]
+    assert red > blue_ + 40 and right[:80, :80, 2].mean() > right[:80, :80, 0].mean() + 40
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_explain_as_a_command(made, tmp_path, monkeypatch, capsys):
     assert f"{BROKEN[0]}.png: unreadable picture" in err and "gone.png: unreadable" in err
     drawn = sorted(path.name for path in run.glob("*.png"))
     assert drawn == ["explained_1.png", "explained_4.png"]
-    assert Image.open(run / "explained_1.png").size == (512, 256)
+    assert Image.open(run / "explained_1.png").size == (1024, 512)
     assert (run / "best_epoch_weights.pth").read_bytes() == before
     with pytest.raises(SystemExit) as ended:
         explain.main([str(run), "0.png", "--out", str(tmp_path / "out")])

@@ -44,7 +44,7 @@ from utils.optimizer import (
 from utils.plumbing import lists, processes
 from utils.plumbing.command_line import command_line
 from utils.plumbing.console import say, show_errors_as_sentences
-from utils.plumbing.processes import ignore_signals, rank, world_size
+from utils.plumbing.processes import count_workers, ignore_signals, rank, world_size
 from utils.plumbing.run import begin_run, new_run, print_header, write_config
 from utils.plumbing.settings import (
     check_launch,
@@ -54,7 +54,6 @@ from utils.plumbing.settings import (
     too_small,
 )
 from utils.plumbing.shapes import find_lists
-from utils.plumbing.waiting import count_workers
 from utils.recipe import CLASS_WEIGHTS, Recipe, balanced_weights
 from utils.rehearsal import first_batch, rehearse, save_first_batch
 from utils.resume import check_class_names, check_goes_on, continued_run, describe_continued

@@ -23,10 +23,10 @@ from utils.loss_history import LossHistory
 from utils.pictures import centre_box, normalize, random_box, read_crop
 from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS
-from utils.plumbing.processes import ignore_signals
+from utils.plumbing.processes import count_workers, ignore_signals
 from utils.plumbing.shapes import SHAPES, draw_set, find_lists
-from utils.plumbing.waiting import WaitingTime, count_workers
 from utils.sampler import EpochSampler
+from utils.steps import Steps
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
@@ -345,7 +345,7 @@ class Items(list):
     ],
 )
 def test_number_of_workers(monkeypatch, setting, Cuda, in_memory, cores, processes, expected):
-    monkeypatch.setattr("utils.plumbing.waiting.cores", lambda: cores)
+    monkeypatch.setattr("utils.plumbing.processes.cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert count_workers(setting, Cuda, in_memory) == expected
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
@@ -407,33 +407,27 @@ def test_the_epoch_s_line_says_how_long_training_waited_for_pictures(
     )
 
 
-def test_waiting_on_a_gpu_is_its_own_pauses(monkeypatch):
-    """The host waits at no cost while the GPU computes: events say when it came to them."""
-    clock = {"host": 0.0, "gpu": 0.0}
+def test_waiting_counts_where_nothing_is_left_to_compute(monkeypatch):
+    """A GPU that still computes loses nothing while the host waits."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+    class Run(Steps):
+        def is_idle(self):
+            return next(idle)
 
-        def record(self):
-            self.time = max(clock["host"], clock["gpu"])
+        def next_request(self):
+            return 0
 
-        def query(self):
-            return self.time <= clock["host"]
+    def fetches():
+        for seconds in (1, 4, 5, 20):
+            clock[0] += seconds
+            yield seconds
 
-        def elapsed_time(self, other):
-            return 1000 * (other.time - self.time)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    waiting = WaitingTime(True)
-    for fetch, compute in [(1, 10), (4, 10), (5, 2), (20, 1)]:
-        begin = waiting.now()
-        clock["host"] += fetch
-        waiting.add(begin)
-        clock["gpu"] = max(clock["host"], clock["gpu"]) + compute
-    clock["host"] = 100  # the GPU has done all
-    waiting.add(waiting.now())
-    assert waiting.seconds == 1 + 0 + 0 + 7 and not waiting.pauses
+    run = Run("logs/1")
+    idle = iter([True, False, False, True])
+    assert list(run.steps(fetches(), 4)) == [[1], [4], [5], [20]]
+    assert run.waited == 1 + 20
 
 
 def test_what_is_kept_in_memory(lines):

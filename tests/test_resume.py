@@ -245,7 +245,7 @@ def test_the_printed_command_continues_the_run(tmp_path, launcher):
     out, _ = process.communicate(timeout=300)
     command = re.search(r"continue with\n  (.*)\n", seen + out)[1]
     (run,) = (folder / "my runs").iterdir()
-    assert command.endswith(f"train.py --num_workers 1 --Cuda=False --resume 'my runs/{run.name}'")
+    assert command.endswith(f" --num_workers 1 --Cuda=False --resume 'my runs/{run.name}'")
     assert shlex.split(command)[: len(launcher)] == list(launcher)
     command = f"{command} --UnFreeze_Epoch 4 --model_path nothing.pth --pretrained True"
     result = subprocess.run(

@@ -25,7 +25,8 @@ from tests.helpers import (
     weights,
     write_network,
 )
-from utils.plumbing import processes, relaunch, run
+from utils import steps
+from utils.plumbing import processes, run
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import clear_drafts, content_sum, draft, save_tensors, save_text
 
@@ -360,18 +361,14 @@ def test_a_folder_that_is_no_run_names_the_newest(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "environment, words, expected",
     [
-        ({}, ["--Init_lr", "0.1"], "python -u train.py --resume logs/1"),
+        ({}, ["--Init_lr", "0.1"], "python -u train.py --Init_lr 0.1 --resume logs/1"),
         ({}, [], "python -u train.py --resume logs/1"),
+        ({}, ["--resume", "True"], "python -u train.py --resume True --resume logs/1"),
+        ({}, ["--resume", "logs/1"], "python -u train.py --resume logs/1"),
         (
-            {},
-            ["--Cuda", "False", "--resume", "True"],
-            "python -u train.py --Cuda False --resume logs/1",
-        ),
-        ({}, ["--num_workers=3"], "python -u train.py --num_workers=3 --resume logs/1"),
-        (
-            {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"},
+            {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"},
             ["--seed", "2"],  # of a launcher that is not this process's parent
-            "torchrun --nproc_per_node=4 train.py --resume logs/1",
+            "torchrun --nproc_per_node=4 train.py --seed 2 --resume logs/1",
         ),
     ],
 )
@@ -380,14 +377,14 @@ def test_the_command_that_continues(monkeypatch, environment, words, expected):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train.py", *words])
-    assert relaunch.command_to_continue("logs/1") == expected
-    assert relaunch.advice_to_continue("logs/1") == f"continue with\n  {expected}"
+    assert steps.command_to_continue("logs/1") == expected
+    assert steps.advice_to_continue("logs/1") == f"continue with\n  {expected}"
     monkeypatch.setattr(sys, "orig_argv", ["ipython"])  # a notebook's %run
     if not environment:
-        assert relaunch.command_to_continue("a b").startswith("python train.py ")
-        assert relaunch.command_to_continue("a b").endswith(" --resume 'a b'")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    assert "on every machine" in relaunch.advice_to_continue("logs/1")
+        assert steps.command_to_continue("a b").startswith("python train.py ")
+        assert steps.command_to_continue("a b").endswith(" --resume 'a b'")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "on every machine" in steps.advice_to_continue("logs/1")
 
 
 def test_the_header(capsys):

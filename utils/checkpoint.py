@@ -141,8 +141,10 @@ class Checkpoint(Steps):
         """Return where the model is."""
         return next(self.parts["model"].parameters()).device
 
-    def on_gpu(self):
-        return self.device().type == "cuda"
+    def is_idle(self):
+        """Return whether what trains has done all that it was given."""
+        device = self.device()
+        return device.type != "cuda" or torch.cuda.current_stream(device).query()
 
     def is_due(self):
         """Return whether rank 0 has not saved for save_minutes."""

@@ -16,8 +16,8 @@ from utils.plumbing import processes
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import NOT_FINITE, UserError, printable
 from utils.plumbing.processes import rank, world_size
-from utils.plumbing.waiting import describe_waiting
 from utils.recipe import Recipe, mixed_precision
+from utils.steps import describe_waiting
 from utils.task import batch_sums, logits_from, metric_text, metrics_from
 
 VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs
@@ -100,7 +100,7 @@ def fit_one_epoch(
         progress.show(position.step, images_per_step, describe)
     progress.clear()
     seconds = time.monotonic() - begin
-    waiting = describe_waiting(checkpoint.waiting.seconds, seconds, gen)
+    waiting = describe_waiting(checkpoint.waited, seconds, gen)
 
     totals = position.totals()
     unreadable = totals.pop("unreadable")

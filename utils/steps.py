@@ -4,25 +4,28 @@ They agree on one number (0: go on, 1: save, 128 + a signal's number: save and e
 decides), so that no process enters a step that another one leaves out.
 """
 
+import os
+import shlex
 import signal
+import sys
 import time
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from utils.plumbing import processes
 from utils.plumbing.console import say
-from utils.plumbing.relaunch import advice_to_continue
-from utils.plumbing.waiting import WaitingTime
 
 GO_ON, SAVE, END = 0, 1, 128
+MUCH_WAITING = 1 / 3  # of an epoch's time: above it, the epoch's line says what helps
 
 
 class Steps:
     """A run's steps, before each of which the processes agree.
 
-    A subclass has `position`, save_position(), is_due() and on_gpu().
+    A subclass has `position`, save_position(), is_due() and is_idle().
     """
 
     def __init__(self, run):
@@ -31,7 +34,7 @@ class Steps:
         self.signalled_at = 0.0
         self.request = torch.tensor([GO_ON])  # the largest of all processes once `work` is done
         self.work = None
-        self.waiting = None  # for the pictures of the last call of steps()
+        self.waited = 0.0  # seconds for pictures, in the last call of steps()
 
     def catch_signals(self):
         """Note SIGTERM, Ctrl-C and SIGHUP from now on, and obey them before the next step."""
@@ -58,12 +61,13 @@ class Steps:
 
         A process without a share of the last step gets an empty list.
         """
-        self.waiting = WaitingTime(self.on_gpu())
+        self.waited = 0.0
         batches = iter(gen)
         for done in range(0, steps, number):
-            begin = self.waiting.now()
+            begin = time.monotonic()
             current = list(islice(batches, min(number, steps - done)))
-            self.waiting.add(begin)
+            if self.is_idle():  # a GPU may still compute, and then the host waits at no cost
+                self.waited += time.monotonic() - begin
             self.agree()
             yield current
 
@@ -98,3 +102,50 @@ class Steps:
         if not self.signal and processes.stop_launcher(number):
             say(f"\n{name} on another machine: the run is saved and ends here too", everyone=True)
         processes.leave(request)
+
+
+def advice_to_continue(run):
+    """Return the words 'continue with' and the command that continues a run, to be pasted."""
+    if processes.several_machines():
+        return f"continue with the same command on every machine, and --resume {run} at its end"
+    return f"continue with\n  {command_to_continue(run)}"
+
+
+def command_to_continue(run):
+    """Return the command of this launch with `--resume RUN` at its end, where it decides."""
+    words = sys.orig_argv
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        words = parent_command()
+        launcher = ["torchrun", f"--nproc_per_node={processes.local_world_size()}"]
+    if words[-len(sys.argv) :] != sys.argv:  # as in a notebook, or not on Linux
+        words = [*launcher, *sys.argv]
+    end = ["--resume", str(run)]
+    if words[-2:] != end:
+        words = [*words, *end]
+    return shlex.join(words)
+
+
+def parent_command():
+    """Return the words of the parent process's command; [] where they are unknown."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(word) for word in words.split(b"\0")[:-1]]
+
+
+def describe_waiting(seconds, epoch_seconds, gen):
+    """Return how much of an epoch training waited for pictures of `gen`, and what helps.
+
+    On a GPU it is the most that it can have been.
+    """
+    share = seconds / epoch_seconds
+    text = f"waited {share:.0%} for pictures"
+    read_once = getattr(gen.dataset, "in_memory", False)
+    if share <= MUCH_WAITING or read_once:
+        return text
+    return (
+        f"{text}: raise num_workers (now {gen.num_workers}), or list smaller copies of large "
+        f"pictures with python -m utils.annotation DATASETS --shrink 512"
+    )

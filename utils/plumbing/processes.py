@@ -54,11 +54,26 @@ def local_world_size():
     return number_from_launcher("LOCAL_WORLD_SIZE", 1)
 
 
+def several_machines():
+    """Return whether the launch has processes on other machines."""
+    return local_world_size() < world_size()
+
+
 def cores():
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def count_workers(num_workers, Cuda, in_memory):
+    """Return how many processes read pictures for each training process, from the setting."""
+    if num_workers != "auto":
+        return num_workers
+    if Cuda:
+        return min(8, max(1, cores() // local_world_size()))
+    # out of memory, loader processes would take more from a CPU that trains than they save
+    return 0 if in_memory else 2
 
 
 def connect(Cuda):
@@ -204,11 +219,11 @@ def stop_launcher(number):
     It would otherwise start its processes again, and wait for the machine that was told to stop.
     Return whether it was sent.
     """
-    several_machines = local_world_size() < world_size()
-    first_here = "TORCHELASTIC_RUN_ID" in os.environ and local_rank() == 0
-    if first_here and several_machines:
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    stops = launched and local_rank() == 0 and several_machines()
+    if stops:
         os.kill(os.getppid(), number)
-    return first_here and several_machines
+    return stops
 
 
 def finish():

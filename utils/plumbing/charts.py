@@ -29,6 +29,7 @@ FONTS = (
 PANEL_WIDTH, PANEL_HEIGHT = 640, 420  # of a line chart, in pixels
 CELL = 144  # sides of a picture on a sheet, in pixels
 COLUMNS = 8
+EDGE = 210  # pixels beside a matrix, for names
 
 
 @cache
@@ -63,14 +64,11 @@ def write(draw, place, text, size, anchor="lm", ink=BLACK):
 
 def shorten(text, width, size):
     """Return `text`, with an ellipsis in its middle where it is longer than `width` pixels."""
-    if len(text) > width:
-        text = text[:width] + text[-width:]  # a letter has a pixel or more
+    kept = width // 2  # letters at each end: a letter has a pixel or more
     shortened = text
-    kept = len(text)
-    while font(size).getlength(shortened) > width and kept > 0:
+    while font(size).getlength(shortened[: 2 * width]) > width:
         kept -= 1
-        end = kept // 2
-        shortened = f"{text[: kept - end]}…{text[len(text) - end :]}"
+        shortened = f"{text[:kept]}…{text[-kept:]}"
     return shortened
 
 
@@ -118,17 +116,13 @@ def draw_panel(draw, x_offset, title, curves):
     draw.line([(left, top), (left, bottom), (right, bottom)], BLACK, 2)
     for number, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[number]
-        draw_curve(draw, [place(x, y) for x, y in curve], colour)
+        dots = [place(x, y) for x, y in curve]
+        draw.line(dots, colour, 3, joint="curve")
+        for dot in dots:
+            draw.circle(dot, 3, colour)
         if curve:
             name += f"  (last {curve[-1][1]:.4g})"
         write(draw, (left + 220 * number, legend), name, 15, ink=colour)
-
-
-def draw_curve(draw, dots, colour):
-    draw.line(dots, colour, 3, joint="curve")
-    if len(dots) <= 30:
-        for dot in dots:
-            draw.circle(dot, 4, colour)
 
 
 def draw_contact_sheet(pictures, captions):
@@ -136,10 +130,9 @@ def draw_contact_sheet(pictures, captions):
 
     pictures: uint8 (H, W, 3) tensors of any sizes; captions: strings of one or more lines.
     """
-    line_height = 18
     lines = max(caption.count("\n") + 1 for caption in captions)
     width = CELL + 4
-    height = CELL + line_height * lines + 8
+    height = CELL + 18 * lines + 8
     rows = math.ceil(len(pictures) / COLUMNS)
     columns = min(COLUMNS, len(pictures))
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
@@ -149,9 +142,8 @@ def draw_contact_sheet(pictures, captions):
         x, y = column * width + 2, row * height + 2
         padded = ImageOps.pad(Image.fromarray(picture.numpy()), (CELL, CELL), color="white")
         sheet.paste(padded, (x, y))
-        for place, line in enumerate(caption.split("\n")):
-            middle = (x + CELL / 2, y + CELL + (place + 0.5) * line_height)
-            write(draw, middle, shorten(line, CELL, 13), 13, "mm")
+        text = "\n".join(shorten(line, CELL, 13) for line in caption.split("\n"))
+        write(draw, (x, y + CELL), text, 13, "la")
     return sheet
 
 
@@ -164,30 +156,35 @@ def draw_matrix(counts, names):
     number = len(names)
     cell = max(1, min(56, 1000 // number))
     side = cell * number
-    size = min(18, max(10, cell - 4))  # of names
-    names = [shorten(name, 194, size) for name in drawable_names(names)]
-    edge = 16 + round(max(map(font(size).getlength, names)))
-    image = Image.new("RGB", (edge + max(side + 30, 300), edge + side + 50), "white")
+    image = Image.new("RGB", (EDGE + side + 10, EDGE + side + 10), "white")
     draw = ImageDraw.Draw(image)
+    write(draw, (10, 20), "rows: true class", 14, ink="grey")
+    write(draw, (10, 40), "columns: predicted class", 14, ink="grey")
 
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     shades = 255 - shares[..., None] * (255 - np.array(COLOURS[0]))
     cells = Image.fromarray(shades.round().astype("uint8"))
-    image.paste(cells.resize((side, side), Image.Resampling.NEAREST), (edge, edge))
-    draw.rectangle([edge - 1, edge - 1, edge + side, edge + side], outline=BLACK)
-
-    middles = [edge + (place + 0.5) * cell for place in range(number)]
-    upwards = ImageFont.TransposedFont(font(size), Image.Transpose.ROTATE_90)
-    every = math.ceil(12 / cell)
-    for middle, name in list(zip(middles, names))[::every]:
-        write(draw, (edge - 6, middle), name, size, "rm")
-        *_, across, up = upwards.getbbox(name)
-        draw.text((middle - across / 2, edge - 6 - up), name, BLACK, upwards)
-    if cell >= 24:
+    image.paste(cells.resize((side, side), Image.Resampling.NEAREST), (EDGE, EDGE))
+    if cell >= 10:
+        names = drawable_names(names)
+        image.paste(draw_names(names, cell), (0, EDGE))
+        upwards = draw_names(names[::-1], cell).transpose(Image.Transpose.ROTATE_270)
+        image.paste(upwards, (EDGE, 0))
+    draw.rectangle([EDGE - 1, EDGE - 1, EDGE + side, EDGE + side], outline=BLACK)
+    if cell >= 36:
         for row, column in np.argwhere(counts):
-            text = str(counts[row, column])
+            middle = EDGE + (column + 0.5) * cell, EDGE + (row + 0.5) * cell
             ink = "white" if shares[row, column] > 0.5 else BLACK
-            text_size = min(size, int(cell * 1.5 / len(text)))
-            write(draw, (middles[column], middles[row]), text, text_size, "mm", ink)
-    write(draw, (edge, image.height - 24), "rows: true class, columns: predicted class", 14)
+            write(draw, middle, str(counts[row, column]), cell // 4, "mm", ink)
+    return image
+
+
+def draw_names(names, cell):
+    """Return a picture of names, one every `cell` pixels, right-aligned."""
+    image = Image.new("RGB", (EDGE, cell * len(names)), "white")
+    draw = ImageDraw.Draw(image)
+    size = min(18, cell)
+    for place, name in enumerate(names):
+        middle = (place + 0.5) * cell
+        write(draw, (EDGE - 6, middle), shorten(name, EDGE - 16, size), size, "rm")
     return image

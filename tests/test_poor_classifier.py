@@ -20,12 +20,12 @@ from tests.helpers import make_run, write_network
 from utils import evaluate as module
 from utils import explain, export, predict, task
 from utils.evaluate import evaluate
-from utils.fit import metric_texts
 from utils.pictures import MEAN, STD
 from utils.plumbing import charts
 from utils.plumbing.charts import draw_line_chart, draw_matrix
 from utils.plumbing.errors import UserError
 from utils.recipe import Recipe
+from utils.task import metric_texts
 
 NAMES = [f"name {letter}" for letter in "abcdefg"]
 NUMBER = 60

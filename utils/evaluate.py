@@ -24,7 +24,6 @@ import torch
 
 from utils import task
 from utils.dataloader import DataGenerator, own_data
-from utils.fit import metric_texts
 from utils.plumbing import lists
 from utils.plumbing.charts import draw_contact_sheet, drawable_text
 from utils.plumbing.console import ProgressLine
@@ -94,7 +93,7 @@ def score(run, data, batch_size, num_workers=None):
     progress = ProgressLine("evaluating", math.ceil(len(data) / batch_size))
 
     def describe():
-        return ", ".join(metric_texts(task.metrics_from(sums, settings), data.num_classes))
+        return ", ".join(task.metric_texts(task.metrics_from(sums, settings), data.num_classes))
 
     for step, batch in enumerate(run.score(data, batch_size, num_workers), 1):
         logits, targets, unread = batch
@@ -219,7 +218,7 @@ def evaluate(
         files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
     files["predictions.csv"] = tabulate(data, indices, targets, predictions, names)
 
-    texts = metric_texts(metrics, len(names), exact=True)
+    texts = task.metric_texts(metrics, len(names), exact=True)
     unreadable = len(data) - len(indices)
     print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
     save_outputs(out, files)

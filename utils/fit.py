@@ -18,7 +18,7 @@ from utils.plumbing.errors import NOT_FINITE, UserError, printable
 from utils.plumbing.processes import rank, world_size
 from utils.recipe import Recipe, mixed_precision
 from utils.steps import describe_waiting
-from utils.task import batch_sums, logits_from, metric_text, metrics_from
+from utils.task import batch_sums, logits_from, metric_texts, metrics_from
 
 VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs
 LOOK_EVERY = 20  # steps between looks at the loss on a GPU, which has to finish its queue for it
@@ -140,7 +140,9 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
         # DDP: the gradients are reduced once, with the last batch
         with model_train.no_sync() if reduce_later else contextlib.nullcontext():
             loss, sums = compute_loss(model_train, images, targets, Cuda, fp16, recipe)
-            scaler.scale(loss / len(batches)).backward()
+            if len(batches) > 1:
+                loss = loss / len(batches)
+            scaler.scale(loss).backward()
         if scaler.is_enabled():  # it skips an overflow, which must not stay in the sums
             sums["finite"] = loss.detach().isfinite().double()
             sums["loss"].nan_to_num_(0, 0, 0)
@@ -227,15 +229,6 @@ def describe_epoch(metrics, validated, waiting, is_best, num_classes):
     mark = " *" if is_best else ""
     speed = f"{metrics['images_per_second']:.0f} images/s, {waiting}"
     return f"{', '.join(texts)} ({speed}){mark}"
-
-
-def metric_texts(metrics, num_classes, exact=False):
-    """Return the texts of {name: number}, but top-5, always 100 %, of five classes or fewer."""
-    texts = []
-    for name, value in metrics.items():
-        if name != "top5" or num_classes is None or num_classes > 5:
-            texts.append(metric_text(name, value, exact))
-    return texts
 
 
 def current_lr(optimizer):

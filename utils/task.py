@@ -44,8 +44,8 @@ def get_criterion(settings, weights=None, training=False):
 
     def criterion(logits, targets):
         if weights is None:
-            share = torch.ones((), device=logits.device)
-        elif targets.dim() == 1:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if targets.dim() == 1:
             share = weights[targets]
         else:  # mixed: each label by its own weight
             share = targets @ weights
@@ -123,6 +123,15 @@ def metric_text(name, value, exact=False):
         return f"{name} {value:.4%}" if exact else f"{name} {value:.2%}"
     digits = ".4f" if name.endswith("loss") else ".4g"
     return f"{name.replace('_', ' ')} {value:{'.8g' if exact else digits}}"
+
+
+def metric_texts(metrics, num_classes, exact=False):
+    """Return the texts of {name: number}, but top-5, always 100 %, of five classes or fewer."""
+    texts = []
+    for name, value in metrics.items():
+        if name != "top5" or num_classes is None or num_classes > 5:
+            texts.append(metric_text(name, value, exact))
+    return texts
 
 
 def epoch_order(metrics, best_by):

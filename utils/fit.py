@@ -10,6 +10,7 @@ import time
 import torch
 
 from utils.checkpoint import Checkpoint, Position
+from utils.loss_history import describe_epoch
 from utils.optimizer import check_trained, optimizer_step, set_optimizer_lr
 from utils.pictures import normalize
 from utils.plumbing import processes
@@ -219,16 +220,6 @@ def over_all_gpus(model, model_train):
     if isinstance(model_train, torch.nn.DataParallel) and model_train.module is model:
         return model_train
     return model
-
-
-def describe_epoch(metrics, validated, waiting, is_best, num_classes):
-    """Return what is printed of an epoch."""
-    texts = metric_texts({"train_loss": metrics["train_loss"], **validated}, num_classes)
-    if metrics["unreadable"]:
-        texts.append(f"{metrics['unreadable']} unreadable, {metrics['scored']} scored")
-    mark = " *" if is_best else ""
-    speed = f"{metrics['images_per_second']:.0f} images/s, {waiting}"
-    return f"{', '.join(texts)} ({speed}){mark}"
 
 
 def current_lr(optimizer):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.plumbing.charts import draw_line_chart
 from utils.plumbing.files import save_image, save_text
-from utils.task import epoch_order, metric_text
+from utils.task import epoch_order, metric_text, metric_texts
 
 
 class LossHistory:
@@ -85,6 +85,16 @@ def epochs_since_best(history):
     """Return the number of epochs that a LossHistory has since its best one."""
     best = history.best()
     return history.rows[-1]["epoch"] - best["epoch"] if best else 0
+
+
+def describe_epoch(metrics, validated, waiting, is_best, num_classes):
+    """Return what is printed of an epoch."""
+    texts = metric_texts({"train_loss": metrics["train_loss"], **validated}, num_classes)
+    if metrics["unreadable"]:
+        texts.append(f"{metrics['unreadable']} unreadable, {metrics['scored']} scored")
+    mark = " *" if is_best else ""
+    speed = f"{metrics['images_per_second']:.0f} images/s, {waiting}"
+    return f"{', '.join(texts)} ({speed}){mark}"
 
 
 class NoWriter:

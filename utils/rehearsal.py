@@ -10,18 +10,17 @@ from itertools import islice
 import torch
 
 from utils.dataloader import detection_collate
-from utils.fit import VALIDATION, score_batch
+from utils.fit import VALIDATION, backward, score_batch
 from utils.optimizer import optimizer_step
-from utils.pictures import normalize
 from utils.plumbing import processes
 from utils.plumbing.charts import draw_contact_sheet, drawable_names
 from utils.plumbing.console import say, say_if_slow, say_row
 from utils.plumbing.errors import UserError, did_you_mean, short_repr
 from utils.plumbing.files import save_image
 from utils.plumbing.processes import rank, world_size
-from utils.recipe import check_targets, mixed_precision, precision_name
+from utils.recipe import Recipe, check_targets, precision_name
 from utils.sampler import EpochSampler
-from utils.task import batch_sums, get_criterion, logits_from, metrics_from, target_text
+from utils.task import batch_sums, metrics_from, target_text
 
 FASTER = 1.1  # what a type of fewer digits, or one that needs a scaler, must gain to be chosen
 # names in torch.cpu.get_capabilities(); without these bfloat16 is emulated, 10 times slower
@@ -137,8 +136,8 @@ class Trial:
         self.Cuda, self.precision = settings["Cuda"], precision
         self.model = copy.deepcopy(model).train()
         device = next(model.parameters()).device
-        self.inputs, self.targets = normalize(batch[0], device, settings), batch[1].to(device)
-        self.criterion = get_criterion(settings)
+        self.batch = [part.to(device) for part in batch[:2]]
+        self.recipe = Recipe({**settings, "mixup_alpha": 0, "cutmix_alpha": 0, "ema_decay": 0})
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, fused=True)
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "float16")
 
@@ -147,10 +146,8 @@ class Trial:
         steps = 5 if self.Cuda else 1
         begin = time.perf_counter()
         for _ in range(steps):
-            with mixed_precision(self.Cuda, self.precision):
-                logits = logits_from(self.model(self.inputs))
-                loss = self.criterion(logits, self.targets)
-            self.scaler.scale(loss).backward()
+            batches = [(*self.batch, [])]
+            backward(self.model, batches, self.Cuda, self.precision, self.scaler, self.recipe)
             optimizer_step(self.optimizer, self.scaler)
         if self.Cuda:
             torch.cuda.synchronize()

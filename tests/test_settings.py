@@ -19,7 +19,6 @@ from utils.plumbing.command_line import command_line
 from utils.plumbing.command_line import constants as constants_of
 from utils.plumbing.errors import UserError
 from utils.plumbing.run import as_json
-from utils.recipe import Recipe
 from utils.rehearsal import check_best_by
 
 NAMES = {*rules.TEXTS, *rules.BOUNDS, *rules.CHOICES}
@@ -632,12 +631,12 @@ def test_best_by():
         (torch.zeros(3, 3, 2, 2).byte(), torch.arange(3)),
     )
     for good in ("val_loss", "top1", "top5", "recall", "-top1", "-val_loss"):
-        check_best_by(good, model, batch, False, Recipe())
+        check_best_by({"Cuda": False, "best_by": good}, model, batch)
     for bad in ("top_1", "-", "", "--top1", "- top1", "loss"):
         with pytest.raises(
             UserError, match="best_by = '.*' is not a metric.*: val_loss, top1, top5, recall"
         ):
-            check_best_by(bad, model, batch, False, Recipe())
+            check_best_by({"Cuda": False, "best_by": bad}, model, batch)
 
 
 def test_a_launch_says_which_limit_changed_the_rate(tmp_path):

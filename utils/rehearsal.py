@@ -49,17 +49,17 @@ def rehearse(batch, model, recipe, num_classes):
             "16-bit files look like this: multiply their values by 16"
         )
     check_targets(targets, settings, num_classes)
-    check_best_by(settings["best_by"], model, batch, settings["Cuda"], recipe)
+    check_best_by(settings, model, batch)
     precision, reason = processes.on_rank_0(choose_precision, settings, model, batch)
     say_row("precision", f"{precision} ({reason})" if reason else precision)
     return precision
 
 
-def check_best_by(best_by, model, batch, Cuda, recipe):
+def check_best_by(settings, model, batch):
     """Raise UserError unless best_by is a metric of validation, or one after '-'. Two pictures are
     scored for the names.
     """
-    settings = recipe.settings
+    Cuda, best_by = settings["Cuda"], settings["best_by"]
     with kept_random_stream(Cuda):
         trial = copy.deepcopy(model).eval()
         logits, targets = score_batch(trial, batch[0][:2], batch[1][:2], Cuda, False, settings)

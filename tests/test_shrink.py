@@ -189,9 +189,8 @@ def test_class_folders_that_change_places():
 def test_what_a_killed_pass_leaves_is_cleared():
     large()
     Path("photos-shrunk-64").mkdir()
-    Path("photos-shrunk-64/.copies.abcd.draft").touch()
-    Path("photos-shrunk-64/.copies.efgh.draft").mkdir()
-    Path("photos-shrunk-64/.copies.efgh.draft/99.jpg").touch()
+    Path("photos-shrunk-64/.copy.abcd.draft").touch()
+    Path("photos-shrunk-64/.copy.efgh.draft").touch()
     for path in Path("photos-shrunk-64").iterdir():
         os.utime(path, (0, 0))
     annotate(["photos", "--shrink", "64"])
@@ -268,13 +267,12 @@ def test_damaged_jpegs_are_named(words, capfd):
 
 
 def test_pictures_that_are_too_large_for_pillow(monkeypatch, capsys):
-    """A JPEG is decoded reduced; of others, the limit holds."""
+    """A JPEG is decoded reduced; of others, and of progressive ones, the limit holds."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # 40,000 are refused
     for name in ("cat/a", "cat/b", "dog/a", "dog/b"):
         save(f"photos/{name}.jpg", photo(100, 80))
     save("photos/cat/large.jpg", photo(400, 300))
-    save("photos/cat/large progressive.jpg", photo(270, 270), progressive=True)
-    save("photos/cat/huge progressive.jpg", photo(400, 300), progressive=True)
+    save("photos/cat/large progressive.jpg", photo(400, 300), progressive=True)
     save("photos/dog/large.png", photo(400, 300))
     for words, copy in ((["--check"], ""), (["--shrink", "64"], "-shrunk-64")):
         annotate(["photos", *words])
@@ -284,22 +282,21 @@ def test_pictures_that_are_too_large_for_pillow(monkeypatch, capsys):
             in {path.removesuffix(".jpg") for path in listed()} | listed()
         )
         assert "unreadable: photos/dog/large.png (DecompressionBombError: " in out
-        assert "Only a JPEG" in out and "huge progressive.jpg (DecompressionBombError" in out
+        assert "exceeds limit" in out and "large progressive.jpg (DecompressionBombError" in out
         assert out.count("unreadable") == 2
 
 
 def test_a_panorama_whose_copy_would_be_longer_than_a_jpeg_can_be():
+    """It is listed as it is."""
     large()
     save("photos/cat/wide.png", Image.new("RGB", (100_000, 20), "red"))
     save("photos/dog/high.png", Image.new("RGB", (20, 90_000), "red"))
     annotate(["photos", "--shrink", "16"])
-    for path, size in (("cat/wide", (65_500, 13)), ("dog/high", (15, 65_500))):
-        with Image.open(f"photos-shrunk-16/{path}.png.jpg") as copy:
-            assert copy.size == size
+    assert {"photos/cat/wide.png", "photos/dog/high.png"} < listed()
 
 
 def test_what_is_wrong_with_a_picture(capsys):
-    """Damaged and rare files of a known format are not called unknown."""
+    """Damaged and rare files of a known format are not said to be of another one."""
     large()
     save("photos/cat/sum.png", photo(40, 30))
     data = bytearray(Path("photos/cat/sum.png").read_bytes())
@@ -317,13 +314,8 @@ def test_what_is_wrong_with_a_picture(capsys):
     Path("photos/cat/words.jpg").write_text("no picture at all")
     annotate(["photos", "--check"])
     out = capsys.readouterr().out
-    assert (
-        "sum.png (UnidentifiedImageError: a damaged PNG, or" in out and "checksum in b'IHDR'" in out
-    )
-    assert (
-        "bands.tif (UnidentifiedImageError: a damaged TIFF, or" in out and "of unusual bands" in out
-    )
-    assert "words.jpg (UnidentifiedImageError: none of the formats" in out
+    for name in ("sum.png", "bands.tif", "words.jpg"):
+        assert f"{name} (UnidentifiedImageError: it is empty or damaged, or of a kind" in out
 
 
 def test_stopped_and_continued():

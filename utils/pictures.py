@@ -19,8 +19,8 @@ from utils.plumbing.formats import (
     open_picture,
     orientation,
     read_size,
+    seen_size,
     upright,
-    upright_size,
 )
 
 # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
@@ -72,22 +72,22 @@ def read_crop(source, input_shape, choose_box):
 
 def crop(image, input_shape, choose_box):
     """Return read_crop's crop of an opened image."""
-    turn = orientation(image)
-    height, width = upright_size(image, turn)
+    is_jpeg_file = image.format in REDUCIBLE and getattr(image, "fp", None) is not None
+    if not is_jpeg_file:
+        image = upright(image)
+    height, width = seen_size(image)
     box = choose_box(height, width)
-    file = getattr(image, "fp", None)
-    is_jpeg_file = file is not None and image.format in REDUCIBLE
     # below four times the sides, decoding all by torchvision is faster than reducing by Pillow
     is_small = height * width < 16 * math.prod(input_shape)
-    if decode_jpeg and is_jpeg_file and is_small and turn == 1:
+    if decode_jpeg and is_jpeg_file and is_small and orientation(image) == 1:
         with suppress(RuntimeError):  # of a broken file: Pillow names what is wrong
-            return crop_jpeg(file.getvalue(), input_shape, box)
+            return crop_jpeg(image.fp.getvalue(), input_shape, box)
 
     top, left, box_height, box_width = box
     shrink = max(1, min(box_height // input_shape[0], box_width // input_shape[1]))
-    # this does nothing but to a JPEG
-    image.draft(image.mode, (image.width // shrink, image.height // shrink))
-    image = upright(image, turn)
+    if is_jpeg_file:
+        image.draft(image.mode, (image.width // shrink, image.height // shrink))
+        image = upright(image)
     x = image.width / width  # below 1 where the decoder reduced
     y = image.height / height
     corners = (left * x, top * y, (left + box_width) * x, (top + box_height) * y)

@@ -11,7 +11,7 @@ import time
 import traceback
 
 from utils.plumbing.errors import LOST, explain, printable
-from utils.plumbing.processes import end, rank, silence_pillow
+from utils.plumbing.processes import end, prepare_pillow, rank
 
 
 def say(text, everyone=False, as_it_is=False, **options):
@@ -108,7 +108,7 @@ def show_errors_as_sentences():
     own_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not under nohup
     if own_handler and not hasattr(builtins, "__IPYTHON__"):  # a session outlives what it runs
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    silence_pillow()
+    prepare_pillow()
     multiprocessing.util.get_temp_dir()  # shared with workers, which leave theirs when killed
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # odd file names must not break an ASCII terminal

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from utils.plumbing.errors import UserError, printable
@@ -35,25 +35,26 @@ FORMATS = (
 # what Pillow raises for a file that is no whole picture
 BROKEN = (OSError, EOFError, SyntaxError, Image.DecompressionBombError)
 REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quarter, an eighth
-TURNS = {  # EXIF's orientations: what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # Pillow reads it from these
-# by how Pillow decodes a PNG's pixels: it scales them to 8 bits, but not their transparent value
-PNG_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+
+
+def upright(image):
+    """Return a Pillow image of any mode as RGB and as seen. It may change the image."""
+    most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # beyond it Pillow opens nothing but for us
+    if image.format in REDUCIBLE and image.width * image.height > most:
+        raise Image.DecompressionBombError(
+            f"{image.width} × {image.height} pixels are too many for memory: save a smaller copy"
+        )
+    image.load()
+    with suppress(Exception):  # Pillow raises nearly anything for broken tags
+        ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def to_rgb(image):
-    """Return an image of any mode as RGB: deep greys are scaled, transparency is laid on white."""
-    if image.format in REDUCIBLE:
-        check_pixels(image)
+    """Return an image of any mode as RGB: greys of 16 bits are scaled, transparency becomes white.
+
+    As in Pillow, a transparent colour of a PNG of 2, 4 or 16 bits counts as any other colour.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         return deep_grey_to_rgb(image)
     if image.has_transparency_data:
@@ -63,57 +64,32 @@ def to_rgb(image):
 
 
 def deep_grey_to_rgb(image):
-    """Return greys of more than 8 bits as RGB; NaN is black."""
-    raw = np.asarray(image, np.float32)
-    grey = raw * (255 / white_level(image, raw))
+    """Return greys of 16 bits as RGB: 65535 is white, however dark the picture.
+
+    OSError: greys of 32 bits, as nobody can see which number is white.
+    """
+    is_32_bits = image.mode in ("I", "F") and image.format != "PPM"  # 16 bits are read into 32
+    if is_32_bits:
+        raise OSError("its greys have 32 bits: save it with 8 or 16 bits a pixel")
+    grey = np.asarray(image, np.float32) / 257
     white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's photometric interpretation
     if white_is_zero:  # Pillow minds it in 8 bits alone
         grey = 255 - grey
-    grey = np.nan_to_num(grey).clip(0, 255).round()
-    grey[raw == image.info.get("transparency", -1)] = 255
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-
-
-def white_level(image, raw):
-    """Return the value that is white in an image of deep greys, raw: float32 (H, W).
-
-    Of 16 bits it is always 65535, however dark the picture. Of 32 bits it is 1, 255 or 65535: the
-    first whose double no finite value reaches, as filters overshoot; else the largest value.
-    """
-    is_32_bits = image.mode in ("I", "F") and image.format != "PPM"  # 16 bits are read into 32
-    if not is_32_bits:
-        return 65535
-    peak = raw.max(initial=0, where=np.isfinite(raw))
-    for white in (1, 255, 65535):
-        if peak < 2 * white:
-            return white
-    return peak
+    return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
 
 
 def orientation(image):
-    """Return how an image's rows and columns lie, 1 … 8, by EXIF's tag 0x0112.
-
-    All but a JPEG is decoded for this: a TIFF turns itself, and a PNG's tags may come last.
-    """
-    if image.format not in REDUCIBLE:
-        image.load()
-    with suppress(Exception):  # Pillow raises nearly anything for broken tags
+    """Return how an opened JPEG's rows and columns lie, 1 … 8, by EXIF's tag 0x0112."""
+    with suppress(Exception):  # as above
         value = image.getexif().get(0x0112)
         if value in range(1, 9):
             return int(value)
     return 1
 
 
-def upright_size(image, turn):
-    """Return (height, width) of a Pillow image as seen, whose `orientation` is turn."""
-    width, height = image.size
-    return (width, height) if turn >= 5 else (height, width)
-
-
-def upright(image, turn):
-    """Return a Pillow image of any mode, whose `orientation` is turn, as RGB and as seen."""
-    image = to_rgb(image)
-    return image.transpose(TURNS[turn]) if turn in TURNS else image
+def seen_size(image):
+    """Return (height, width) of an opened JPEG, or of an upright image, as it is seen."""
+    return image.size if orientation(image) >= 5 else image.size[::-1]
 
 
 def failure_reason(error):
@@ -137,7 +113,6 @@ def open_picture(source):
     if isinstance(source, Image.Image):
         image = source.copy()
         image.format = source.format
-        image.tag_v2 = getattr(source, "tag_v2", {})
         return image
     data = source
     if isinstance(source, (str, os.PathLike)):
@@ -146,79 +121,28 @@ def open_picture(source):
             data = file.read(size)  # devices have no end, and kernel files without one say 0
     if not isinstance(data, (bytes, bytearray, memoryview)):
         return Image.fromarray(pixels(data))
-    image = open_bytes(without_texts(data))
-    if image.format == "PNG" and "transparency" in image.info:
-        scale = PNG_SCALES.get(image.tile[0][3])
-        if scale:
-            value = np.multiply(image.info["transparency"], scale)
-            image.info["transparency"] = value.astype(int).tolist()
-    return image
+    return open_bytes(data)
 
 
 def open_bytes(data):
     """Return a file's bytes as a Pillow image, not decoded yet.
 
-    A JPEG may be larger than Pillow opens, as it is decoded reduced: to_rgb checks what is left.
+    A JPEG may be larger than Pillow opens, as it is decoded reduced: `upright` checks what is left.
     """
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # its own words name the place of the bytes in memory
-        raise UnidentifiedImageError(explain_unknown(data)) from None
+        raise UnidentifiedImageError(
+            "it is empty or damaged, or of a kind that is not read, as HEIC, RAW, EPS and SVG: "
+            "convert it to JPEG or PNG"
+        ) from None
     except Image.DecompressionBombError:
         if bytes(data[:3]) != b"\xff\xd8\xff":
-            raise Image.DecompressionBombError(
-                f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels. Only a JPEG can be decoded at a "
-                f"smaller size: save a smaller copy"
-            ) from None
+            raise
         image = JpegImageFile(io.BytesIO(data))
         if image.info.get("progressive"):  # its decoder holds all of it, whatever it gives
-            check_pixels(image, 2)
+            raise
         return image
-
-
-def check_pixels(image, times=1):
-    """Raise DecompressionBombError above so many times the number of pixels that Pillow opens."""
-    if image.width * image.height > 2 * times * (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise Image.DecompressionBombError(
-            f"{image.width} × {image.height} pixels are too many for memory: save a smaller copy"
-        )
-
-
-def explain_unknown(data):
-    """Return why Pillow cannot open a file's bytes, as the opener of their first ones says it."""
-    if not data:
-        return "an empty file"
-    for kind in FORMATS:
-        opener, accepts = Image.OPEN[kind]
-        if accepts and accepts(bytes(data[:16])) is True:
-            try:
-                opener(io.BytesIO(data), "")
-            except Exception as error:  # Pillow's plugins raise nearly anything for a broken file
-                bands = ", as of unusual bands" if kind == "TIFF" else ""
-                return f"a damaged {kind}, or of a kind that is not read ({error}{bands})"
-    return (
-        "none of the formats that are read (HEIC, RAW, EPS and SVG are not): convert it to JPEG or "
-        "PNG"
-    )
-
-
-def without_texts(data):
-    """Return a PNG's bytes without its texts and colour profile, other bytes as they are.
-
-    Pillow refuses a whole picture for a megabyte of them. Texts that may hold its orientation stay.
-    """
-    if bytes(data[:8]) != b"\x89PNG\r\n\x1a\n":
-        return data
-    parts = [data[:8]]
-    place = 8
-    while place < len(data):
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        kind = bytes(data[place + 4 : place + 8])
-        keyword = bytes(data[place + 8 : place + 32]).partition(b"\0")[0]
-        if kind not in PNG_TEXTS or keyword in ORIENTATION_TEXTS:
-            parts.append(data[place:end])
-        place = end
-    return b"".join(parts)
 
 
 def file_size(path):
@@ -255,8 +179,7 @@ def read_size(source):
         file_size(source)
         with Image.open(source, formats=FORMATS) as image:
             # only a JPEG has its orientation in front of the pixels for certain
-            turn = orientation(image) if image.format in REDUCIBLE else 1
-            return upright_size(image, turn)
+            return seen_size(image) if image.format in REDUCIBLE else image.size[::-1]
 
 
 def pixels(source):
@@ -266,9 +189,8 @@ def pixels(source):
     """
     shape = tuple(getattr(source, "shape", ()))
     dtype = str(getattr(source, "dtype", type(source).__name__))
-    is_grey = len(shape) == 2 or shape[2:] == (1,)
-    is_colour = len(shape) == 3 and shape[2] == 3
-    if not dtype.endswith("uint8") or 0 in shape or not (is_grey or is_colour):
+    is_picture = len(shape) == 2 or shape[2:] in ((1,), (3,))
+    if not dtype.endswith("uint8") or 0 in shape or not is_picture:
         of_shape = f" of shape {shape}" if shape else ""
         raise UserError(
             "a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape "

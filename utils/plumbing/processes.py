@@ -16,6 +16,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from PIL import PngImagePlugin
 
 from utils.plumbing.errors import UserError
 
@@ -170,15 +171,20 @@ def ignore_signals(worker_id):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = show_nothing  # its errors travel to the loader
-    silence_pillow()
+    prepare_pillow()
     if sys.platform == "linux":
         die_with_parent()
 
 
-def silence_pillow():
-    """Print no warnings and log messages of Pillow's, which name no file."""
+def prepare_pillow():
+    """Print no warnings and log messages of Pillow's, which name no file.
+
+    A PNG with more than a megabyte of text or colour profile is read, too.
+    """
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**28
+    PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
 def show_nothing(kind, error, trace):

@@ -5,12 +5,11 @@ import re
 import signal
 import sys
 import tempfile
-import warnings
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from utils.pictures import decode_jpeg
@@ -19,16 +18,13 @@ from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import clear_drafts, draft, not_written, writable
 from utils.plumbing.formats import (
     REDUCIBLE,
-    check_pixels,
     failure_reason,
     open_picture,
-    orientation,
-    to_rgb,
     upright,
 )
 from utils.plumbing.processes import cores, ignore_signals
 
-LONGEST = 65500  # pixels of a JPEG's side, libjpeg's limit
+LONGEST = 65500  # pixels of a JPEG's side, libjpeg's limit: what is longer is listed as it is
 
 
 def attempt(work, item):
@@ -42,13 +38,9 @@ def attempt(work, item):
 
 
 def prepare_worker(worker_id):
-    """worker_init_fn: without Pillow's warnings, which name no file.
-
-    SIGTERM ends it, which multiprocessing sends to the others when one of them has died.
-    """
+    """worker_init_fn: SIGTERM ends it, which the others are sent when one of them has died."""
     ignore_signals(worker_id)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.simplefilter("ignore")
 
 
 def on_all_cores(work, items, title):
@@ -112,8 +104,7 @@ def check_undamaged(image):
 def decode(image):
     """Decode an opened image, a JPEG at an eighth. Raises what Pillow does for a broken one."""
     image.draft(image.mode, (1, 1))
-    check_pixels(image)
-    image.load()
+    upright(image)
 
 
 def check(path):
@@ -124,36 +115,11 @@ def check(path):
     return path
 
 
-def reduced(image, size):
-    """Return an RGB copy of this shorter side as training sees the picture: upright, laid on white.
-
-    A JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than the copy.
-    """
-    turn = orientation(image)
-    scale = min(size / min(image.size), LONGEST / max(image.size))
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    image.draft(image.mode, (width, height))
-    small = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
-    return upright(small, turn)
-
-
-def save_copy(image, copy, fresh, time_ns):
-    """Save a copy with this time of change, by way of the file `fresh`."""
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        image.save(fresh, quality=95, subsampling=0)
-        os.utime(fresh, ns=(time_ns, time_ns))
-        os.replace(fresh, copy)
-    except OSError as error:
-        if error.errno is None:  # the encoder's, for this picture
-            raise
-        raise not_written(copy, error) from None
-
-
-def reduced_copy(path, datasets, folder, size, drafts):
+def reduced_copy(path, datasets, folder, size):
     """Return a picture's path, or its copy's where the shorter side is well above `size`.
 
-    The copy is made unless there is one with the picture's times.
+    The copy is as training sees the picture: upright, laid on white. It is made unless there is one
+    with the picture's times.
     """
     copy = Path(folder, f"{Path(path).relative_to(datasets)}.jpg")
     if not os.path.realpath(copy).startswith(os.path.join(os.path.realpath(folder), "")):
@@ -165,12 +131,27 @@ def reduced_copy(path, datasets, folder, size, drafts):
         return copy.as_posix()
     with open_picture(path) as image:
         check_undamaged(image)
-        if min(image.size) < 1.25 * size:  # a copy would save less than a third of the pixels
+        shorter, longer = sorted(image.size)
+        saves_a_third = shorter >= 1.25 * size  # of the pixels
+        if not saves_a_third or longer * size / shorter > LONGEST:
             decode(image)
             return path
-        small = reduced(image, size)
-    save_copy(small, copy, Path(drafts, f"{os.getpid()}.jpg"), time_ns)
+        image.draft(image.mode, (size, size))  # at 1/2, 1/4 or 1/8, no smaller than the copy
+        small = ImageOps.cover(upright(image), (size, size))
+    save_copy(small, copy, folder, time_ns)
     return copy.as_posix()
+
+
+def save_copy(image, copy, folder, time_ns):
+    """Save a copy, with this time of change."""
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with draft(folder / "copy") as fresh:
+            image.save(fresh, "JPEG", quality=95, subsampling=0)
+            os.utime(fresh, ns=(time_ns, time_ns))
+            os.replace(fresh, copy)
+    except OSError as error:
+        raise not_written(copy, error) from None
 
 
 def check_all(paths):
@@ -190,9 +171,8 @@ def shrink_all(paths, datasets, size):
         f"link {base} from a folder with room, and name the link",
     )
     clear_drafts(folder)
-    with draft(folder / "copies", folder=True) as drafts:
-        work = partial(reduced_copy, datasets=datasets, folder=folder, size=size, drafts=drafts)
-        listed = on_all_cores(work, paths, "shrunk")
+    work = partial(reduced_copy, datasets=datasets, folder=folder, size=size)
+    listed = on_all_cores(work, paths, "shrunk")
     number = sum(path != copy for path, copy in listed.items())
     say(f"{number} of {len(paths)} pictures are listed as copies in {folder}")
     return listed

@@ -28,9 +28,9 @@ from utils.plumbing import lists
 from utils.plumbing.charts import draw_contact_sheet, drawable_text
 from utils.plumbing.console import ProgressLine
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import save_file, save_image
+from utils.plumbing.files import save_file, save_image, writable
 from utils.plumbing.settings import check_value
-from utils.trained import TrainedRun, add_mirrored, command, free_outputs
+from utils.trained import TrainedRun, add_mirrored, command
 
 OUTPUTS = (
     "predictions.csv",
@@ -120,13 +120,11 @@ def score(run, data, batch_size, num_workers=None):
 def print_table(rows):
     """Print rows of task.whole_set_tables: titles, then a name, shares and a number in each."""
     titles, *rows = rows
-    table = [titles]
+    width = max(len(printable(row[0])) for row in rows)
+    print(" " * width, *(f"{title:>9}" for title in titles[1:]))
     for name, *shares, number in rows:
-        table.append([printable(name), *(f"{share:.4f}" for share in shares), str(number)])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for name, *cells in table:
-        columns = [cell.rjust(max(width, 6)) for cell, width in zip(cells, widths[1:])]
-        print(name.ljust(widths[0]), *columns, sep="  ")
+        columns = [f"{share:9.4f}" for share in shares]
+        print(printable(name).ljust(width), *columns, f"{number:9}")
 
 
 def draw_mistakes(data, indices, mistakes):
@@ -204,7 +202,10 @@ def evaluate(
         batch_size = run.settings["Unfreeze_batch_size"]
     check_value("Unfreeze_batch_size", batch_size)
     check_value("num_workers", num_workers or 0)
-    out = free_outputs(out or run.folder, OUTPUTS, "name another folder with --out")
+    out = writable(out or run.folder, "name another folder with --out")
+    for name in OUTPUTS:
+        if (out / name).is_dir():
+            raise UserError(f"{out / name} is a folder where a file is to be written: move it away")
     data = run.dataset(find_pictures(run, annotation))
     names = run.class_names
 

@@ -3,13 +3,13 @@
 RUN/model.pt2 takes uint8 pictures (N, 3, H, W) of the run's input_shape and returns probabilities
 (N, classes). It needs torch alone:
 
-    files = {"class_names.json": "", "pictures.json": "", "input.txt": ""}
+    files = {"class_names.json": "", "pictures.json": ""}
     program = torch.export.load("model.pt2", extra_files=files).module()
     names = json.loads(files["class_names.json"])
     probabilities = program(pictures)
 
-input.txt tells people how a picture becomes its input, pictures.json holds the settings for it.
-With onnx and onnxscript installed, RUN/model.onnx is the same; its metadata hold the same texts.
+pictures.json tells how a picture becomes its input, in words and by the settings for it. With onnx
+and onnxscript installed, RUN/model.onnx is the same; its metadata hold the same texts.
 """
 
 from utils.plumbing.start import start_program
@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import io
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -28,9 +29,14 @@ from utils import task
 from utils.pictures import normalize
 from utils.plumbing.errors import printable
 from utils.plumbing.files import save_file
-from utils.trained import TrainedRun, add_mirrored, command, free_outputs
+from utils.trained import TrainedRun, add_mirrored, command
 
-CROP = ("input_shape", "resize", "val_crop")  # the settings that make a picture an input
+INPUT = (
+    "RGB, upright (EXIF orientation applied); of it with resize 'crop' the largest box in the "
+    "middle with the proportions of input_shape (height, width), its sides times val_crop, with "
+    "'squeeze' the whole picture; resized to input_shape (bilinear, antialiased); uint8 from 0 to "
+    "255, (N, 3, height, width)"
+)
 
 
 class Program(torch.nn.Module):
@@ -47,18 +53,9 @@ class Program(torch.nn.Module):
 
 
 def describe_input(settings):
-    """Return how a picture becomes the program's input, in words."""
-    height, width = settings["input_shape"]
-    if settings["resize"] == "squeeze":
-        part = "the whole picture"
-    else:
-        part = f"the largest box in its middle with proportions {width}:{height}"
-    if settings["val_crop"] != 1:
-        part += f", its sides times {settings['val_crop']:g}"
-    return (
-        f"RGB, upright (EXIF orientation applied); {part}; resized to width {width} and height "
-        f"{height} (bilinear, antialiased); uint8 from 0 to 255, (N, 3, {height}, {width})"
-    )
+    """Return how a picture becomes the program's input, as JSON."""
+    crop = {name: settings[name] for name in ("input_shape", "resize", "val_crop")}
+    return json.dumps({**crop, "input": INPUT})
 
 
 def to_torch(program, example, sizes, texts):
@@ -86,30 +83,28 @@ def to_onnx(program, example, sizes, texts):
     return proto.SerializeToString()
 
 
-@torch.no_grad()
 def export(run, weights=None, mirrored=False):
     """Write RUN/model.pt2, and RUN/model.onnx where its packages are; return the paths."""
     run = TrainedRun(run, weights, mirrored)
     writers = {"model.pt2": to_torch}
     if find_spec("onnx") and find_spec("onnxscript"):
         writers["model.onnx"] = to_onnx
-    folder = free_outputs(run.folder, writers, "move it away")
     model = run.model.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
     program = Program(model, run.settings).eval()
     example = torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8)
     sizes = ({0: torch.export.Dim("batch")},)
     texts = {
         "class_names.json": json.dumps(run.class_names),
-        "pictures.json": json.dumps({name: run.settings[name] for name in CROP}),
-        "input.txt": describe_input(run.settings),
+        "pictures.json": describe_input(run.settings),
     }
     paths = []
     for name, write in writers.items():
         content = write(program, example, sizes, texts)
-        paths.append(folder / name)
-        save_file(paths[-1], content)
-        print(f"wrote {printable(paths[-1])} ({len(content) / 1e6:.1f} MB)")
-    print(f"input: {texts['input.txt']}", flush=True)
+        path = Path(run.folder, name)
+        save_file(path, content)
+        paths.append(path)
+        print(f"wrote {printable(path)} ({len(content) / 1e6:.1f} MB)")
+    print(texts["pictures.json"], flush=True)
     return paths
 
 

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import re
 import sys
 from threading import get_ident
 
@@ -106,18 +105,13 @@ def predictions(run, pictures, batch_size=32):
 def find_pictures(words):
     """Yield the paths that words name: files, folders, and '-' for a list on standard input."""
     for word in words:
-        paths = read_list() if word == "-" else [word]
+        paths = [word]
+        if word == "-":
+            lines = sys.stdin.buffer.read().splitlines()
+            paths = [os.fsdecode(line) for line in lines if line]
         for path in paths:
             inside = pictures_below(path) if os.path.isdir(path) else []
             yield from inside or [path]
-
-
-def read_list():
-    """Return the lines of standard input, as paths; none where it is closed."""
-    if sys.stdin is None:
-        return []
-    text = os.fsdecode(sys.stdin.buffer.read())
-    return [line for line in re.split("\r?\n", text) if line]
 
 
 def print_prediction(path, prediction, as_json):
@@ -126,13 +120,11 @@ def print_prediction(path, prediction, as_json):
     if as_json:
         found = {"error": prediction} if unreadable else task.prediction_json(prediction)
         print(json.dumps({"picture": path, **found}), flush=True)
-        return
-    if unreadable:
-        text = prediction
+    elif unreadable:
+        print(printable(f"{path}: {prediction}"), file=sys.stderr, flush=True)
     else:
-        text = ", ".join(task.prediction_text(name, value) for name, value in prediction)
-    stream = sys.stderr if unreadable else sys.stdout
-    print(f"{printable(path)}: {printable(text)}", file=stream, flush=True)
+        texts = [task.prediction_text(name, value) for name, value in prediction]
+        print(printable(f"{path}: {', '.join(texts)}"), flush=True)
 
 
 def main(arguments=None):

@@ -13,7 +13,6 @@ from utils.fit import score_batch
 from utils.pictures import MEAN, STD
 from utils.plumbing.console import show_errors_as_sentences
 from utils.plumbing.errors import UserError
-from utils.plumbing.files import writable
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS
 from utils.plumbing.processes import cores, ignore_signals
 from utils.plumbing.run import read_config
@@ -124,16 +123,6 @@ def find_folder(run):
             if folder.exists():
                 return folder
     return run
-
-
-def free_outputs(folder, names, remedy):
-    """Return a folder's Path. UserError: files of these names cannot be written there."""
-    folder = writable(folder, remedy)
-    for name in names:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            raise UserError(f"{path} is a folder where a file is to be written: {remedy}")
-    return folder
 
 
 def command(name, document):

@@ -17,10 +17,9 @@ from utils.plumbing.advice import advise
 from utils.plumbing.console import say, show_errors_as_sentences
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_text, writable
-from utils.plumbing.folders import walk
+from utils.plumbing.folders import find_splits, quote, split_by_chance, walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, class_name, get_classes, hint
 from utils.plumbing.shrink import check_all, shrink_all
-from utils.plumbing.splits import find_splits, quote, split_by_chance
 
 FEW = 10  # a class with fewer training pictures is warned about
 
@@ -126,21 +125,11 @@ def write_together(paths, names, lists):
 
 
 def report_left_out(left_out):
-    """Print how many files were left out for each reason, and which."""
-    reasons = Counter({reason: len(found) for reason, found in left_out.items()})
-    for reason, count in reasons.most_common(10):
-        examples = ", ".join(sorted(map(printable, left_out[reason]))[:2])
-        more = ", …" if count > 2 else ""
-        say(f"left out ({count}): {printable(reason)}: {examples}{more}")
-
-
-def describe_lack(training, test):
-    """Return a warning where a class has too few pictures, or ''."""
-    if not training:
-        return "  WARNING: no training pictures: it cannot be learnt"
-    if training < FEW:
-        return "  WARNING: few training pictures"
-    return "" if test else "  WARNING: no test pictures"
+    """Print how many files were left out for each of the usual reasons, and which."""
+    for reason in sorted(left_out, key=lambda reason: -len(left_out[reason]))[:10]:
+        paths = sorted(map(printable, left_out[reason]))
+        more = ", …" if len(paths) > 2 else ""
+        say(f"left out ({len(paths)}): {printable(reason)}: {', '.join(paths[:2])}{more}")
 
 
 def report(names, lists):
@@ -152,7 +141,9 @@ def report(names, lists):
     for name in names:
         numbers = [count[name] for count in counts]
         columns = "".join(f"  {number:>8}" for number in numbers)
-        say(f"{printable(name):<{width}}{columns}{describe_lack(*numbers[:2])}")
+        has_few = numbers[0] < FEW or not numbers[1]
+        warning = "  WARNING: few or no training pictures, or none to test" if has_few else ""
+        say(f"{printable(name):<{width}}{columns}{warning}")
 
 
 def read_arguments(arguments):
@@ -163,7 +154,7 @@ def read_arguments(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
-    option("datasets", help="folder of train/ and test/ folders, or of class folders")
+    option("datasets", nargs="+", help="folder of train/ and test/ folders, or of class folders")
     option(
         "--test-share", type=float, default=0.2, help="of each class, without a test folder (0.2)"
     )
@@ -173,11 +164,11 @@ def read_arguments(arguments):
     option("--nested", action="store_true", help="all folders in DATASETS are classes")
     option("--force", action="store_true", help="overwrite a class file with other ids")
     option("--out", default="model_data/cls", help="beginning of the files' names (model_data/cls)")
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        path = shlex.quote(" ".join([options.datasets, *unknown]))
-        advice = "" if unknown[0].startswith("-") else f": a path with blanks needs quotes, {path}"
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    options = parser.parse_args(arguments)
+    path = " ".join(options.datasets)
+    if len(options.datasets) > 1:
+        raise UserError(f"one folder is named, and a path with blanks needs quotes: {path!r}")
+    options.datasets = path
     if not 0 < options.test_share < 1:
         raise UserError(
             f"--test-share {options.test_share} must be above 0 and below 1, such as 0.2"

@@ -1,19 +1,31 @@
-"""Folders of pictures: what lies in them, where links lead, and what is left out and why."""
+"""Folders of pictures: what lies in them, what is left out and why, and which train or test."""
 
 import os
+import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cache
-from heapq import heappop, heappush
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
+from utils.plumbing.errors import UserError, short_repr
 from utils.plumbing.formats import FORMATS, REDUCIBLE
 
 # Thumbnails and deleted pictures of storage boxes, in lower case
 LEFT_BEHIND = {"@eadir", "@recycle", "#recycle", "$recycle.bin"}
+
+NOUNS = "(the|my|data|dataset|set|split|image|img|picture|pic|photo|sample|file|folder|dir|daten)s?"
+# What people call the folders of a split, whatever the case, digits and punctuation. Beside
+# training the first in this order validates, and the second is kept for the end.
+ROLES = {
+    "train": "train(ing|ings|val)?|trn|learn(ing)?|训练集?",
+    "val": "val(id|idate|idating|idation)?|dev(el|elopment)?|验证集?",
+    "eval": "eval(uate|uating|uation)?|评估集?",
+    "test": "te?st(s|ing)?|测试集?",
+    "holdout": "h[eo]ldout|unseen",
+}
 
 
 class Picture(NamedTuple):
@@ -31,17 +43,10 @@ def endings():
     return {ending for ending, kind in registered if kind in (*FORMATS, *REDUCIBLE)}
 
 
-def kind_of(entry):
-    """Return (is a folder, is a file) of an entry of scandir; the disk is asked of links alone."""
-    if entry.is_symlink():
-        return os.path.isdir(entry.path), os.path.isfile(entry.path)
-    return entry.is_dir(), entry.is_file()
-
-
-def reason_to_leave_out(path, is_file):
+def reason_to_leave_out(path):
     """Return why a file cannot be listed, or None."""
-    if not is_file:
-        return "pipes, sockets and devices" if os.path.exists(path) else "links that lead nowhere"
+    if not os.path.isfile(path):
+        return "pipes, devices and links that lead nowhere"
     if re.search("[\n\r\ud800-\udfff]", path):
         return "paths with a line break or letters that are not UTF-8, rename them"
     ending = os.path.splitext(path)[1].lower()
@@ -56,6 +61,13 @@ def leads_back(real, entered):
     return real in entered or any(other.startswith(inside) for other in entered)
 
 
+def visible(names):
+    """Return the sorted names of what is neither hidden nor of a storage box's own."""
+    return sorted(
+        name for name in names if not name.startswith(".") and name.lower() not in LEFT_BEHIND
+    )
+
+
 def walk(root):
     """Return ([Picture, …] below a folder, {reason: [path, …] of what was left out}).
 
@@ -64,36 +76,110 @@ def walk(root):
     """
     pictures, left_out = [], defaultdict(list)
     entered = set()
-    waiting = [(False, (), root)]
-    while waiting:
-        is_link, names, folder = heappop(waiting)
-        real = os.path.realpath(folder)
-        if is_link and leads_back(real, entered):
-            left_out["links to folders that are read anyway"].append(folder)
+    starts = [root]
+
+    def leave_folder_out(error):
+        left_out["folders that cannot be read"].append(error.filename)
+
+    while starts:
+        start = starts.pop(0)
+        if leads_back(os.path.realpath(start), entered):
+            left_out["links to folders that are read anyway"].append(start)
             continue
-        entered.add(real)
-        try:
-            entries = list(os.scandir(folder))
-        except OSError:
-            left_out["folders that cannot be read"].append(folder)
-            continue
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
-                continue
-            path = Path(entry.path).as_posix()
-            is_link = entry.is_symlink()
-            is_folder, is_file = kind_of(entry)
-            if is_folder:
-                heappush(waiting, (is_link, (*names, entry.name), path))
-            elif reason := reason_to_leave_out(path, is_file):
-                left_out[reason].append(path)
-            else:
-                own_path = os.path.join(real, entry.name)
-                real_path = os.path.realpath(path) if is_link else own_path
-                pictures.append(Picture(is_link, names, path, real_path))
+        for folder, names, files in os.walk(start, onerror=leave_folder_out):
+            real = os.path.realpath(folder)
+            entered.add(real)
+            names[:] = visible(names)
+            paths = [Path(folder, name).as_posix() for name in names]
+            starts += filter(os.path.islink, paths)
+            folders = Path(folder).relative_to(root).parts
+            for name in visible(files):
+                path = Path(folder, name).as_posix()
+                if reason := reason_to_leave_out(path):
+                    left_out[reason].append(path)
+                    continue
+                is_link = os.path.islink(path)
+                real_path = os.path.realpath(path) if is_link else os.path.join(real, name)
+                pictures.append(Picture(is_link, folders, path, real_path))
     return pictures, left_out
 
 
 def pictures_below(folder):
     """Return the sorted paths of the pictures in `folder` and its folders, links among them."""
     return sorted(picture.path for picture in walk(folder)[0])
+
+
+def role_of(name):
+    """Return which of ROLES a word of a folder's name says, or None."""
+    for word in re.findall(r"[^\W\d_]+", name.casefold()):
+        for role, spelling in ROLES.items():
+            if re.fullmatch(f"({NOUNS})*({spelling})({NOUNS})*", word):
+                return role
+    return None
+
+
+def find_splits(pictures, datasets):
+    """Return the names of the folders that train, that validate and that are kept for the end.
+
+    The list is empty where the top folders are classes, also those called train that hold pictures
+    beside others. Raise UserError where nobody can see what is meant.
+    """
+    inside = defaultdict(set)
+    for picture in pictures:
+        if picture.folders:
+            inside[picture.folders[0]].update(picture.folders[1:2])
+    roles = {top: role_of(top) for top in inside}
+    with_classes = [top for top in inside if roles[top] and inside[top]]
+    if not with_classes and not all(roles.values()):
+        check_classes(inside, datasets)
+        return []
+    splits = {roles[top]: top for top in with_classes}
+    are_clear = "train" in splits and len(splits) == len(with_classes) <= 3
+    are_all = all(roles.values()) and (len(splits) > 1 or len(inside) == 1)
+    if not (are_clear and are_all):
+        raise UserError(
+            f"{datasets!r} holds {quote(inside)}: make it one folder of pictures for each class, "
+            f"or 'train' and 'test' (or 'train', 'val' and 'test') with such folders in each, and "
+            f"nothing else; --nested takes every folder that it holds for a class"
+        )
+    return [splits[role] for role in ROLES if role in splits]
+
+
+def check_classes(inside, datasets):
+    """Raise UserError where folders side by side hold the same names, as parts of a split do."""
+    folded = {top: {name.casefold() for name in names} for top, names in inside.items()}
+    counts = Counter(name for names in folded.values() for name in names)
+    shared = {name for name, count in counts.items() if count > 1}
+    tops = [top for top in inside if shared & folded[top]]
+    if len(set().union(*(folded[top] for top in tops))) > 1:  # one is no split: cat/images
+        raise UserError(
+            f"the folders {quote(tops)} of {datasets!r} hold folders of the same names, "
+            f"{quote(shared)}: if those are the classes, call the ones around them 'train', 'val' "
+            f"and 'test'; if {quote(tops)} are the classes, add --nested"
+        )
+
+
+def quote(names):
+    """Return at most five of some names, sorted, as a message shows them."""
+    return ", ".join(map(short_repr, sorted(names)[:5])) + (", …" if len(names) > 5 else "")
+
+
+def split_by_chance(entries, share, seed):
+    """Return (training, test) of entries (class name, path, path below the class's folder).
+
+    Each picture's own number decides, so that the others stay where they are when some are added
+    or deleted. Of a class with two pictures or more at least one trains and one tests.
+    """
+    classes = defaultdict(list)
+    for entry in entries:
+        name, _, below = entry
+        number = random.Random(f"{seed}/{name}/{below}").random()
+        classes[name].append((number, entry))
+    training, test = [], []
+    for numbered in classes.values():
+        numbered.sort()
+        count = sum(number < share for number, _ in numbered)
+        count = min(max(count, 1), len(numbered) - 1)
+        test += [entry for _, entry in numbered[:count]]
+        training += [entry for _, entry in numbered[count:]]
+    return sorted(training), sorted(test)

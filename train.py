@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from nets import (
     build,
-    download,
     head_layers,
     is_transformer,
     lay_out,
@@ -174,9 +173,6 @@ if __name__ == "__main__":
 
     # The network
     torch.manual_seed(seed)
-    if pretrained and state is None and local_rank == 0:  # one download a machine
-        download(backbone)
-    processes.barrier()
     model = build(settings, num_classes)
     if pretrained and state is None:
         load_pretrained(model, backbone, settings)

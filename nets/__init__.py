@@ -163,15 +163,11 @@ def build(settings, num_classes):
     return get_model(settings["backbone"], num_classes, settings["input_shape"])
 
 
-def download(backbone):
-    """Make sure that torch.hub's cache has torchvision's weights of a network."""
-    from nets import _weights
-
-    _weights.published(check_name(backbone))
-
-
 def load_pretrained(model, backbone, settings=None):
-    """Load torchvision's weights, but for the head; warn where settings normalise otherwise."""
+    """Load torchvision's weights, but for the head; warn where settings normalise otherwise.
+
+    Collective.
+    """
     from nets import _weights
 
     _weights.load_pretrained(model, check_name(backbone), settings)

@@ -10,6 +10,7 @@ from torchvision import models
 
 from nets import OWN, head_layers
 from nets._foreign import fit
+from utils.plumbing import processes
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, short_repr
 from utils.plumbing.files import check_regular, load_tensors
@@ -209,7 +210,13 @@ def published(name):
 
 
 def load_pretrained(model, name, settings=None):
-    """Load what matches of the weights that torchvision publishes for the network `name`."""
+    """Load what matches of the weights that torchvision publishes for the network `name`.
+
+    Collective: a machine's first process downloads them for all.
+    """
+    if processes.local_rank() == 0:
+        published(name)
+    processes.barrier()
     state, weights = published(name)
     source = f"torchvision's weights of {name}"
     load_matching(model, state, source)

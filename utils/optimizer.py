@@ -93,11 +93,9 @@ def fill_momentum(optimizer):
 
 def restore_optimizer(optimizer, state):
     """Load what an optimizer has learned (momentum); its options stay those of the settings."""
-    options = []
-    for group in optimizer.param_groups:
-        options.append({name: value for name, value in group.items() if name != "params"})
+    own_groups = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, options):
+    for group, own in zip(optimizer.param_groups, own_groups):
         group.update(own)
     if isinstance(optimizer, torch.optim.SGD):
         fill_momentum(optimizer)

@@ -202,11 +202,11 @@ def bench_train(folder):
 
 def bench_evaluate(folder):
     from utils.evaluate import score
-    from utils.trained import TrainedRun
+    from utils.trained import Classifier
 
     torch.set_num_threads(os.cpu_count())
     paths = photos(folder, 256, 500, 375)
-    run = TrainedRun.__new__(TrainedRun)
+    run = Classifier.__new__(Classifier)
     run.Cuda, run.fp16, run.class_names = False, False, [str(i) for i in range(10)]
     run.settings = dict(input_shape=[224, 224], val_crop=0.875)
     lines = [f"{i % 10};{p}" for i, p in enumerate(paths)]

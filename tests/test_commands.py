@@ -206,7 +206,7 @@ def test_classifier_from_python_and_threads(trained, monkeypatch):
 
 
 def test_predictions_in_batches_are_those_of_one_picture(trained, monkeypatch):
-    from utils.predict import Classifier, predictions
+    from utils.predict import Classifier
 
     folder, run, _ = trained
     monkeypatch.chdir(folder)
@@ -215,7 +215,7 @@ def test_predictions_in_batches_are_those_of_one_picture(trained, monkeypatch):
         [str(path) for path in sorted(Path("photos/test/Zebra").rglob("*.*"))[:5]],
     )
     paths = [good[0], "gone.jpg", *good[1:], good[0], "photos"]
-    found = list(predictions(classify, paths, 3))
+    found = list(classify.predictions(paths, 3))
     assert [path for path, _ in found] == paths
     for path, best in found:
         if path in good:
@@ -228,7 +228,7 @@ def test_export(trained, tmp_path):
     folder, run, _ = trained
     out, _ = command(folder, "utils.export", run)
     from utils.fit import score_batch
-    from utils.trained import TrainedRun
+    from utils.trained import Classifier
 
     extra = dict.fromkeys(["class_names.json", "pictures.json"], "")
     torch.export.load(folder / run / "model.pt2", extra_files=extra)
@@ -236,7 +236,7 @@ def test_export(trained, tmp_path):
     assert json.loads(extra["class_names.json"]) == names
     assert json.loads(extra["pictures.json"])["input_shape"] == [32, 32]
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    loaded = TrainedRun(folder / run)
+    loaded = Classifier(folder / run)
     expected = score_batch(loaded.model, images, torch.zeros(5), False, False, loaded.settings)[
         0
     ].softmax(1)

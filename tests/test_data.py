@@ -862,7 +862,7 @@ def test_commands_read_pictures_as_validation_does(tmp_path, monkeypatch, settin
         lambda images, *rest: drawn.extend(images) or sheet(images, *rest),
     )
     evaluate.evaluate(run, num_workers=0)
-    list(predict.predictions(predict.Classifier(run), ["wide.png"]))
+    predict.Classifier(run)("wide.png")
     assert [len(images) for images in seen] == [2, 1]
     assert all(torch.equal(image, expected[0]) for images in seen for image in images)
     if "resize" in settings:

@@ -165,7 +165,7 @@ def test_predictions_stand_beside_their_pictures(evaluated):
         if index % 9 == 5:
             assert [name for name, _ in classify(f"{index}.png")] == row[2::2]
     paths = [f"{index}.png" for index in range(NUMBER)]
-    for index, (path, prediction) in enumerate(predict.predictions(classify, paths, 7)):
+    for index, (path, prediction) in enumerate(classify.predictions(paths, 7)):
         assert path == paths[index] and isinstance(prediction, str) == (index in BROKEN)
         if index not in BROKEN:
             row = rows[readable.tolist().index(index)]
@@ -243,9 +243,7 @@ def test_mirrored(made, tmp_path):
     (tmp_path / "list.txt").write_text(f"0;{tmp_path}/picture.png\n")
     run = make_run(tmp_path / "run", ["x", "y"], "resnet9", classes_path="none.txt")
     plain, both = predict.Classifier(run), predict.Classifier(run, mirrored=True)
-    images = [
-        predict.read_picture(plain, tmp_path / f"{name}.png") for name in ("picture", "mirrored")
-    ]
+    images = [plain.read(tmp_path / f"{name}.png") for name in ("picture", "mirrored")]
     with torch.no_grad():
         first, second = (plain.model(normalised_by_hand(image)) for image in images)
     expected = ((first + second) / 2).softmax(1)[0]
@@ -299,7 +297,7 @@ def test_features_are_what_the_head_sees(made):
     run = make_run(Path("maps"), ["x", "y"], "squeezenet1_1")  # its head is a convolution
     classify = predict.Classifier(run)
     classify.settings["input_shape"] = [64, 64]  # a map of more than one place
-    images = normalised_by_hand(predict.read_picture(classify, "0.png"))
+    images = normalised_by_hand(classify.read("0.png"))
     with torch.no_grad():
         expected = classify.network.features(images).mean((0, 2, 3))
     torch.testing.assert_close(classify.features("0.png"), expected, rtol=1e-3, atol=1e-4)
@@ -368,7 +366,7 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     pixels[40:, 60:] = 255
     Image.fromarray(pixels).save(tmp_path / "corner.png")
     classify = predict.Classifier(run)
-    heat = explain.look(classify, predict.read_picture(classify, tmp_path / "corner.png"))
+    heat = explain.look(classify, classify.read(tmp_path / "corner.png"))
     assert heat.shape == (32, 32) and heat.min() >= 0 and heat.max() == 1
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[20:, 20:] = True

@@ -74,7 +74,7 @@ def test_a_folder_is_answered_in_order_by_several_processes(folder, call, monkey
             return real(source, *rest)
 
         monkeypatch.setattr(dataloader, "read_crop", noting)
-        monkeypatch.setattr(predict, "cores", lambda: 2)
+        monkeypatch.setattr("utils.trained.cores", lambda: 2)
     code, out, err = call("run", "many", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and [row["picture"] for row in rows] == [
@@ -220,7 +220,7 @@ def test_a_killed_worker_is_one_sentence(folder, call, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(dataloader, "read_crop", die)
-    monkeypatch.setattr(predict, "cores", lambda: 2)
+    monkeypatch.setattr("utils.trained.cores", lambda: 2)
     with pytest.raises(RuntimeError) as caught:
         predict.main(["run", "many"])
     assert "data-loader worker died" in explain(caught.value)

@@ -30,7 +30,7 @@ from utils.plumbing.console import ProgressLine
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_file, save_image, writable
 from utils.plumbing.settings import check_value
-from utils.trained import TrainedRun, add_mirrored, command
+from utils.trained import Classifier, add_mirrored, command
 
 OUTPUTS = (
     "predictions.csv",
@@ -197,7 +197,7 @@ def evaluate(
     mirrored=False,
 ):
     """Score a run, print and write everything; return {**metrics, "scored": number of pictures}."""
-    run = TrainedRun(run, weights, mirrored)
+    run = Classifier(run, weights, mirrored)
     if batch_size is None:
         batch_size = run.settings["Unfreeze_batch_size"]
     check_value("Unfreeze_batch_size", batch_size)

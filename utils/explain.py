@@ -21,8 +21,7 @@ from utils import task
 from utils.pictures import normalize
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_image, writable
-from utils.predict import Classifier, find_pictures, read_picture
-from utils.trained import command
+from utils.trained import Classifier, add_pictures, command, find_pictures
 
 SIZE = (1024, 512)  # of what is drawn, in pixels: two pictures side by side fit into it
 
@@ -81,7 +80,7 @@ def explain(run, picture):
     image: the picture, and beside it the same under its heat, from blue to red.
     """
     prediction = run(picture)
-    images = read_picture(run, picture)
+    images = run.read(picture)
     heat = Image.fromarray((255 * look(run, images)).byte().numpy())
     colours = ImageOps.colorize(heat, "blue", "red", mid="lime")
     original = Image.fromarray(images[0].permute(1, 2, 0).numpy())
@@ -91,14 +90,13 @@ def explain(run, picture):
 
 def main(arguments=None):
     parser = command("explain", __doc__)
-    parser.add_argument("pictures", nargs="+", help="files, folders, or - for a list on stdin")
+    add_pictures(parser)
     parser.add_argument("--out", help="folder to write into (the run's)")
     options = parser.parse_args(arguments)
     run = Classifier(options.run, options.weights)
-    paths = list(find_pictures(options.pictures))
     out = writable(options.out or run.folder, "name another folder with --out")
     failed = False
-    for number, path in enumerate(paths, 1):
+    for number, path in enumerate(find_pictures(options.pictures), 1):
         try:
             prediction, image = explain(run, path)
         except ValueError as error:

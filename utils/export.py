@@ -29,7 +29,7 @@ from utils import task
 from utils.pictures import normalize
 from utils.plumbing.errors import printable
 from utils.plumbing.files import save_file
-from utils.trained import TrainedRun, add_mirrored, command
+from utils.trained import Classifier, add_mirrored, command
 
 INPUT = (
     "RGB, upright (EXIF orientation applied); of it with resize 'crop' the largest box in the "
@@ -85,7 +85,7 @@ def to_onnx(program, example, sizes, texts):
 
 def export(run, weights=None, mirrored=False):
     """Write RUN/model.pt2, and RUN/model.onnx where its packages are; return the paths."""
-    run = TrainedRun(run, weights, mirrored)
+    run = Classifier(run, weights, mirrored)
     writers = {"model.pt2": to_torch}
     if find_spec("onnx") and find_spec("onnxscript"):
         writers["model.onnx"] = to_onnx

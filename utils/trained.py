@@ -1,18 +1,23 @@
 """A finished run, loaded once: what evaluate, predict, explain and export share."""
 
+import os
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from threading import get_ident
 
 import torch
 from torch.utils.data import DataLoader
 
-from nets import build, lay_out
+from nets import build, head_names, lay_out
 from nets._weights import check_numbers, load_weights
+from utils import task
 from utils.dataloader import DataGenerator, detection_collate
 from utils.fit import score_batch
 from utils.pictures import MEAN, STD
 from utils.plumbing.console import show_errors_as_sentences
 from utils.plumbing.errors import UserError
+from utils.plumbing.folders import pictures_below
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS
 from utils.plumbing.processes import cores, ignore_signals
 from utils.plumbing.run import read_config
@@ -46,11 +51,19 @@ class Mirrored(torch.nn.Module):
         return (self.network(pictures) + self.network(pictures.flip(3))) / 2
 
 
-class TrainedRun:
-    """A trained run: its folder, settings, class_names, and network, in evaluation mode.
+class Pictures(DataGenerator):
+    """Pictures without labels: the target of each is its index."""
 
-    model is what scores pictures: the network, or Mirrored. Both are on the GPU where the run used
-    one and there is one. fp16 is the name of the precision.
+    def target(self, index, label):
+        return index
+
+
+class Classifier:
+    """Classifier(run)(picture) → [(class name, probability), …], the best five first.
+
+    It may be called from several threads. It has the run's folder, settings, class_names, and its
+    network in evaluation mode. model is what scores pictures: the network, or Mirrored. Both are on
+    the GPU where the run used one and there is one. fp16 is the name of the precision.
     """
 
     def __init__(self, run, weights=None, mirrored=False):
@@ -66,10 +79,9 @@ class TrainedRun:
             check_value(name, self.settings[name])
         trained_on_gpu, fp16 = self.settings["Cuda"], self.settings["fp16"]
         self.Cuda = trained_on_gpu and torch.cuda.is_available()
+        self.fp16 = "float32"  # a GPU's precision on a CPU would give other scores
         if self.Cuda == trained_on_gpu and fp16 != "auto":
             self.fp16 = precision_name(fp16, self.Cuda)
-        else:  # a GPU's precision on a CPU would give other scores
-            self.fp16 = "float32"
         self.network = build(self.settings, len(self.class_names)).eval()
         self.load(weights or Path(self.folder, "best_epoch_weights.pth"))
         self.network = lay_out(self.network, "cuda" if self.Cuda else "cpu")
@@ -87,6 +99,58 @@ class TrainedRun:
                 f"--weights: {path} holds the weights of another network than {backbone} with "
                 f"{len(self.class_names)} classes at {input_shape}"
             ) from error
+
+    def __call__(self, picture):
+        """Classify a picture: a path, a file's bytes or a Pillow image.
+
+        ValueError: it cannot be read, with the reason.
+        """
+        [(_, prediction)] = self.predictions([picture])
+        if isinstance(prediction, str):
+            raise ValueError(prediction)
+        return prediction
+
+    def features(self, picture):
+        """Return the input of the network's head for a picture: float32 (D,), on the CPU.
+
+        Where the head takes a map, as a convolution does, it is the mean over the places.
+        """
+        inputs = {}  # by thread
+
+        def keep(module, given):
+            inputs[get_ident()] = given[0]
+
+        images = self.read(picture)
+        head = self.network.get_submodule(head_names(self.network)[0])
+        hook = head.register_forward_pre_hook(keep)
+        score_batch(self.network, images, torch.zeros(1), self.Cuda, self.fp16, self.settings)
+        hook.remove()
+        vector = inputs[get_ident()][0].float().cpu()
+        return vector if vector.dim() == 1 else vector.flatten(1).mean(1)
+
+    def read(self, picture):
+        """Return a picture as the network takes it, uint8 (1, 3, H, W). ValueError: why not."""
+        data = self.dataset([(picture, "")], Pictures)
+        images, _, unreadable = detection_collate([data[0]])
+        for _, reason in unreadable:
+            raise ValueError(f"unreadable picture ({reason})")
+        return images
+
+    def predictions(self, pictures, batch_size=32):
+        """Yield (picture, prediction) in order; a prediction is one of task.top_predictions.
+
+        It is a sentence where there is none, as the picture cannot be read.
+        """
+        data = self.dataset([(picture, "") for picture in pictures], Pictures)
+        num_workers = min(cores(), len(pictures) // batch_size)
+        for logits, indices, unreadable in self.score(data, batch_size, num_workers):
+            batch = {}
+            for index, reason in unreadable:
+                batch[index] = f"unreadable picture ({reason})"
+            if logits is not None:
+                batch.update(zip(indices.tolist(), task.top_predictions(logits, self.class_names)))
+            for index in sorted(batch):
+                yield pictures[index], batch[index]
 
     def dataset(self, source, kind=DataGenerator):
         """Return pictures as the network sees them; source: what a DataGenerator takes."""
@@ -125,6 +189,27 @@ def find_folder(run):
     return run
 
 
+def find_pictures(words):
+    """Return the paths that words name: files, folders, and '-' for a list on standard input.
+
+    UserError: there are none.
+    """
+    paths = []
+    for word in words:
+        if word == "-":
+            lines = sys.stdin.buffer.read().splitlines()
+            paths += [os.fsdecode(line) for line in lines if line]
+        else:
+            paths.append(word)
+    if not paths:
+        raise UserError("standard input names no picture")
+    pictures = []
+    for path in paths:
+        inside = pictures_below(path) if os.path.isdir(path) else []
+        pictures += inside or [path]
+    return pictures
+
+
 def command(name, document):
     """Begin the program utils.<name>, a command on a run, and return its parser."""
     show_errors_as_sentences()
@@ -135,6 +220,11 @@ def command(name, document):
     parser.add_argument("run", help="a run's folder, logs/…, or its name there")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
     return parser
+
+
+def add_pictures(parser):
+    """Add the argument of commands that take pictures."""
+    parser.add_argument("pictures", nargs="+", help="files, folders, or - for a list on stdin")
 
 
 def add_mirrored(parser):

@@ -236,9 +236,8 @@ if __name__ == "__main__":
         scored_on=scored_on,
     )
     if state:
-        checkpoint.load(state)
+        checkpoint.load(state, save_period, UnFreeze_Epoch)
     config = processes.on_rank_0(begin_run, save_dir, settings, class_names, recorded)
-    checkpoint.publish(save_period, UnFreeze_Epoch)
     checkpoint.catch_signals()
     if state is None and rank() == 0:
         save_first_batch(os.path.join(save_dir, "first_batch.png"), batch, class_names)

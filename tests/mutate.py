@@ -56,7 +56,8 @@ NEAREST = {
     "utils/predict.py": "predict commands",
     "utils/recipe.py": "recipes sight rehearsal numbers",
     "utils/rehearsal.py": "rehearsal numbers",
-    "utils/steps.py": "checkpoint resume",
+    "utils/resume.py": "checkpoint resume runs",
+    "utils/steps.py": "checkpoint resume data",
     "utils/task.py": "task charts numbers recipes evaluate",
     "utils/trained.py": "evaluate predict numbers",
 }

@@ -26,8 +26,8 @@ from utils.loss_history import LossHistory
 from utils.optimizer import get_optimizer
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import LAST, content_sum
-from utils.plumbing.saved import KINDS, load_checkpoint
 from utils.recipe import EMA
+from utils.resume import load_checkpoint
 
 
 def checkpoint_in(folder, backbone="squeezenet1_1", ema=None, **options):
@@ -68,9 +68,7 @@ def test_what_is_no_checkpoint(tmp_path, content):
             "wrong types": {**torch.load(tmp_path / LAST, weights_only=True), "epoch": "2"},
         }[content]
         torch.save(wrong, tmp_path / LAST)
-    with pytest.raises(
-        UserError, match="resume: .*last_checkpoint.pth.*start anew with resume = False"
-    ):
+    with pytest.raises(UserError, match="last_checkpoint.pth.*start anew with resume = False"):
         load_checkpoint(tmp_path)
 
 
@@ -128,7 +126,7 @@ def test_a_scaler_comes_back(tmp_path):
     checkpoint.save(1)
     other = checkpoint_in(tmp_path)
     other.parts["scaler"] = scaler()
-    other.load(load_checkpoint(tmp_path))
+    other.load(load_checkpoint(tmp_path), 10, 10)
     assert other.parts["scaler"].state_dict() == checkpoint.parts["scaler"].state_dict()
 
 
@@ -357,14 +355,15 @@ def without(*path):
 
 
 FIRST = "features.0.weight"
+PARTS = "epoch step model optimizer history scaler ema best totals order scored_on".split()
 NOT_WHOLE = [
-    *(planted(f"no {name}", without(name)) for name in sorted(KINDS)),
+    *(planted(f"no {name}", without(name)) for name in PARTS),
     *(
         planted(f"{name} is a text", set_to(name, "x"))
-        for name in sorted({*KINDS} - {"order", "scored_on"})
+        for name in PARTS
+        if name not in ("scaler", "best", "order")  # of no use here, published as it is, compared
     ),
     *(planted(f"{name} is empty", set_to(name, {})) for name in ("model", "optimizer", "history")),
-    planted("order is a number", set_to("order", 3)),
     planted("scored_on is a number", set_to("scored_on", 3)),
     planted("epoch is negative", set_to("epoch", -1)),
     planted("step is negative", set_to("step", -1)),
@@ -376,14 +375,10 @@ NOT_WHOLE = [
     planted("a weight is a text", set_to("model", FIRST, "x")),
     planted("a weight has another shape", set_to("model", FIRST, torch.zeros(2))),
     planted("a weight more", set_to("model", "more", torch.zeros(2))),
-    planted("best lacks a weight", without("best", FIRST)),
-    planted("best has another shape", set_to("best", FIRST, torch.zeros(2))),
-    planted("best holds a text", set_to("best", FIRST, "x")),
     planted("averages without their network", set_to("ema", {"n_averaged": torch.tensor(1)})),
     planted("rows are a text", set_to("history", "rows", "x")),
     planted("a row is a number", set_to("history", "rows", 0, 3)),
     planted("a row without its epoch", without("history", "rows", 0, "epoch")),
-    planted("a row without its loss", without("history", "rows", 0, "val_loss")),
     planted("a figure is a text", set_to("history", "rows", 0, "top1", "x")),
     planted("best_since is a text", set_to("history", "best_since", "x")),
     planted("no groups", without("optimizer", "param_groups")),
@@ -398,7 +393,6 @@ NOT_WHOLE = [
         "a momentum of another shape",
         set_to("optimizer", "state", 0, "momentum_buffer", torch.zeros(3)),
     ),
-    planted("a momentum of no parameter", set_to("optimizer", "state", 999, {})),
 ]
 
 
@@ -423,7 +417,7 @@ def take_step(checkpoint):
 
 def test_a_whole_checkpoint_is_loaded(tmp_path, saved):
     checkpoint = checkpoint_in(tmp_path, ema=0.9)
-    checkpoint.load(load_checkpoint(saved))
+    checkpoint.load(load_checkpoint(saved), 10, 10)
     assert checkpoint.begin(1, "").step == 3
     take_step(checkpoint)
 
@@ -435,25 +429,25 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, saved, change):
     change(state)
     torch.save(state, tmp_path / LAST)
     with pytest.raises(UserError, match="start anew with resume = False") as caught:
-        checkpoint_in(tmp_path, ema=0.9).load(load_checkpoint(tmp_path))
+        checkpoint_in(tmp_path, ema=0.9).load(load_checkpoint(tmp_path), 10, 10)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_a_network_that_was_edited_since(tmp_path, saved):
-    with pytest.raises(UserError, match="network has changed since it was saved, .* was .64, 3"):
-        checkpoint_in(tmp_path, "shufflenet_v2_x0_5", ema=0.9).load(load_checkpoint(saved))
+    with pytest.raises(UserError, match="network has changed since .*Missing key.*conv1.0.weight"):
+        checkpoint_in(tmp_path, "shufflenet_v2_x0_5", ema=0.9).load(load_checkpoint(saved), 10, 10)
     checkpoint = checkpoint_in(tmp_path, ema=0.9)
     more = torch.nn.Parameter(torch.zeros(3))
     checkpoint.parts["optimizer"].add_param_group({"params": [more], "lr_scale": 1.0})
-    with pytest.raises(UserError, match="optimizer's state does not fit"):
-        checkpoint.load(load_checkpoint(saved))
+    with pytest.raises(UserError, match="different number of parameter groups"):
+        checkpoint.load(load_checkpoint(saved), 10, 10)
 
 
 def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
     """Each leg's settings of a score, the old one's first."""
     before = {"list": "6 pictures", "fp16": "float32", "mean": [0.5]}
     checkpoint = checkpoint_in(tmp_path, ema=0.9, scored_on=before)
-    checkpoint.load(load_checkpoint(saved))
+    checkpoint.load(load_checkpoint(saved), 10, 10)
     checkpoint.save(1)
     for now, named in (
         (before, None),
@@ -463,15 +457,10 @@ def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
     ):
         capsys.readouterr()
         checkpoint = checkpoint_in(tmp_path, ema=0.9, scored_on=now)
-        checkpoint.load(load_checkpoint(tmp_path))
+        checkpoint.load(load_checkpoint(tmp_path), 10, 10)
         out = capsys.readouterr().out
         assert (named is None) == (out == "")
         assert named is None or out.endswith(f"the best epoch is sought anew, changed: {named}\n")
-    state = torch.load(tmp_path / LAST, weights_only=True)
-    state["scored_on"] = "6 pictures float32"  # of before it was a dictionary
-    torch.save(state, tmp_path / LAST)
-    checkpoint_in(tmp_path, ema=0.9, scored_on=before).load(load_checkpoint(tmp_path))
-    assert "sought anew" in capsys.readouterr().out
 
 
 def test_test_pictures_replaced_under_their_names(tmp_path):

@@ -262,7 +262,7 @@ def test_the_printed_command_continues_the_run(tmp_path, launcher):
 
 def killed_run(folder):
     """Make a project, train two epochs in it, and end as by SIGKILL; returns the run."""
-    kill = "before('utils.checkpoint:Checkpoint.publish', die, 4)"
+    kill = "before('utils.checkpoint:Checkpoint.publish', die, 3)"
     words = ("--input_shape", "[40,40]", "--UnFreeze_Epoch", 3, "--early_stop", 9)
     train(folder, *words, script=hooked(folder, kill), code=-signal.SIGKILL)
     return run_of(folder)

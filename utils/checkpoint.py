@@ -14,7 +14,6 @@ from utils.plumbing.console import say
 from utils.plumbing.errors import NOT_FINITE, UserError
 from utils.plumbing.files import LAST, save_tensors
 from utils.plumbing.processes import rank
-from utils.plumbing.saved import cannot_continue, check_buffers, check_same_shapes
 from utils.steps import Steps
 
 # What messages call parts of what a score depends on
@@ -39,6 +38,12 @@ class Position:
             total.update(sums)
         return dict(total)
 
+    def take(self, totals, device):
+        """Go on from the `totals` of all processes."""
+        self.unreadable = totals.pop("unreadable")
+        for name, value in totals.items():
+            self.sums[name] = value.to(device)
+
 
 class Checkpoint(Steps):
     """A run's state: saved, loaded and published.
@@ -58,49 +63,39 @@ class Checkpoint(Steps):
         self.best_is_new = False
         self.position = Position(0)
         self.order = ""
-        self.resumed = {}
+        self.resumed = Position(0)  # where the run was interrupted, if its step is not 0
+        self.resumed_order = ""
         self.saved_at = time.monotonic()
 
-    def load(self, state):
-        """Load each part's state and drop it from `state`, to free its memory.
+    def load(self, state, save_period, last_epoch):
+        """Load each part's state, drop it from `state` to free its memory, and publish it.
 
         UserError: the state of another network or optimizer, or one that is not whole.
         """
-        self.check_fits(state)
-        for name, part in self.parts.items():
-            saved = state.pop(name)
-            if part is None or saved is None:
-                continue
-            try:
-                if name == "optimizer":
-                    restore_optimizer(part, saved)
-                else:
-                    part.load_state_dict(saved)
-            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise cannot_continue(
-                    self.run, f"the {name}'s state does not fit ({error})"
-                ) from None
-        self.best = state.pop("best")
-        self.best_is_new = True
-        if rank() == 0:
-            self.compare_scores(state["scored_on"])
-        self.resumed = state
-        self.position = Position(state["epoch"], state["step"])
-
-    def check_fits(self, state):
-        """Raise UserError unless a checkpoint's tensors have the parts' names and shapes."""
-        check_same_shapes(self.run, "network", state["model"], self.parts["model"])
-        if self.parts["ema"] is not None:
-            check_same_shapes(self.run, "averages", state["ema"] or {}, self.parts["ema"])
-        if state["best"] is not None:
-            published = published_model(self.parts)
-            check_same_shapes(self.run, "best epoch's network", state["best"], published)
-        check_buffers(self.run, state["optimizer"], self.parts["optimizer"])
+        try:
+            for name, part in self.parts.items():
+                saved = state.pop(name)
+                if part is not None and saved is not None:
+                    load_part(part, saved)
+            self.best = state.pop("best")
+            self.best_is_new = True
+            self.resumed_order = state["order"]
+            self.resumed = self.position = Position(state["epoch"], state["step"])
+            if rank() == 0:
+                self.compare_scores(state["scored_on"])
+                if self.resumed.step:
+                    self.resumed.take(state["totals"], self.device())
+            self.publish(save_period, last_epoch)
+        except UserError:
+            raise
+        except Exception as error:  # what is not whole can raise nearly anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:220]
+            raise cannot_continue(
+                self.run, f"{LAST} is not whole, or the network has changed since ({reason})"
+            ) from None
 
     def compare_scores(self, before):
         """Seek the best epoch anew where something that a score depends on has changed."""
-        if not isinstance(before, dict):
-            before = {"the version of the program": ""}
         names = {**before, **self.scored_on}
         changed = [name for name in names if before.get(name) != self.scored_on.get(name)]
         if not changed:
@@ -118,24 +113,15 @@ class Checkpoint(Steps):
         """
         self.position = Position(epoch)
         self.order = order
-        if self.resumed.get("epoch") == epoch and self.resumed["step"]:
-            if self.resumed["order"] == order:
-                self.go_on()
+        if self.resumed.step and self.resumed.epoch == epoch:
+            if self.resumed_order == order:
+                self.position = self.resumed
             else:
                 say(
                     f"  epoch {epoch + 1} begins again, as the training pictures, how they are "
                     f"read or their order changed"
                 )
         return self.position
-
-    def go_on(self):
-        """Set the position to where the epoch was interrupted; rank 0 takes the sums of all."""
-        self.position.step = self.resumed["step"]
-        if rank() == 0:
-            totals = self.resumed["totals"]
-            device = self.device()
-            self.position.unreadable = totals.pop("unreadable")
-            self.position.sums.update({name: value.to(device) for name, value in totals.items()})
 
     def device(self):
         """Return where the model is."""
@@ -190,20 +176,42 @@ class Checkpoint(Steps):
         return best
 
     def publish(self, save_period, last_epoch):
-        """Write the files that people read, on rank 0, where an epoch has ended."""
+        """Write the files that people read, on rank 0."""
         history = self.parts["history"]
-        if rank() or not history.rows or self.position.step:
+        if rank() or not history.rows:
             return
         history.write()
         if self.best_is_new and self.best is not None:
             save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
         self.best_is_new = False
+        if self.position.step:  # the model is inside an epoch
+            return
         row = history.rows[-1]
         weights = published_model(self.parts).state_dict()
         save_tensors(Path(self.run, "last_epoch_weights.pth"), weights)
         if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:
             losses = f"loss{row['train_loss']:.3f}-val_loss{row['val_loss']:.3f}"
             save_tensors(Path(self.run, f"ep{row['epoch']:03d}-{losses}.pth"), weights)
+
+
+def load_part(part, saved):
+    """Load what a part has saved. An error of nearly any kind: it does not fit."""
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(saved)
+        return
+    restore_optimizer(part, saved)
+    for parameter, values in part.state.items():
+        for value in values.values():
+            if torch.as_tensor(value).shape not in ((), parameter.shape):
+                raise ValueError("the optimizer's state is of another network")
+
+
+def cannot_continue(run, reason):
+    """Return the UserError that a run cannot be continued."""
+    return UserError(
+        f"{run} cannot be continued: {reason}. Undo what was changed, or start anew with "
+        f"resume = False, perhaps from its last_epoch_weights.pth (model_path)"
+    )
 
 
 def published_model(parts):

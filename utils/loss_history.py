@@ -78,7 +78,7 @@ class LossHistory:
 
     def load_state_dict(self, state):
         self.rows = state["rows"]
-        self.best_since = state.get("best_since", 0)
+        self.best_since = int(state["best_since"])
 
 
 def epochs_since_best(history):

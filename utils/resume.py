@@ -4,12 +4,12 @@ import math
 from itertools import zip_longest
 from pathlib import Path
 
+from utils.checkpoint import cannot_continue
 from utils.optimizer import rate_at
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, short_repr
-from utils.plumbing.files import clear_drafts
+from utils.plumbing.files import LAST, clear_drafts, load_tensors
 from utils.plumbing.run import as_json, find_run, read_config, trained_files
-from utils.plumbing.saved import load_checkpoint
 
 
 def continued_run(resume, save_dir):
@@ -18,34 +18,36 @@ def continued_run(resume, save_dir):
     if run is None:
         return None, None, None
     config = read_config(run)
-    state = load_checkpoint(run)
-    if state is None:
-        check_nothing_trained(run)
-    else:
+    state = None
+    if Path(run, LAST).exists():
+        state = load_checkpoint(run)
         config["settings"]["Init_Epoch"] = state["epoch"]
+    elif trained_files(run):  # it would be lost
+        raise cannot_continue(run, f"it holds {trained_files(run)[0]}, but its checkpoint is gone")
     clear_drafts(run)
     return run, config, state
 
 
-def check_nothing_trained(run):
-    """Raise UserError where a run without a checkpoint holds what was trained: it would be lost."""
-    trained = trained_files(run)
-    if trained:
-        raise UserError(
-            f"{run} cannot be continued: it holds {trained[0]}, but its checkpoint is gone. "
-            f"Begin a new run with resume = False (perhaps from model_path = "
-            f"{str(Path(run, 'last_epoch_weights.pth'))!r}), or move the folder away"
-        )
+def load_checkpoint(run):
+    """Return a run's checkpoint. UserError: one that cannot be used."""
+    try:
+        state = load_tensors(Path(run, LAST), "resume")
+    except UserError as error:
+        raise cannot_continue(run, error) from None
+    for name in ("epoch", "step"):
+        number = state.get(name)
+        if type(number) is not int or number < 0:
+            raise cannot_continue(run, f"{LAST} is no checkpoint (its {name}: {number!r:.80})")
+    return state
 
 
 def check_goes_on(run, config, state, settings):
     """Raise UserError where no epoch is left, or what was trained cannot be trained on so."""
     if state is not None:
-        before = {**settings, **config["settings"], "ema_decay": state["ema"] is not None}
+        before = {**config["settings"], "ema_decay": state.get("ema") is not None}
         now = {**settings, "ema_decay": bool(settings.get("ema_decay"))}
         for name in ("backbone", "optimizer_type", "ema_decay"):
-            if before.get(name) != now.get(name):
-                raise changed_name(run, name, before.get(name), now.get(name))
+            check_same(run, name, before.get(name), now.get(name))
     last = settings["UnFreeze_Epoch"]
     epochs = epochs_begun(state)
     if epochs > last or (config["finished"] and epochs == last):
@@ -69,15 +71,13 @@ def check_class_names(run, config, state, class_names):
         return
     pairs = zip_longest(config["class_names"], class_names)
     for number, (before, now) in enumerate(pairs):
-        if before != now:
-            raise changed_name(run, f"class {number}", before, now)
+        check_same(run, f"class {number}", before, now)
 
 
-def changed_name(run, name, before, now):
-    return UserError(
-        f"{run} cannot be continued: {name} was {short_repr(before)} and is now {short_repr(now)} "
-        f"(give what it was started with)"
-    )
+def check_same(run, name, before, now):
+    """Raise UserError where a run cannot go on, as something is not what it was."""
+    if before != now:
+        raise cannot_continue(run, f"{name} was {short_repr(before)} and is now {short_repr(now)}")
 
 
 def describe_continued(run, config, state, settings, transformer):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from utils.plumbing.errors import UserError, did_you_mean, short_repr
 from utils.plumbing.processes import LAUNCH_SETTINGS
-from utils.plumbing.settings import BOUNDS, CHOICES, LIST, TEXTS, check_value
+from utils.plumbing.settings import RULES, check_value, fits, rules_of
 
 FIXED = ("pretrained", "model_path", "Init_Epoch", "save_dir")  # used only where a run begins
 OTHER_COMMANDS = (
@@ -139,7 +139,7 @@ def one_spelling(name, value):
     """Return a setting's value with tuples and arrays as lists and '~' as the home folder."""
     if isinstance(value, tuple):
         return list(value)
-    if name in (*BOUNDS, *CHOICES) and hasattr(value, "tolist"):
+    if name in RULES and hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, str) and name.endswith(("_path", "_dir", "resume")):
         return os.path.expanduser(value)
@@ -149,8 +149,8 @@ def one_spelling(name, value):
 def help_text(name, comment, default):
     """Return a setting's comment, the choices that it leaves out, and the default."""
     parts = [comment] if comment else []
-    for choice in CHOICES.get(name, ()):
-        if isinstance(choice, str) and repr(choice) not in comment:
+    for choice in rules_of(name, default):
+        if isinstance(choice, str) and choice and repr(choice) not in comment:
             parts.append(f"or {choice!r}")
     parts.append(f"default: {short_repr(default)}")
     return "; ".join(parts).replace("%", "%%")
@@ -175,7 +175,7 @@ def make_parser(script, known):
             groups[constant.title] = parser.add_argument_group(constant.title)
         groups[constant.title].add_argument(
             f"--{name}",
-            metavar=f'"{default}"' if isinstance(default, LIST) else "VALUE",
+            metavar=f'"{default}"' if isinstance(default, list) else "VALUE",
             help=help_text(name, constant.comment, default),
         )
     return parser
@@ -216,16 +216,14 @@ def advice_for(word, known):
 
 def value_of(name, word, default):
     """Return the Python value that a word of the command line spells, else the word itself."""
-    is_text = isinstance(default, str) and name not in BOUNDS
-    if is_text and True not in CHOICES.get(name, ()):
-        quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
-        return word[1:-1] if quoted else word  # some shells leave the quotes
-    if word.lower() in ("true", "false"):
-        return word.lower() == "true"
+    if len(word) > 1 and word[0] == word[-1] and word[0] in "'\"":
+        return word[1:-1]  # some shells leave the quotes
+    spelled = word.capitalize() if word.lower() in ("true", "false") else word
     try:
-        value = ast.literal_eval(word)
+        value = ast.literal_eval(spelled)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return word
-    if name in TEXTS and not isinstance(value, (bool, str)):
+    rules = rules_of(name, default)
+    if fits(word, rules) and not fits(value, rules):
         return word  # a name such as 2026_11_24 spells a number as well
     return value

@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -11,147 +12,140 @@ from utils.plumbing.errors import TOO_SMALL, UserError, did_you_mean, short_repr
 from utils.plumbing.processes import LAUNCH_SETTINGS, local_rank, world_size
 from utils.recipe import CLASS_WEIGHTS
 
-WHOLE, NUMBER, TEXT, LIST = (int,), (int, float), (str,), (list, tuple)
-TYPES = {
-    WHOLE: "a whole number",
-    NUMBER: "a number",
-    TEXT: "a name or path in quotes, in UTF-8",
-    LIST: "a list",
-}
-TEXTS = (
-    "classes_path",
-    "train_annotation_path",
-    "test_annotation_path",
-    "model_path",
-    "save_dir",
-    "backbone",
-    "best_by",
-    "resume",
+
+class Kind(NamedTuple):
+    """Values of some types; numbers within bounds. With names: a list with one for each."""
+
+    text: str  # for messages
+    types: tuple
+    low: float = -1e300  # nan and inf are outside
+    high: float = 1e300
+    names: tuple = ()
+
+
+def whole(low, high=10**9, names=()):  # more is a slip of the finger
+    return Kind(f"a whole number from {low} to {high:,}", (int,), low, high, names)
+
+
+def number(low, high=10**9, names=()):
+    return Kind(f"a number from {low:g} to {high:,}", (int, float), low, high, names)
+
+
+TEXT = Kind("a name or path in quotes, in UTF-8", (str,))
+LIKE_DEFAULT = (  # what a fork's own settings may be
+    Kind("a whole number", (int,)),
+    Kind("a number", (int, float)),
+    Kind("a text in UTF-8", (str,)),
+    Kind("a list", (list, tuple)),
 )
-
-MOST, BELOW_1 = 10**9, 1 - 1e-6  # more is a slip of the finger
-BOUNDS = {  # setting: the lowest and highest number, which are whole where the lowest is
-    "num_workers": (0, 1000),
-    "cache_mb": (0.0, MOST),
-    "seed": (0, 2**63 - 1),
-    "input_shape": (1, 65535),
-    "mean": (0.0, 1),
-    "std": (0.001, 10),
-    "crop_scale": (1e-6, 1),
-    "val_crop": (1e-6, 1),
-    "random_erasing": (0.0, 1),
-    "Init_Epoch": (0, MOST),
-    "Freeze_Epoch": (0, MOST),
-    "Freeze_batch_size": (1, MOST),
-    "UnFreeze_Epoch": (1, MOST),
-    "Unfreeze_batch_size": (1, MOST),
-    "accumulate": (1, 10_000),
-    "Init_lr": (1e-9, 1000),
-    "Min_lr": (0.0, 1000),
-    "momentum": (0.0, BELOW_1),
-    "weight_decay": (0.0, 1000),
-    "backbone_lr_scale": (0.0, 1000),
-    "label_smoothing": (0.0, BELOW_1),
-    "mixup_alpha": (0.01, 1000),
-    "cutmix_alpha": (0.01, 1000),
-    "ema_decay": (0.0, BELOW_1),
-    "clip_ratio": (1e-6, MOST),
-    "clip_grad_norm": (1e-6, MOST),
-    "early_stop": (0, MOST),
-    "save_period": (1, MOST),
-    "save_minutes": (0.0, MOST),
-}
-ITEMS = {
-    "input_shape": ("height", "width"),
-    **dict.fromkeys(("mean", "std"), ("red", "green", "blue")),
-}  # lists of such numbers
-FLAGS = ("Cuda", "distributed", "sync_bn", "compile", "pretrained", "Freeze_Train")
-CHOICES = {  # setting: what it may be besides texts or such numbers, or instead of them
-    **dict.fromkeys(FLAGS, (True, False)),
-    "resume": (False, True),
-    "model_path": ("",),
+FLAG = (True, False)
+COLOURS = ("red", "green", "blue")
+BELOW_1 = number(0, 1 - 1e-6)
+RULES = {  # setting: the values that it may have, or kinds of values, or one kind
+    "Cuda": FLAG,
+    "distributed": FLAG,
+    "sync_bn": FLAG,
     "fp16": (True, False, "auto", "float32", "bfloat16", "float16"),
-    "augmentation": AUGMENTATIONS,
+    "compile": FLAG,
+    "num_workers": ("auto", whole(0, 1000)),
+    "cache_mb": number(0),
+    "seed": whole(0, 2**63 - 1),
+    "classes_path": TEXT,
+    "train_annotation_path": TEXT,
+    "test_annotation_path": TEXT,
+    "input_shape": whole(1, 65535, ("height", "width")),
     "resize": RESIZES,
-    "num_workers": ("auto",),
+    "augmentation": AUGMENTATIONS,
+    "crop_scale": number(1e-6, 1),
+    "mean": number(0, 1, COLOURS),
+    "std": number(0.001, 10, COLOURS),
+    "val_crop": number(1e-6, 1),
+    "random_erasing": number(0, 1),
+    "backbone": TEXT,
+    "pretrained": FLAG,
+    "model_path": ("", TEXT),
+    "Init_Epoch": whole(0),
+    "Freeze_Epoch": whole(0),
+    "Freeze_batch_size": whole(1),
+    "UnFreeze_Epoch": whole(1),
+    "Unfreeze_batch_size": whole(1),
+    "Freeze_Train": FLAG,
+    "accumulate": whole(1),
+    "Init_lr": number(1e-9, 1000),
+    "Min_lr": number(0),
     "optimizer_type": OPTIMIZERS,
+    "momentum": BELOW_1,
+    "weight_decay": number(0),
     "lr_decay_type": LR_DECAYS,
+    "backbone_lr_scale": number(0),
+    "label_smoothing": BELOW_1,
+    "mixup_alpha": (0, number(0.01, 1000)),
+    "cutmix_alpha": (0, number(0.01, 1000)),
     "class_weights": ("none", *CLASS_WEIGHTS),
-    **dict.fromkeys(("mixup_alpha", "cutmix_alpha", "clip_ratio", "clip_grad_norm"), (0,)),
+    "ema_decay": BELOW_1,
+    "clip_ratio": (0, number(1e-6)),
+    "clip_grad_norm": (0, number(1e-6)),
+    "best_by": TEXT,
+    "early_stop": whole(0),
+    "save_dir": TEXT,
+    "save_period": whole(1),
+    "save_minutes": number(0),
+    "resume": (False, True, TEXT),
 }
 
 
-def fits(name, value, kind):
-    """Return whether a value is of a type and, as a number, within the setting's bounds."""
-    if isinstance(value, bool) or not isinstance(value, kind):  # Python counts True as an int
+def rules_of(name, default):
+    """Return what a setting may be, without a rule what is of its default's type: a list of values
+    and kinds of values.
+    """
+    if name in RULES:
+        rules = RULES[name]
+        return [rules] if isinstance(rules, Kind) else list(rules)
+    if isinstance(default, bool):
+        return list(FLAG)
+    return [kind for kind in LIKE_DEFAULT if isinstance(default, kind.types)][:1]
+
+
+def fits(value, rules):
+    """Return whether a value is one of those that the rules allow."""
+    return any(fits_one(value, rule) for rule in rules)
+
+
+def fits_one(value, rule):
+    if not isinstance(rule, Kind):
+        return value == rule and isinstance(value, bool) == isinstance(rule, bool)
+    if not rule.names:
+        return is_of(value, rule)
+    right = isinstance(value, (list, tuple)) and len(value) == len(rule.names)
+    return right and all(is_of(item, rule) for item in value)
+
+
+def is_of(value, kind):
+    """Return whether a value, or an item of a list, is of a kind."""
+    if isinstance(value, bool) or not isinstance(value, kind.types):  # True is an int in Python
         return False
-    if kind is TEXT:
+    if isinstance(value, str):
         in_utf8 = value == value.encode(errors="replace").decode()
-        return in_utf8 and "\0" not in value and (value != "" or name not in TEXTS)
-    low, high = BOUNDS.get(name, (-1e300, 1e300))  # nan and inf are outside
-    return kind is LIST or low <= value <= high
-
-
-def kind_of(name, default):
-    """Return the type of a setting; of a fork's own one its default's; None for choices alone."""
-    if name in BOUNDS:
-        default = BOUNDS[name][0]
-    elif name in TEXTS:
-        default = ""
-    elif name in CHOICES or isinstance(default, bool):
-        return None
-    for kind in TYPES:
-        if isinstance(default, kind):
-            return kind
-    return None
-
-
-def choices_of(name, default):
-    """Return what a setting may be besides its type, or instead of it."""
-    flag = (True, False) if isinstance(default, bool) else ()
-    return CHOICES.get(name, flag)
-
-
-def is_one_of(value, choices):
-    """Return whether a value is a choice; 1 is not True."""
-    same_kind = [
-        choice for choice in choices if isinstance(choice, bool) == isinstance(value, bool)
-    ]
-    return value in same_kind
+        return in_utf8 and "\0" not in value and (value != "" or kind is not TEXT)
+    return isinstance(value, (list, tuple)) or kind.low <= value <= kind.high
 
 
 def check_value(name, value, default=None):
     """Raise UserError unless a setting can have the value; `default` types a fork's own one."""
     value = value.tolist() if hasattr(value, "tolist") else value  # an array
-    choices = choices_of(name, default)
-    kind = kind_of(name, default)
-    items = [value]
-    if name in ITEMS and isinstance(value, LIST):
-        items = value
-    right = kind and len(items) == len(ITEMS.get(name, "1"))
-    if right and all(fits(name, item, kind) for item in items):
-        return
-    if is_one_of(value, choices) or not (kind or choices):
-        return
-    hint = did_you_mean(short_repr(value).strip("'"), map(str, choices))
-    raise UserError(f"{name} = {short_repr(value)} must be {allowed(name, kind, choices)}{hint}")
+    rules = rules_of(name, default)
+    if rules and not fits(value, rules):
+        texts = [describe_rule(rule) for rule in rules]
+        words = [rule for rule in rules if isinstance(rule, str)]
+        near = did_you_mean(short_repr(value).strip("'"), words)
+        raise UserError(f"{name} = {short_repr(value)} must be {' or '.join(texts)}{near}")
 
 
-def allowed(name, kind, choices):
-    """Return the values that a setting can have, for a message."""
-    texts = [repr(choice) for choice in choices]
-    if not kind:
-        return f"one of {', '.join(texts)}"
-    text = "or " if choices else ""
-    if name in ITEMS:
-        text += f"[{', '.join(ITEMS[name])}], each "
-    text += TYPES[kind]
-    if name in BOUNDS:
-        low, high = BOUNDS[name]
-        text += f" from {low:g} to {high:,}"
-    elif name not in TEXTS:
-        text += ", as its default is"
-    return ", ".join([*texts, text])
+def describe_rule(rule):
+    """Return a rule for a message."""
+    if not isinstance(rule, Kind):
+        return repr(rule)
+    return f"[{', '.join(rule.names)}], each {rule.text}" if rule.names else rule.text
 
 
 def check_launch(s):
@@ -205,7 +199,7 @@ def check_settings(s, continued=False):
 
 def check_epochs(s, continued):
     """Raise UserError where an epoch number of the settings lies behind the last one."""
-    last = s.get("UnFreeze_Epoch", MOST)
+    last = s.get("UnFreeze_Epoch", math.inf)
     first = s.get("Init_Epoch", 0)
     if first >= last and not continued:
         raise UserError(f"Init_Epoch = {first} must be below UnFreeze_Epoch = {last}")

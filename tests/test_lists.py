@@ -16,7 +16,8 @@ NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
 
 def lines_of(text, classes=3):
-    return lists.check_lines(text.splitlines(keepends=True), "list.txt", classes, "classes.txt")
+    lines = text.splitlines(keepends=True)
+    return lists.check_lines(lines, "list.txt", classes, "classes.txt")[0]
 
 
 @pytest.mark.parametrize(
@@ -116,15 +117,27 @@ def test_class_files(tmp_path):
             lists.get_classes(path)
 
 
-def both(train, val):
-    lists.check_both(train, val, "train.txt", "test.txt", ["a", "b", "c"])
-
-
-def test_two_lists(tmp_path, monkeypatch, capsys):
-    """One picture is one, however its folder is spelled: in both lists, or twice in one."""
+@pytest.fixture
+def both(tmp_path, monkeypatch):
+    """A function that checks two lists, whose pictures are there."""
     monkeypatch.chdir(tmp_path)
-    Path("real").mkdir()
+    for path in ("a", "b", "c", "d", "e", "real/b", "other/c"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
     Path("linked").symlink_to("real")
+
+    def check(train, val, classes=3):
+        parts = [
+            lists.check_lines(lines, path, classes, "classes.txt")[1]
+            for lines, path in ((train, "train.txt"), (val, "test.txt"))
+        ]
+        lists.check_both(*parts, "train.txt", ["a", "b", "c"])
+
+    return check
+
+
+def test_two_lists(both, tmp_path, capsys):
+    """One picture is one, however its folder is spelled: in both lists, or twice in one."""
     both(["0;a\n", "1;b\n", "2;c\n"], ["1;b\n", "0;c\n", "0;d\n"])
     assert capsys.readouterr().out.count("WARNING") == 1
     both(
@@ -142,17 +155,18 @@ def test_two_lists(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_one_label_is_nothing_to_learn():
+def test_one_label_is_nothing_to_learn(both):
     with pytest.raises(UserError, match="label '0'.*nothing to tell apart"):
         both(["0;a", "0;b"], ["0;c", "1;d"])
 
 
-def test_classes_without_training_pictures(capsys):
+def test_classes_without_training_pictures(both, monkeypatch, capsys):
     both(["0;a", "2;b"], ["1;c"])
     assert (
         "classes without training pictures, which cannot be learnt: b\n" in capsys.readouterr().out
     )
     both(["0;a", "1;b", "2;c"], ["1;d"])
+    monkeypatch.setattr(lists, "read_label", lambda label, classes: label)
     both(["0.5;a", "7;b"], ["1;d"])  # of another task
     assert capsys.readouterr().out == ""
 
@@ -201,7 +215,7 @@ def test_random_bytes_as_annotation(tmp_path_factory, data, classes):
     try:
         lists.check_text_file("train_annotation_path", str(path), "write it")
         with open(path, encoding="utf-8") as f:
-            kept = lists.check_lines(f.readlines(), "fuzz.txt", classes, "classes")
+            kept, _ = lists.check_lines(f.readlines(), "fuzz.txt", classes, "classes")
         dataset = DataGenerator(kept, (8, 8))
         assert [dataset.name(i) for i in range(len(dataset))] == kept
     except UserError as error:
@@ -217,7 +231,7 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     real = os.path.isfile
     try:
         lists.os.path.isfile = lambda path: calls.append(path) or real(path)
-        assert len(lists.check_lines(lines, "list", 3, "classes")) == 20_000
+        assert len(lists.check_lines(lines, "list", 3, "classes")[0]) == 20_000
     finally:
         lists.os.path.isfile = real
     assert not calls

@@ -59,7 +59,7 @@ def find_pictures(run, annotation=None):
         else:
             names = run.class_names
         lines = lists.read_lines("annotation", path)
-        pictures = lists.check_lines(lines, path, len(run.class_names), run.folder)
+        pictures, _ = lists.check_lines(lines, path, len(run.class_names), run.folder)
     except UserError:
         if annotation:
             raise

@@ -122,85 +122,70 @@ def check_all(train_lines, val_lines, settings, class_names, train_version):
         raise UserError(
             f"{classes_path} and its lists are being written: start again when they are complete"
         )
-    train_lines = check_lines(train_lines, train_path, len(class_names), classes_path)
-    val_lines = check_lines(val_lines, val_path, len(class_names), classes_path)
-    check_both(train_lines, val_lines, train_path, val_path, class_names)
+    train_lines, train = check_lines(train_lines, train_path, len(class_names), classes_path)
+    val_lines, val = check_lines(val_lines, val_path, len(class_names), classes_path)
+    check_both(train, val, train_path, class_names)
     return train_lines, val_lines
 
 
 def check_lines(lines, path, num_classes, classes_path):
-    """Return annotation lines without line ends, byte-order marks and blank lines.
+    """Return (lines without line ends, byte-order marks and blank ones, label_pictures of them).
 
     Raise UserError for the first line that is wrong, or if pictures do not exist.
     """
-    numbered = []
+    if len(lines) > 100_000:
+        say(f"checking {len(lines)} lines of {path}")
+    kept, entries = [], []
+    known = set()
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n").removeprefix("\ufeff")  # also inside, where files were joined
-        if line.strip():
-            numbered.append((number, line))
-    if len(numbered) > 100_000:
-        say(f"checking {len(numbered)} lines of {path}")
-    check_labels(numbered, path, num_classes, classes_path)
-    check_pictures(numbered, path)
-    return [line for _, line in numbered]
-
-
-def check_labels(numbered, path, num_classes, classes_path):
-    """Raise UserError for the first line that is not 'class_id;path', or whose class is unknown."""
-    known = set()
-    for number, line in numbered:
+        if not line.strip():
+            continue
         label, picture = split_line(line)
         if not picture.strip():
             raise UserError(f"{path}:{number} is not 'class_id;path': {line[:120]!r}")
-        if label in known:
-            continue
-        try:
-            read_label(label, num_classes)
-        except UserError as error:
-            raise UserError(
-                f"{path}:{number}: {error} ({classes_path} has {num_classes} classes)"
-            ) from None
-        known.add(label)
+        if label not in known:
+            try:
+                read_label(label, num_classes)
+            except UserError as error:
+                raise UserError(
+                    f"{path}:{number}: {error} ({classes_path} has {num_classes} classes)"
+                ) from None
+            known.add(label)
+        kept.append(line)
+        entries.append((number, label.strip(), picture))
+    return kept, label_pictures(entries, path)
 
 
-def check_pictures(numbered, path):
-    """Raise UserError with the number of pictures that do not exist and the first of them.
+def label_pictures(entries, path):
+    """Return {(real folder, file name): label} of a list's (line number, label, path of a picture).
 
-    Each folder is listed once: a million questions for single files are slow on a network disk.
+    Raise UserError with the number of pictures that do not exist and the first of them; warn of
+    pictures with two labels. Each folder is listed once: a million questions for single files are
+    slow on a network disk.
     """
-    folders, missing = {}, []
-    for number, line in numbered:
-        _, picture = split_line(line)
-        folder, slash, name = picture.rpartition("/")
-        if folder not in folders:
-            folders[folder] = set()
-            with suppress(OSError, ValueError):
-                folders[folder].update(os.listdir(folder + slash or "."))
-        if name not in folders[folder] and not os.path.isfile(picture):
-            missing.append((number, picture))
-    if missing:
-        number, picture = missing[0]
-        raise UserError(
-            f"{len(missing)} of {len(numbered)} pictures do not exist (relative paths start at "
-            f"{os.getcwd()}; python -m utils.annotation writes the lists anew), the first is "
-            f"{path}:{number} {picture!r}{hint(picture)}"
-        )
 
+    @cache
+    def look_into(folder):
+        names = set()
+        with suppress(OSError, ValueError):
+            names.update(os.listdir(folder or "."))
+        return os.path.realpath(folder), names
 
-def label_pictures(lines, path):
-    """Return {(real folder, file name): label} of checked lines; warn of pictures with two labels.
-
-    A picture may be spelled in several ways.
-    """
-    real_path = cache(os.path.realpath)
-    labels, others = {}, []
-    for line in lines:
-        label, picture = split_line(line)
-        folder, slash, name = picture.rpartition("/")
-        place = real_path(folder + slash), name
-        first = labels.setdefault(place, label.strip())
-        if first != label.strip():
+    labels, missing, others = {}, [], []
+    for number, label, picture in entries:
+        folder, name = os.path.split(picture)
+        real_folder, names = look_into(folder)
+        if name not in names and not os.path.isfile(picture):
+            missing.append(f"{path}:{number} {picture!r}{hint(picture)}")
+        if labels.setdefault((real_folder, name), label) != label:
             others.append(picture)
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(entries)} pictures do not exist (relative paths start at "
+            f"{os.getcwd()}; python -m utils.annotation writes the lists anew), the first is "
+            f"{missing[0]}"
+        )
     if others:
         say(
             f"WARNING: {path}: {len(others)} lines give a picture another label than a line "
@@ -209,13 +194,11 @@ def label_pictures(lines, path):
     return labels
 
 
-def check_both(train_lines, val_lines, train_path, val_path, class_names):
-    """Raise UserError if all training pictures have one label.
+def check_both(train, val, train_path, class_names):
+    """Raise UserError if all training pictures have one label. Both are as label_pictures returns.
 
     Warn of classes without training pictures, and of pictures in both lists.
     """
-    train = label_pictures(train_lines, train_path)
-    val = label_pictures(val_lines, val_path)
     learnt = set(train.values())
     if len(learnt) == 1:
         raise UserError(

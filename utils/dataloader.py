@@ -4,6 +4,7 @@ Randomness is a function, not a stream: what happens to a picture depends on (se
 in the epoch, index) alone.
 """
 
+import io
 import math
 import random
 import zlib
@@ -15,12 +16,19 @@ import torch
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
-from utils.pictures import MEAN, centre_box, describe_cut, random_box, read_crop, read_sizes
+from utils.pictures import (
+    MEAN,
+    PictureMemory,
+    centre_box,
+    describe_cut,
+    random_box,
+    read_crop,
+    read_sizes,
+)
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import content_sum
 from utils.plumbing.formats import BROKEN, failure_reason
 from utils.plumbing.lists import AnnotationLines
-from utils.plumbing.memory import PictureMemory
 from utils.task import read_label
 
 POLICIES = {
@@ -167,12 +175,9 @@ class DataGenerator(Dataset):
         data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
         places = range(0, len(data), max(1, len(data) // 8))
         images, targets, _ = detection_collate([data[index] for index in places])
-        total = zlib.crc32(images.numpy().tobytes(), zlib.crc32(targets.numpy().tobytes()))
-        for target in getattr(self.source, "targets", ()):
-            is_array = hasattr(target, "dtype")  # the repr of a large one leaves values out
-            content = np.asarray(target).tobytes() if is_array else repr(target).encode()
-            total = zlib.crc32(content, total)
-        return total
+        content = io.BytesIO()
+        torch.save([images, targets, getattr(self.source, "targets", None)], content)
+        return zlib.crc32(content.getvalue())
 
     def content(self):
         """Return a sum over the pictures' files: it tells other pictures under the same names."""

@@ -34,7 +34,7 @@ def circle(draw):
 
 
 def crescent(draw):
-    draw.ellipse(SQUARE, fill=255)
+    circle(draw)
     draw.ellipse((45, 20, 205, 180), fill=0)
 
 
@@ -62,7 +62,7 @@ def square(draw):
 
 
 def star(draw):
-    draw.regular_polygon(CIRCLE, 3, fill=255)
+    triangle(draw)
     draw.regular_polygon(CIRCLE, 3, rotation=180, fill=255)
 
 
@@ -107,39 +107,37 @@ def draw_shape(shape, rng):
     return image.reduce(SCALE)
 
 
-def draw_set(folder, seed=0):
+def draw_set(folder):
     """Draw the training and test pictures, the class file and both lists into `folder`."""
     names = [shape.__name__ for shape in SHAPES]
     Path(folder, "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     progress = ProgressLine("drawing", TRAIN + TEST)
     drawn = 0
     for split, number in (("train", TRAIN), ("test", TEST)):
-        for name in names:
-            Path(folder, split, name).mkdir(parents=True)
-        lines = []
+        lines = ""
         for i in range(number):
-            label = i % len(names)
+            label = i % len(SHAPES)
             path = Path(split, names[label], f"{i:04d}.png")
-            picture = draw_shape(SHAPES[label], random.Random(f"{seed} {split} {i}"))
+            Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+            picture = draw_shape(SHAPES[label], random.Random(f"0 {split} {i}"))
             picture.save(Path(folder, path), compress_level=1)
-            lines.append(f"{label};{(FOLDER / path).as_posix()}\n")
+            lines += f"{label};{(FOLDER / path).as_posix()}\n"
             drawn += 1
             progress.show(drawn, images=1, describe=FOLDER.as_posix)
-        Path(folder, f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+        Path(folder, f"{split}.txt").write_text(lines, encoding="utf-8")
     progress.clear()
 
 
-def draw_once(absent):
-    """Draw the pictures into FOLDER unless they are there. UserError: they cannot be written."""
-    doing = "training on the" if FOLDER.exists() else f"drawing {TRAIN} + {TEST}"
-    say(f"{absent} is absent in {os.getcwd()}: {doing} sample pictures in {FOLDER}")
-    if FOLDER.exists():
-        return
+def draw_once():
+    """Draw the pictures into FOLDER, at once, so that an interrupted drawing leaves no half set.
+
+    UserError: they cannot be written.
+    """
     try:
         clear_drafts(writable(FOLDER.parent, "it is the place of the sample pictures"))
         with draft(FOLDER, folder=True) as fresh:
             draw_set(fresh)
-            os.rename(fresh, FOLDER)  # at once, so that an interrupted drawing leaves no half set
+            os.rename(fresh, FOLDER)
     except OSError as error:
         if not FOLDER.exists():  # else another process was first
             raise not_written(FOLDER, error) from error
@@ -162,6 +160,10 @@ def find_lists(settings):
             f"{paths[1]} does not exist in {os.getcwd()}: start train.py in its own folder "
             f"(cd {shlex.quote(str(PROJECT))}), where the paths of its settings begin"
         )
-    draw_once(paths[1])
+    is_drawn = FOLDER.exists()
+    doing = "training on the" if is_drawn else f"drawing {TRAIN} + {TEST}"
+    say(f"{paths[1]} is absent in {os.getcwd()}: {doing} sample pictures in {FOLDER}")
+    if not is_drawn:
+        draw_once()
     settings.update(zip(PATH_SETTINGS, drawn))
     return drawn

@@ -18,18 +18,19 @@ import torch
 import torch.distributed as dist
 from PIL import PngImagePlugin
 
-from utils.plumbing.errors import UserError
-
 LAUNCH_SETTINGS = ("Cuda", "distributed", "num_workers", "resume")  # the machine's, not a run's
 launch_id = uuid.uuid4().hex  # of all processes of one launch, also after torchrun restarts them
 
 
 def number_from_launcher(name, default):
-    """Return a whole number from an environment variable that torchrun sets."""
+    """Return a whole number from an environment variable that torchrun sets.
+
+    The program ends where it is none.
+    """
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
-        raise UserError(
-            f"the environment variable {name} = {text!r} is not a whole number: start with "
+        raise SystemExit(
+            f"error: the environment variable {name} = {text!r} is not a whole number: start with "
             f"torchrun, which sets it, or remove it (unset {name})"
         )
     return int(text)

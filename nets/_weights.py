@@ -60,12 +60,6 @@ def find_state(checkpoint):
     return "", tensors
 
 
-def is_plain(tensor):
-    """Return whether a tensor holds its numbers one by one."""
-    special = tensor.is_meta or tensor.is_quantized or tensor.is_nested
-    return not special and tensor.layout == torch.strided
-
-
 def load_weights(path, name="model_path"):
     """Return the state_dict in a file: the first of its entries that holds tensors.
 
@@ -76,10 +70,10 @@ def load_weights(path, name="model_path"):
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = load(path, name)
     entry, state = find_state(checkpoint)
-    if not state or not all(map(is_plain, state.values())):
+    if not state:
         raise UserError(
-            f"{name}: {str(path)!r} holds no state_dict of names and plain tensors (not quantized, "
-            f"sparse, nested, or without values): save model.state_dict() with torch.save"
+            f"{name}: {str(path)!r} holds no state_dict of names and tensors: save "
+            f"model.state_dict() with torch.save"
         )
     if entry:
         say(f"{path}: taking the weights in its entry {entry}", file=sys.stderr)
@@ -92,10 +86,11 @@ def check_numbers(ours, state, source):
         kind = ours[name].dtype if name in ours else None
         if kind not in FLOATS:
             continue
-        if value.dtype not in FLOATS or not value.to(kind).isfinite().all():
+        is_plain = value.layout == torch.strided and not value.is_meta
+        if not is_plain or value.dtype not in FLOATS or not value.to(kind).isfinite().all():
             raise UserError(
-                f"{source} holds weights that are not finite as {kind}, or no floats of 16 bits or "
-                f"more ({name!r} is {value.dtype})"
+                f"{source} holds weights that are not finite as {kind}, or no plain floats of 16 "
+                f"bits or more ({name!r} is {value.dtype})"
             )
 
 

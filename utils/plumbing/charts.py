@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44))
+COLOURS = ((31, 119, 180), (255, 127, 14))  # of curves
 GREY = (225, 225, 225)
 BLACK = (40, 40, 40)
 # Fonts with the letters of many scripts, those with the most first; Pillow finds them by these
@@ -85,32 +85,31 @@ def draw_line_chart(panels):
 
     panels: [(title, {name: [(x, y), …]}), …] of finite numbers.
     """
-    image = Image.new("RGB", (PANEL_WIDTH * len(panels), PANEL_HEIGHT), "white")
+    image = Image.new("RGB", (PANEL_WIDTH * len(panels), PANEL_HEIGHT))
     for number, (title, curves) in enumerate(panels):
-        draw_panel(ImageDraw.Draw(image), PANEL_WIDTH * number, title, curves)
+        image.paste(draw_panel(title, curves), (PANEL_WIDTH * number, 0))
     return image
 
 
-def draw_panel(draw, x_offset, title, curves):
-    """Draw one panel from x_offset on. Zero is always on its vertical axis."""
+def draw_panel(title, curves):
+    """Return a picture of one panel. Zero is always on its vertical axis."""
+    image = Image.new("RGB", (PANEL_WIDTH, PANEL_HEIGHT), "white")
+    draw = ImageDraw.Draw(image)
+    left, right, top, bottom, legend = 70, 615, 50, 365, 402
     xs, ys = zip(*(point for curve in curves.values() for point in curve))
-    x_low, x_high = min(xs), max(*xs, min(xs) + 1)
-    y_low, y_high = min(0, *ys), max(1e-6, *ys) * 1.05
-    left, right = x_offset + 70, x_offset + PANEL_WIDTH - 25
-    top, bottom, legend = 50, PANEL_HEIGHT - 55, PANEL_HEIGHT - 18
+    x_range = min(xs), max(*xs, min(xs) + 1)
+    y_range = min(0, *ys), max(1e-6, *ys) * 1.05
 
     def place(x, y):
-        across = np.interp(x, [x_low, x_high], [left, right])
-        down = np.interp(y, [y_low, y_high], [bottom, top])
-        return across, down
+        return np.interp(x, x_range, (left, right)), np.interp(y, y_range, (bottom, top))
 
-    write(draw, ((left + right) / 2, 24), title, 20, "mm")
-    for y in ticks(y_low, y_high):
-        _, down = place(x_low, y)
+    write(draw, (PANEL_WIDTH / 2, 24), title, 20, "mm")
+    for y in ticks(*y_range):
+        _, down = place(0, y)
         draw.line([(left, down), (right, down)], GREY)
         write(draw, (left - 8, down), f"{y:g}", 14, "rm")
-    for x in ticks(x_low, x_high, smallest_step=1):
-        across, _ = place(x, y_low)
+    for x in ticks(*x_range, smallest_step=1):
+        across, _ = place(x, 0)
         write(draw, (across, bottom + 14), f"{x:g}", 14, "mm")
     write(draw, (right, legend), "epoch", 15, "rm")
     draw.line([(left, top), (left, bottom), (right, bottom)], BLACK, 2)
@@ -120,9 +119,9 @@ def draw_panel(draw, x_offset, title, curves):
         draw.line(dots, colour, 3, joint="curve")
         for dot in dots:
             draw.circle(dot, 3, colour)
-        if curve:
-            name += f"  (last {curve[-1][1]:.4g})"
-        write(draw, (left + 220 * number, legend), name, 15, ink=colour)
+        last = f"  (last {curve[-1][1]:.4g})" if curve else ""
+        write(draw, (left + 220 * number, legend), name + last, 15, ink=colour)
+    return image
 
 
 def draw_contact_sheet(pictures, captions):

@@ -120,12 +120,10 @@ def comes_from_library(error):
     in_library = place is None or in_libraries(place[0])
     if not in_library and re.search(r"\braise\b", place[1]):
         return False
-    if isinstance(error, OSError):
-        of_the_machine = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-        return of_the_machine or isinstance(error, ConnectionError)
-    if isinstance(error, (RuntimeError, MemoryError)):
+    of_the_machine = (RuntimeError, MemoryError, ConnectionError)
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return True
-    return in_library and isinstance(error, (ValueError, EOFError))
+    return in_library or isinstance(error, of_the_machine)
 
 
 def place_of(error):

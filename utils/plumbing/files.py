@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import stat
 import tempfile
 import time
 import uuid
@@ -123,25 +122,16 @@ def writable(folder, remedy):
 
 def check_regular(path, name):
     """Raise UserError for a path that is missing, a folder, or endless (a pipe, a device)."""
-    problem = problem_of(path)
+    problem = None
+    if os.path.isdir(path):
+        problem = "is a folder, not a file"
+    elif not os.path.exists(path):
+        problem = "does not exist"
+    # a file of the kernel without an end reports that it is empty
+    elif not os.path.isfile(path) or os.path.getsize(path) == 0:
+        problem = "is empty, or no regular file"
     if problem:
         raise UserError(f"{name}: {str(path)!r} {problem}")
-
-
-def problem_of(path):
-    """Return why a path cannot be read as a file, or None."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return "does not exist"
-    except (OSError, ValueError) as error:
-        return f"cannot be read ({error})"
-    if stat.S_ISDIR(status.st_mode):
-        return "is a folder, not a file"
-    # a file of the kernel without an end reports that it is empty
-    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-        return "is empty, or no regular file"
-    return None
 
 
 def load_tensors(path, name="model_path"):

@@ -128,11 +128,11 @@ def describe_device(Cuda):
     if not Cuda:
         threads = torch.get_num_threads()
         return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    name = torch.cuda.get_device_name()
     if connected():
-        return f"{world_size()} × {torch.cuda.get_device_name()}"
+        return f"{world_size()} × {name}"
     number = torch.cuda.device_count()
-    advice = " (torchrun is faster)" if number > 1 else ""
-    return f"{number} × {torch.cuda.get_device_name()}{advice}"
+    return f"{number} × {name}" + (" (torchrun is faster)" if number > 1 else "")
 
 
 def gather_objects(item):
@@ -195,17 +195,11 @@ def show_nothing(kind, error, trace):
 def die_with_parent():
     """Let the kernel kill this worker when its process ends.
 
-    A group that torchrun restarts would otherwise connect to an orphan's sockets.
+    A group that torchrun restarts would otherwise connect to an orphan's sockets. (One whose parent
+    has ended before this is asked for is told so by torch, within five seconds.)
     """
     pr_set_pdeathsig = 1  # of linux/prctl.h
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if multiprocessing.get_start_method() == "forkserver":  # then the parent is the fork server
-        orphaned = not parent.is_alive()
-    else:
-        orphaned = os.getppid() != parent.pid
-    if orphaned:  # the parent ended before this was asked for
-        os._exit(1)
 
 
 def stop_workers():

@@ -151,7 +151,7 @@ def find_run(resume, save_dir):
     empty = None  # a start that has saved nothing, where nothing else is there
     for run in unfinished_runs(save_dir, any_launch=resume):
         lock(run, seconds=30 if restarted else 0)
-        if restarted or has_trained(run):
+        if restarted or trained_files(run):
             return run
         empty = empty or run
     if resume and not empty:
@@ -174,18 +174,10 @@ def unfinished_runs(save_dir, any_launch):
     ]
 
 
-def has_trained(run):
-    """Return whether a run's folder holds a checkpoint or anything else that was trained."""
-    return Path(run, LAST).exists() or bool(trained_files(run))
-
-
 def trained_files(run):
-    """Return the names of a run's history and weights."""
-    return sorted(path.name for path in Path(run).iterdir() if is_trained(path.name))
-
-
-def is_trained(name):
-    return name == "history.csv" or (name.endswith(".pth") and not name.startswith("."))
+    """Return the names of what was trained in a run: its history, weights and checkpoint."""
+    paths = [*Path(run).glob("history.csv"), *Path(run).glob("[!.]*.pth")]
+    return [path.name for path in paths]
 
 
 def new_run(save_dir):

@@ -634,6 +634,15 @@ def test_a_folder_without_pictures_is_no_class(capsys):
     )
 
 
+def test_a_folder_without_any_picture_that_is_read(capsys):
+    numbered("ds/cat", "ds/dog")
+    for path in Path("ds").rglob("*.png"):
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(UserError, match="'ds' gives 0 training and 0 test pictures"):
+        annotate(["ds"])
+    assert "left out (10): files (.heic) that are not read" in capsys.readouterr().out
+
+
 def test_names_do_not_move_the_cursor(capsys):
     numbered("ds/\x1b[2Jcat", "ds/dog\u202e")
     Path("ds/dog\u202e/\x1b]0;x\x07.png").write_text("nothing")

@@ -39,7 +39,7 @@ def find_pictures(datasets):
 
 
 def sort_pictures(pictures, splits, left_out):
-    """Return [training, validation, kept] of find_splits, each [(class name, path, path below]."""
+    """Return [training, validation, kept] of find_splits, each [(class name, path), …]."""
     depth = 1 if splits else 0
     lists = [[], [], []]
     listed = set()
@@ -52,10 +52,8 @@ def sort_pictures(pictures, splits, left_out):
             left_out["links to pictures that are listed already"].append(picture.path)
             continue
         listed.add(picture.real_path)
-        name = class_name(folders[depth].strip())
-        below = "/".join([*folders[depth + 1 :], os.path.basename(picture.path)])
         number = splits.index(folders[0]) if splits else 0
-        lists[number].append((name, picture.path, class_name(below)))
+        lists[number].append((class_name(folders[depth].strip()), picture.path))
     return lists
 
 
@@ -68,8 +66,8 @@ def collect(datasets, test_share, seed, nested=False):
     splits = [] if nested else find_splits(pictures, datasets)
     lists = sort_pictures(pictures, splits, left_out)
     if len(splits) < 2:
-        lists[:2] = split_by_chance(lists[0], test_share, seed)
-    lists = [sorted((name, path) for name, path, _ in entries) for entries in lists]
+        lists[:2] = split_by_chance(lists[0], datasets, test_share, seed)
+    lists = [sorted(pairs) for pairs in lists]
     names = sorted({name for name, _ in lists[0]})
     for split, pairs in zip(splits, lists):
         if unknown := {name for name, _ in pairs}.difference(names):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from utils.plumbing.errors import UserError, short_repr
 from utils.plumbing.formats import FORMATS, REDUCIBLE
+from utils.plumbing.lists import class_name
 
 # Thumbnails and deleted pictures of storage boxes, in lower case
 LEFT_BEHIND = {"@eadir", "@recycle", "#recycle", "$recycle.bin"}
@@ -130,7 +131,7 @@ def find_splits(pictures, datasets):
             inside[picture.folders[0]].update(picture.folders[1:2])
     roles = {top: role_of(top) for top in inside}
     with_classes = [top for top in inside if roles[top] and inside[top]]
-    if not with_classes and not all(roles.values()):
+    if not inside or not with_classes and not all(roles.values()):
         check_classes(inside, datasets)
         return []
     splits = {roles[top]: top for top in with_classes}
@@ -164,22 +165,22 @@ def quote(names):
     return ", ".join(map(short_repr, sorted(names)[:5])) + (", …" if len(names) > 5 else "")
 
 
-def split_by_chance(entries, share, seed):
-    """Return (training, test) of entries (class name, path, path below the class's folder).
+def split_by_chance(pairs, datasets, share, seed):
+    """Return (training, test) of [(class name, path), …] below the folder `datasets`.
 
     Each picture's own number decides, so that the others stay where they are when some are added
     or deleted. Of a class with two pictures or more at least one trains and one tests.
     """
     classes = defaultdict(list)
-    for entry in entries:
-        name, _, below = entry
-        number = random.Random(f"{seed}/{name}/{below}").random()
-        classes[name].append((number, entry))
+    for name, path in pairs:
+        below = class_name(Path(path).relative_to(datasets).as_posix())
+        number = random.Random(f"{seed}/{below}").random()
+        classes[name].append((number, path))
     training, test = [], []
-    for numbered in classes.values():
+    for name, numbered in classes.items():
         numbered.sort()
         count = sum(number < share for number, _ in numbered)
         count = min(max(count, 1), len(numbered) - 1)
-        test += [entry for _, entry in numbered[:count]]
-        training += [entry for _, entry in numbered[count:]]
-    return sorted(training), sorted(test)
+        test += [(name, path) for _, path in numbered[:count]]
+        training += [(name, path) for _, path in numbered[count:]]
+    return training, test

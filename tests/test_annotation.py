@@ -305,7 +305,7 @@ def test_a_class_that_loses_its_training_pictures(capsys):
     for path in Path("ds/train/b").iterdir():
         path.write_bytes(b"nothing")
     annotate(["ds", "--check"])
-    assert "WARNING: few or no training pictures" in capsys.readouterr().out
+    assert "WARNING: no or few training pictures" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -132,16 +132,15 @@ def report_left_out(left_out):
 
 def report(names, lists):
     """Print how many pictures of each class every list has."""
-    counts = [Counter(name for name, _ in pairs) for pairs in lists if pairs]
-    titles = ["training", "test", "the end"][: len(counts)]
-    width = max(len(printable(name)) for name in [*names, "class"])
-    say(f"{'class':<{width}}" + "".join(f"  {title:>8}" for title in titles))
+    counts = [Counter(name for name, _ in pairs) for pairs in lists]
     for name in names:
-        numbers = [count[name] for count in counts]
-        columns = "".join(f"  {number:>8}" for number in numbers)
-        has_few = numbers[0] < FEW or not numbers[1]
-        warning = "  WARNING: few or no training pictures, or none to test" if has_few else ""
-        say(f"{printable(name):<{width}}{columns}{warning}")
+        training, test, kept = (count[name] for count in counts)
+        text = f"{printable(name)}: {training} training, {test} test"
+        if lists[2]:
+            text += f", {kept} for the end"
+        if training < FEW or not test:
+            text += "  WARNING: no or few training pictures, or none to test"
+        say(text)
 
 
 def read_arguments(arguments):

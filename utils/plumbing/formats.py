@@ -191,10 +191,9 @@ def pixels(source):
     dtype = str(getattr(source, "dtype", type(source).__name__))
     is_picture = len(shape) == 2 or shape[2:] in ((1,), (3,))
     if not dtype.endswith("uint8") or 0 in shape or not is_picture:
-        of_shape = f" of shape {shape}" if shape else ""
         raise UserError(
             "a picture must be a path, a file's bytes, a Pillow image or a uint8 array of shape "
-            f"(H, W), (H, W, 1) or (H, W, 3), not {dtype}{of_shape}"
+            f"(H, W), (H, W, 1) or (H, W, 3), not {dtype} of shape {shape}"
         )
     array = np.asarray(source.cpu() if isinstance(source, torch.Tensor) else source)
     return array[..., 0] if shape[2:] == (1,) else array

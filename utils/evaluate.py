@@ -30,7 +30,7 @@ from utils.plumbing.console import ProgressLine
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_file, save_image, writable
 from utils.plumbing.settings import check_value
-from utils.trained import Classifier, add_mirrored, command
+from utils.trained import Classifier, command
 
 OUTPUTS = (
     "predictions.csv",
@@ -228,7 +228,6 @@ def evaluate(
 
 def main(arguments=None):
     parser = command("evaluate", __doc__)
-    add_mirrored(parser)
     parser.add_argument("--annotation", help="list of 'class_id;path' lines (the run's test list)")
     parser.add_argument("--out", help="folder to write into (the run's)")
     parser.add_argument("--batch-size", type=int, help="pictures a step (the run's)")

@@ -21,7 +21,7 @@ from utils import task
 from utils.pictures import normalize
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import save_image, writable
-from utils.trained import Classifier, add_pictures, command, find_pictures
+from utils.trained import Classifier, add_pictures, command, describe, find_pictures
 
 SIZE = (1024, 512)  # of what is drawn, in pixels: two pictures side by side fit into it
 
@@ -93,7 +93,7 @@ def main(arguments=None):
     add_pictures(parser)
     parser.add_argument("--out", help="folder to write into (the run's)")
     options = parser.parse_args(arguments)
-    run = Classifier(options.run, options.weights)
+    run = Classifier(options.run, options.weights, options.mirrored)
     out = writable(options.out or run.folder, "name another folder with --out")
     failed = False
     for number, path in enumerate(find_pictures(options.pictures), 1):
@@ -101,12 +101,11 @@ def main(arguments=None):
             prediction, image = explain(run, path)
         except ValueError as error:
             failed = True
-            print(f"{printable(path)}: {printable(error)}", file=sys.stderr)
+            print(printable(f"{path}: {error}"), file=sys.stderr)
             continue
         file = out / f"explained_{number}.png"
         save_image(file, image)
-        text = task.prediction_text(*prediction[0])
-        print(printable(f"{path}: {text}, {file}"), flush=True)
+        print(printable(f"{path}: {describe(prediction)}, {file}"), flush=True)
     raise SystemExit(int(failed))
 
 

@@ -29,7 +29,7 @@ from utils import task
 from utils.pictures import normalize
 from utils.plumbing.errors import printable
 from utils.plumbing.files import save_file
-from utils.trained import Classifier, add_mirrored, command
+from utils.trained import Classifier, command
 
 INPUT = (
     "RGB, upright (EXIF orientation applied); of it with resize 'crop' the largest box in the "
@@ -110,9 +110,7 @@ def export(run, weights=None, mirrored=False):
 
 def main(arguments=None):
     parser = command("export", __doc__)
-    add_mirrored(parser)
-    options = parser.parse_args(arguments)
-    export(options.run, options.weights, options.mirrored)
+    export(**vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 
 from utils import task
 from utils.plumbing.errors import printable
-from utils.trained import Classifier, add_mirrored, add_pictures, command, find_pictures
+from utils.trained import Classifier, add_pictures, command, describe, find_pictures
 
 
 def print_prediction(path, prediction, as_json):
@@ -31,13 +31,11 @@ def print_prediction(path, prediction, as_json):
     elif unreadable:
         print(printable(f"{path}: {prediction}"), file=sys.stderr, flush=True)
     else:
-        texts = [task.prediction_text(name, value) for name, value in prediction]
-        print(printable(f"{path}: {', '.join(texts)}"), flush=True)
+        print(printable(f"{path}: {describe(prediction)}"), flush=True)
 
 
 def main(arguments=None):
     parser = command("predict", __doc__)
-    add_mirrored(parser)
     add_pictures(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)

@@ -210,6 +210,11 @@ def find_pictures(words):
     return pictures
 
 
+def describe(prediction):
+    """Return one of task.top_predictions as it is printed."""
+    return ", ".join(task.prediction_text(name, value) for name, value in prediction)
+
+
 def command(name, document):
     """Begin the program utils.<name>, a command on a run, and return its parser."""
     show_errors_as_sentences()
@@ -219,16 +224,12 @@ def command(name, document):
     )
     parser.add_argument("run", help="a run's folder, logs/…, or its name there")
     parser.add_argument("--weights", help="weights file (the run's best_epoch_weights.pth)")
+    parser.add_argument(
+        "--mirrored", action="store_true", help="score pictures together with their mirror images"
+    )
     return parser
 
 
 def add_pictures(parser):
     """Add the argument of commands that take pictures."""
     parser.add_argument("pictures", nargs="+", help="files, folders, or - for a list on stdin")
-
-
-def add_mirrored(parser):
-    """Add the option of commands that score pictures."""
-    parser.add_argument(
-        "--mirrored", action="store_true", help="score pictures together with their mirror images"
-    )

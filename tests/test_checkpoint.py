@@ -242,8 +242,9 @@ def test_changed_options_of_the_optimizer_train(tmp_path):
     assert "optimizer_type was 'sgd' and is now 'adam'" in err and "Traceback" not in err
 
 
-MOMENTS = [("utils.loss_history:LossHistory.write", 2), *(("os:replace", n) for n in range(2, 16))]
-QUICK = MOMENTS[0], ("os:replace", 9), ("os:replace", 13)
+FILES = (LAST, "history.csv", "best_epoch_weights.pth", "last_epoch_weights.pth", "ep00")
+MOMENTS = [(file, number) for file in FILES for number in (1, 2, 3)]
+QUICK = (LAST, 2), ("history.csv", 2), ("last_epoch_weights.pth", 2)
 
 
 def slow_unless_quick(moment):
@@ -260,15 +261,22 @@ def test_an_epoch_ends_in_one_commit(tmp_path, moment):
         tmp_path, UnFreeze_Epoch=3, Init_lr=5e-3, best_by="'val_loss'", save_period=1
     )
     make_data(folder, train=48, test=12)
-    place, number = moment
-    dies = hooked(folder, f"before('{place}', die, {number})")
-    train(folder, script=dies, code=-signal.SIGKILL)
+    file, number = moment
+    code = f"""
+times = itertools.count(1)
+def die_at(draft, path):
+    if os.path.basename(path).startswith("{file}") and next(times) == {number}:
+        die()
+
+before("os:replace", die_at)
+"""
+    train(folder, script=hooked(folder, code), code=-signal.SIGKILL)
     run = run_of(folder)
     if not (run / LAST).exists():
         return  # nothing was committed
     saved = load_checkpoint(run)
     rows = saved["history"]["rows"]
-    assert len(rows) == saved["epoch"] and (place == "os:replace" or saved["epoch"] == 2)
+    assert len(rows) == saved["epoch"] == (number - 1 if file == LAST else number)
     stops = hooked(folder, "before('torch.optim:SGD.step', die, 1)")
     if saved["epoch"] < 3:  # resumed, and nothing trained yet
         train(folder, "--resume", run.name, script=stops, code=-signal.SIGKILL)

@@ -233,9 +233,8 @@ def test_workers_change_nothing(lines, context):
 def test_lines_are_tensors_and_shared_where_workers_need_it(lines):
     data = data_of(lines, (32, 32))
     assert [data.name(i) for i in range(len(data))] == [line.rstrip("\n") for line in lines]
-    assert not data.source.text.is_shared() and not data.source.ends.is_shared()
-    ForkingPickler.dumps(data)  # as for a worker that is not forked
-    assert data.source.text.is_shared() and data.source.ends.is_shared()
+    data = data_of(1000 * lines, (32, 32))
+    assert len(ForkingPickler.dumps(data)) < 10_000  # as for a worker that is not forked
     assert not any(isinstance(v, (list, np.ndarray)) and len(v) > 10 for v in vars(data).values())
 
 

@@ -22,6 +22,7 @@ from tests.helpers import (
     run_of,
     start,
     train,
+    write_network,
 )
 from tests.test_resume import children, wait_for
 from utils.plumbing.errors import explain
@@ -149,12 +150,11 @@ def test_nccl_says_all_and_an_old_gpu_what_it_lacks():
 
 
 def test_a_programming_error_keeps_its_traceback(tmp_path):
-    folder = make_project(tmp_path)
+    folder = make_project(tmp_path, backbone="'mine'")
     make_data(folder, train=24, test=6)
-    text = (folder / "train.py").read_text()
-    (folder / "train.py").write_text(text.replace("    # The run\n", "    undefined_name\n"))
+    write_network(folder / "nets", "mine", "undefined_name")
     _, err = train(folder, code=1)
-    assert "Traceback" in err and "NameError" in err
+    assert "Traceback" in err and "NameError" in err and "error: " not in err
 
 
 def test_a_test_list_that_goes_away(tmp_path):

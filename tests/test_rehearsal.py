@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import make_data, make_project, run_of, train
+from tests.helpers import hooked, make_data, make_project, run_of, train
 from utils import rehearsal
 from utils.plumbing.errors import UserError
 from utils.recipe import Recipe, check_targets
@@ -194,13 +194,8 @@ def test_almost_black_pictures_get_a_note(capsys):
 def test_the_header_comes_before_the_first_picture_is_read(tmp_path):
     folder = make_project(tmp_path)
     make_data(folder, train=24, test=6)
-    path = folder / "utils/rehearsal.py"
-    path.write_text(
-        path.read_text().replace(
-            "def first_batch(", "def first_batch(*words):\n    1 / 0\n\n\ndef unused("
-        )
-    )
-    out, err = train(folder, code=1)
+    fails = "before('utils.dataloader:DataGenerator.__getitem__', lambda *words: 1 / 0)"
+    out, err = train(folder, script=hooked(folder, fails), code=1)
     assert "optimizer " in out and "input_shape" in out and "ZeroDivisionError" in err
     assert not list((folder / "logs").glob("*/config.json"))
 
@@ -208,20 +203,17 @@ def test_the_header_comes_before_the_first_picture_is_read(tmp_path):
 def test_a_resumed_run_keeps_its_precision(tmp_path):
     folder = make_project(tmp_path, fp16="'auto'", UnFreeze_Epoch=1)
     make_data(folder, train=24, test=6)
-    path = folder / "utils/rehearsal.py"
-    text = path.read_text()
-    path.write_text(
-        text + "\n\ndef choose_on_cpu(settings, model, batch):\n    return 'bfloat16', 'tried'\n"
-    )
-    out, _ = train(folder)
+    chooses = """
+import utils.rehearsal
+utils.rehearsal.choose_on_cpu = lambda *words: ("{}", "tried")
+"""
+    out, _ = train(folder, script=hooked(folder, chooses.format("bfloat16")))
     assert (
         "bfloat16 (tried)" in out
         and '"fp16": "bfloat16"' in (run_of(folder) / "config.json").read_text()
     )
-    path.write_text(
-        text + "\n\ndef choose_on_cpu(settings, model, batch):\n    return 'float32', 'tried'\n"
-    )
-    out, _ = train(folder, "--resume", run_of(folder), "--UnFreeze_Epoch", 2)
+    script = hooked(folder, chooses.format("float32"))
+    out, _ = train(folder, "--resume", run_of(folder), "--UnFreeze_Epoch", 2, script=script)
     assert "precision    bfloat16\n" in out
 
 

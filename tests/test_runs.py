@@ -271,16 +271,11 @@ def test_nothing_is_left_behind(tmp_path):
     """
     folder = make_project(tmp_path / "project", UnFreeze_Epoch=1, num_workers=1)
     make_data(folder, train=16, test=6)
-    text = (folder / "train.py").read_text()
-    (folder / "train.py").write_text(
-        text.replace(
-            "worker_init_fn=ignore_signals",
-            "worker_init_fn=ignore_signals, multiprocessing_context='forkserver'",
-        )
-    )
+    code = "import multiprocessing\nmultiprocessing.set_start_method('forkserver', force=True)\n"
+    script = hooked(folder, code)
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # a short path: it holds sockets
         result = subprocess.run(
-            [sys.executable, "train.py"],
+            [sys.executable, script],
             cwd=folder,
             env={**environment(), "TMPDIR": temporary},
             capture_output=True,

@@ -21,7 +21,7 @@ from tests.helpers import (
     train,
     weights,
 )
-from utils.checkpoint import Checkpoint
+from utils.checkpoint import Checkpoint, Position
 from utils.loss_history import LossHistory
 from utils.optimizer import get_optimizer
 from utils.plumbing.errors import UserError
@@ -38,8 +38,16 @@ def checkpoint_in(folder, backbone="squeezenet1_1", ema=None, **options):
     return Checkpoint(folder, {**parts, "history": LossHistory(folder)}, **options)
 
 
+def save(checkpoint, epoch, step=0, loss=None):
+    """Save as if so many steps of an epoch were done."""
+    checkpoint.position = Position(epoch, step)
+    if loss is not None:
+        checkpoint.position.sums["loss"] = torch.tensor(loss)
+    checkpoint.save()
+
+
 def test_a_flipped_bit_is_found(tmp_path):
-    checkpoint_in(tmp_path).save(1)
+    save(checkpoint_in(tmp_path), 1)
     good, expected = (tmp_path / LAST).read_bytes(), load_checkpoint(tmp_path)["model"]
     found, rng = 0, random.Random(0)
     for _ in range(40):
@@ -56,7 +64,7 @@ def test_a_flipped_bit_is_found(tmp_path):
 @pytest.mark.parametrize("content", ["{}", "bare weights", "wrong types", "list", "folder"])
 def test_what_is_no_checkpoint(tmp_path, content):
     checkpoint = checkpoint_in(tmp_path)
-    checkpoint.save(1)
+    save(checkpoint, 1)
     if content == "folder":
         (tmp_path / LAST).unlink()
         (tmp_path / LAST).mkdir()
@@ -74,24 +82,24 @@ def test_what_is_no_checkpoint(tmp_path, content):
 
 def test_nothing_is_saved_that_is_not_finite(tmp_path):
     checkpoint = checkpoint_in(tmp_path)
-    checkpoint.save(1)
+    save(checkpoint, 1)
     with torch.no_grad():
         next(checkpoint.parts["model"].parameters())[0] = float("nan")
     with pytest.raises(UserError, match="not finite any more after epoch 2.*lower Init_lr"):
-        checkpoint.save(2)
+        save(checkpoint, 2)
     assert load_checkpoint(tmp_path)["epoch"] == 1
 
 
 def test_averages_and_sums_must_be_finite(tmp_path):
     checkpoint = checkpoint_in(tmp_path)
     checkpoint.parts["ema"] = EMA(checkpoint.parts["model"], 0.9)
-    checkpoint.save(1, 3, {"loss": torch.tensor(1.0)})
+    save(checkpoint, 1, 3, 1.0)
     with pytest.raises(UserError, match="loss is not finite any more after epoch 1, step 4"):
-        checkpoint.save(1, 4, {"loss": torch.tensor(float("nan"))})
+        save(checkpoint, 1, 4, float("nan"))
     with torch.no_grad():
         next(checkpoint.parts["ema"].parameters())[0] = float("inf")
     with pytest.raises(UserError, match="averaged weights are not finite any more"):
-        checkpoint.save(2)
+        save(checkpoint, 2)
     assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 3
 
 
@@ -123,7 +131,7 @@ def test_a_scaler_comes_back(tmp_path):
     checkpoint.parts["scaler"].load_state_dict(
         {**scaler().state_dict(), "scale": 32.0, "_growth_tracker": 5}
     )
-    checkpoint.save(1)
+    save(checkpoint, 1)
     other = checkpoint_in(tmp_path)
     other.parts["scaler"] = scaler()
     other.load(load_checkpoint(tmp_path), 10, 10)
@@ -138,7 +146,7 @@ def test_a_checkpoint_is_due_after_minutes(tmp_path, monkeypatch):
     for seconds, due in ((0, False), (100, False), (119, False), (121, True)):
         now = 1000.0 + seconds
         assert checkpoint.is_due() == due and not never.is_due()
-    checkpoint.save(1)
+    save(checkpoint, 1)
     now += 100
     assert not checkpoint.is_due()
     monkeypatch.setenv("RANK", "1")
@@ -175,7 +183,7 @@ def test_a_folder_at_the_checkpoints_place(tmp_path):
     checkpoint = checkpoint_in(tmp_path)
     (tmp_path / LAST / "inside").mkdir(parents=True)
     with pytest.raises(UserError, match="last_checkpoint.pth could not be written"):
-        checkpoint.save(1)
+        save(checkpoint, 1)
 
 
 def test_weights_that_explode_in_the_last_step(tmp_path):
@@ -412,7 +420,7 @@ def saved(tmp_path_factory):
     take_step(checkpoint)
     row = {"epoch": 1, "top1": 0.5, "train_loss": 1.0, "val_loss": 1.0, "images_per_second": 1.0}
     checkpoint.commit(row, checkpoint.parts["ema"].module, 10, 10)
-    checkpoint.save(1, 3, {"loss": torch.tensor(1.0), "unreadable": 0})
+    save(checkpoint, 1, 3, 1.0)
     return folder
 
 
@@ -456,7 +464,7 @@ def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
     before = {"list": "6 pictures", "fp16": "float32", "mean": [0.5]}
     checkpoint = checkpoint_in(tmp_path, ema=0.9, scored_on=before)
     checkpoint.load(load_checkpoint(saved), 10, 10)
-    checkpoint.save(1)
+    save(checkpoint, 1)
     for now, named in (
         (before, None),
         ({**before, "fp16": "bfloat16"}, "fp16"),

@@ -137,21 +137,19 @@ class Checkpoint(Steps):
         seconds = time.monotonic() - self.saved_at
         return rank() == 0 and self.save_minutes > 0 and seconds > 60 * self.save_minutes
 
-    def save_position(self):
-        """Save inside an epoch. Collective."""
-        self.save(self.position.epoch, self.position.step, self.position.totals())
-
-    def save(self, epoch, step=0, totals=None):
+    def save(self):
         """Write last_checkpoint.pth on rank 0. Collective.
 
         UserError: weights that are not finite, a full disk.
         """
+        position = self.position
+        totals = position.totals() if position.step else None
         if rank() == 0:
             state = {
                 name: None if part is None else part.state_dict()
                 for name, part in self.parts.items()
             }
-            state.update(epoch=epoch, step=step, totals=totals)
+            state.update(epoch=position.epoch, step=position.step, totals=totals)
             state.update(best=self.best, order=self.order, scored_on=self.scored_on)
             check_finite(state)
             save_tensors(Path(self.run, LAST), state)
@@ -171,7 +169,7 @@ class Checkpoint(Steps):
                 name: value.detach().to("cpu", copy=True) for name, value in weights.items()
             }
         self.position = Position(metrics["epoch"])
-        self.save(metrics["epoch"])
+        self.save()
         self.publish(save_period, last_epoch)
         return best
 
@@ -221,18 +219,17 @@ def published_model(parts):
 
 def check_finite(state):
     """Raise UserError where weights or sums of a state hold a number that is not finite."""
-    for name, what in (
-        ("model", "weights are"),
-        ("ema", "averaged weights are"),
-        ("totals", "loss is"),
-    ):
-        values = state[name] or {}
-        for key, value in values.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            no_loss_was_finite = name == "totals" and key == "finite" and value == 0
-            if no_loss_was_finite or not value.isfinite().all():
-                raise UserError(
-                    f"the {what} not finite any more after epoch {state['epoch']}, "
-                    f"step {state['step']}: {NOT_FINITE}"
-                )
+    parts = {
+        "weights are": state["model"],
+        "averaged weights are": state["ema"],
+        "loss is": state["totals"],
+    }
+    for what, values in parts.items():
+        values = values or {}
+        tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+        finite = all(tensor.isfinite().all() for tensor in tensors)
+        if not finite or values.get("finite") == 0:  # which counts the losses that were finite
+            raise UserError(
+                f"the {what} not finite any more after epoch {state['epoch']}, "
+                f"step {state['step']}: {NOT_FINITE}"
+            )

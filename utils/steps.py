@@ -25,7 +25,7 @@ MUCH_WAITING = 1 / 3  # of an epoch's time: above it, the epoch's line says what
 class Steps:
     """A run's steps, before each of which the processes agree.
 
-    A subclass has `position`, save_position(), is_due() and is_idle().
+    A subclass has `position`, save(), is_due() and is_idle().
     """
 
     def __init__(self, run):
@@ -80,7 +80,7 @@ class Steps:
             self.work.wait()
         request = int(self.request)
         if request != GO_ON:
-            self.save_position()
+            self.save()
         if request > END:
             self.stop(request)
         self.request = torch.tensor([self.next_request()])

@@ -201,8 +201,8 @@ def advice_for(word, known):
     if name in known:
         return f": write --{name}"
     for meant, others in OTHER_NAMES.items():
-        if name.lower() in others.split():
-            return did_you_mean(name, known, meant)
+        if name.lower() in others.split() and meant in known:
+            return f" (did you mean {meant!r}?)"
     if word.startswith("-"):
         return did_you_mean(name, known)
     return ': a value with blanks needs quotes, as in --input_shape "[224, 224]"'

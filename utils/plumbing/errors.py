@@ -146,19 +146,14 @@ def in_libraries(path):
     return any(path.startswith(os.path.dirname(module.__file__)) for module in modules)
 
 
-def did_you_mean(name, choices, meant=None) -> str:
-    """Return ' (did you mean …?)' for a mistyped name, or a part of one, or ''.
-
-    meant: the choice that is named first, where it is known.
-    """
+def did_you_mean(name, choices) -> str:
+    """Return ' (did you mean …?)' for a mistyped name, or a part of one, or ''."""
     word = str(name).lower()[:100]
     known = {choice.lower(): choice for choice in choices}
     near = []
     if len(word) > 1:
         near = [choice for choice in known if word.rstrip("s") in choice][:4]
     near = near or difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    if meant in known.values():
-        near = [meant.lower(), *(name for name in near if name != meant.lower())]
     if not near:
         return ""
     return f" (did you mean {' or '.join(repr(known[choice]) for choice in near)}?)"

@@ -168,18 +168,11 @@ def broken_as_os_error():
 
 
 def read_size(source):
-    """Return (height, width) of what read_crop takes, of a file by its header alone.
-
-    Raises what read_crop does.
-    """
+    """Return (height, width) of what read_crop takes, undecoded. Raises what read_crop does."""
     with broken_as_os_error():
-        if not isinstance(source, (str, os.PathLike)):
-            image = open_picture(source)
-            return image.height, image.width
-        file_size(source)
-        with Image.open(source, formats=FORMATS) as image:
-            # only a JPEG has its orientation in front of the pixels for certain
-            return seen_size(image) if image.format in REDUCIBLE else image.size[::-1]
+        image = open_picture(source)
+        # only a JPEG has its orientation in front of the pixels for certain
+        return seen_size(image) if image.format in REDUCIBLE else image.size[::-1]
 
 
 def pixels(source):

@@ -205,16 +205,12 @@ def print_next_steps(paths, names, lists, is_shrunk):
     settings, notes = advise([(path, name) for name, path in lists[0]], len(names), is_shrunk)
     for note in notes:
         say(note)
-    command = "python train.py"
-    for name, value in settings.items():
-        text = str(value).replace(" ", "")
-        command += f' --{name} "{text}"' if "[" in text else f" --{name} {text}"
     if tuple(paths[:3]) != DEFAULT_PATHS:
-        for name, path in zip(PATH_SETTINGS, paths):
-            command += f" --{name} {shlex.quote(path)}"
+        settings.update(zip(PATH_SETTINGS, map(shlex.quote, paths)))
+    options = [f"--{name} {value}" for name, value in settings.items()]
     say(
         f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; "
-        f"to train on them:\n{command}"
+        f"to train on them:\n{' '.join(['python train.py', *options])}"
     )
 
 

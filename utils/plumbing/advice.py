@@ -19,6 +19,8 @@ def count_epochs(number, batch_size, steps):
 def advise(pairs, num_classes, is_shrunk):
     """Return ({setting: value} for training on [(path, class name), …], [note, …] for people).
 
+    The values are as a command line has them.
+
     tests/README.md, Fine-tuning, has the measurements.
     """
     sizes = read_sizes(pairs)
@@ -30,21 +32,21 @@ def advise(pairs, num_classes, is_shrunk):
         notes.append("--shrink 512 makes copies of large photos, which train many times faster")
     is_small = min(height, width) < SMALL
     if is_small and len(pairs) > FEW * num_classes:
-        settings = {"input_shape": [min(side, 224) for side in (height, width)]}
-        settings["UnFreeze_Epoch"] = count_epochs(len(pairs), 32, steps=1000)
-        return settings, notes
+        height, width = min(height, 224), min(width, 224)
+        epochs = count_epochs(len(pairs), 32, steps=1000)
+        return {"input_shape": f'"[{height},{width}]"', "UnFreeze_Epoch": epochs}, notes
     side = SMALL if is_small else 224
     batch_size = min(16 if len(pairs) >= 64 else 8, len(pairs))
     settings = {
         "pretrained": True,
         "backbone": "resnet18",
-        "input_shape": [side, side],
+        "input_shape": f'"[{side},{side}]"',
         "optimizer_type": "adam",
         "Init_lr": "4e-3",
         "Unfreeze_batch_size": batch_size,
         "UnFreeze_Epoch": count_epochs(len(pairs), batch_size, steps=500),
     }
-    if cut := describe_cut(sizes, settings["input_shape"]):
+    if cut := describe_cut(sizes, [side, side]):
         settings["resize"] = "squeeze"
         notes.append(cut.strip())
     return settings, notes

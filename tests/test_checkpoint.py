@@ -260,7 +260,7 @@ def slow_unless_quick(moment):
     return pytest.param(moment, marks=marks, id=f"{moment[0]} {moment[1]}")
 
 
-@pytest.mark.parametrize("moment", map(slow_unless_quick, MOMENTS))
+@pytest.mark.parametrize("moment", list(map(slow_unless_quick, MOMENTS)))
 def test_an_epoch_ends_in_one_commit(tmp_path, moment):
     """Whatever instant it dies at, after resuming history, best and last weights tell the
     checkpoint's story.

@@ -16,7 +16,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from tests.helpers import data_of, make_data, make_project, make_run, run_of, train
+from tests.helpers import (
+    data_of,
+    default_settings,
+    make_data,
+    make_project,
+    make_run,
+    run_of,
+    train,
+)
 from utils.dataloader import AUGMENTATIONS, DataGenerator, detection_collate
 from utils.fit import fit_one_epoch, order_of
 from utils.loss_history import LossHistory
@@ -170,6 +178,8 @@ def test_normalize():
         ours = normalize(images.contiguous(memory_format=layout), "cpu")
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5, check_stride=False)
         assert ours.is_contiguous(memory_format=layout)
+    ours = normalize(images, "cpu", default_settings())  # train.py's constants are the same
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     grey = normalize(images, "cpu", dict(mean=[0.5, 0.5, 0.5], std=(0.25, 0.25, 0.25)))
     torch.testing.assert_close(grey, (images / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
 
@@ -862,6 +872,7 @@ def test_commands_read_pictures_as_validation_does(tmp_path, monkeypatch, settin
     )
     evaluate.evaluate(run, num_workers=0)
     predict.Classifier(run)("wide.png")
+    assert torch.equal(predict.Classifier(run).read("wide.png"), expected)
     assert [len(images) for images in seen] == [2, 1]
     assert all(torch.equal(image, expected[0]) for images in seen for image in images)
     if "resize" in settings:

@@ -218,6 +218,20 @@ before("torch.optim:SGD.step", note)
     assert len(set(rates)) == {"cos": 10, "step": 4}[kind]
 
 
+def test_each_phase_has_the_rates_of_its_batch_and_of_its_network(tmp_path):
+    """Those of a transformer for 256 pictures a step, where a network says that it is one."""
+    make(tmp_path, Freeze_Train=True, Freeze_Epoch=1, Freeze_batch_size=4, UnFreeze_Epoch=2)
+    network = (tmp_path / "nets/colour.py").read_text()
+    says = "class Colour(nn.Sequential):\n    is_transformer = True\n"
+    (tmp_path / "nets/colour.py").write_text(
+        network.replace("class Colour(nn.Sequential):\n", says)
+    )
+    train(tmp_path, "--lr_decay_type", "cos")
+    for epoch, (row, batch_size) in enumerate(zip(history(run_of(tmp_path)), (4, 8), strict=True)):
+        curve = get_lr_scheduler("cos", *fit_lr(batch_size, 0.4, 0.01, "sgd", True), 2)
+        assert row["lr"] == pytest.approx(curve(epoch), rel=1e-6)
+
+
 def test_a_rate_of_the_command_line_is_kept_beside_another(tmp_path):
     make(tmp_path)
     make_project(tmp_path, **{**SETTINGS, "Min_lr": "Init_lr * 0.01"})

@@ -372,6 +372,10 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     inside[20:, 20:] = True
     assert heat[24:, 24:].min() > 0.9 and heat[:16, :16].max() < 0.1
     assert heat[inside].mean() > 5 * heat[~inside].mean()
+    dark = predict.Classifier(run)
+    dark.settings.update(mean=[1.0] * 3, std=[0.02] * 3)  # nothing is above the mean
+    heat = explain.look(dark, dark.read(tmp_path / "corner.png"))
+    assert heat[:16, :16].min() > 0.9 and heat[24:, 24:].max() < 0.1
     prediction, image = explain.explain(classify, tmp_path / "corner.png")
     assert prediction[0][0] == "white" and image.size == (1024, 512)
     left, right = np.split(np.asarray(image).astype(int), 2, axis=1)

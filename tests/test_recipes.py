@@ -21,8 +21,9 @@ from tests.helpers import (
     train,
     weights,
 )
-from utils.fit import backward, optimizer_step
+from utils.fit import backward, compute_loss, optimizer_step
 from utils.optimizer import check_trained, get_optimizer
+from utils.pictures import normalize
 from utils.plumbing.errors import UserError
 from utils.recipe import EMA, Recipe, balanced_weights
 
@@ -135,6 +136,18 @@ def test_mixing():
             and torch.allclose(shares.sum(1), torch.ones(8))
             and not torch.equal(mixed, images)
         )
+
+
+def test_a_step_trains_on_mixed_pictures_and_their_shares():
+    [(images, targets, _)] = batches([8])
+    settings, model = {**DEFAULTS, "mixup_alpha": 1.0}, network()
+    recipe = Recipe(settings, model, 3)
+    torch.manual_seed(0)
+    inputs, shares = recipe.mix(normalize(images, "cpu"), targets)
+    expected = F.cross_entropy(model(inputs), shares)
+    torch.manual_seed(0)
+    loss, _ = compute_loss(model, images, targets, False, False, recipe)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_label_smoothing_and_class_weights():

@@ -279,7 +279,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path):
     assert len(history(run)) == 3 and not (folder / "other").exists()
     _, err = train(folder, "--resume", run, code=1)
     assert "has finished 3 epochs: raise UnFreeze_Epoch (now 3)" in err
-    out, _ = train(folder, "--resume", run, "--UnFreeze_Epoch", 9)
+    out, _ = train(folder, "--resume", run, "--UnFreeze_Epoch", 9, "--accumulate", 2)
     rate = re.search("learning rate goes from (.*) to (.*) here", out)
     assert float(rate[2]) > 10 * float(rate[1])
     assert float(rate[2]) == pytest.approx(history(run)[3]["lr"], rel=0.01)

@@ -89,6 +89,16 @@ def test_tables_of_positions_and_tokens_do_not_decay():
         assert any("mlp" in name for name in names) and any("head" in name for name in names)
 
 
+def test_norm_layers_of_any_shape_and_vectors_do_not_decay():
+    nn = torch.nn
+    norms = nn.LayerNorm([4, 6, 6]), nn.PReLU(4), nn.GroupNorm(2, 4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *norms, nn.Flatten(), nn.Linear(144, 2))
+    optimizer = get_optimizer(model, {"5"}, "sgd", 0.9, 0.1)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    names = [name for name, p in model.named_parameters() if decays[id(p)] == 0.1]
+    assert names == ["0.weight", "5.weight"]
+
+
 def test_limits():
     assert fit_lr(64, 0.01, 0.0001, "sgd", False) == pytest.approx((0.01, 0.0001))
     assert fit_lr(32, 0.01, 0.0001, "sgd", False) == pytest.approx((0.005, 0.00005))

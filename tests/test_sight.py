@@ -134,9 +134,9 @@ def test_colours_keep_their_order(tmp_path):
 def test_erasing_blanks_with_the_mean():
     """In about as many pictures as it is asked for, at most a third of each."""
     white = Image.new("RGB", (40, 32), "white")
-    options = dict(augmentation="none", mean=[0.2, 0.4, 0.8], random_erasing=0.5)
+    options = dict(augmentation="none", mean=[0.2, 0.4, 0.8], random_erasing=0.25)
     changed = [one for one in draws([(white, 0)], **options) if (one != 255).any()]
-    assert 70 <= len(changed) <= 130
+    assert 30 <= len(changed) <= 70
     for one in changed:
         blank = one[(one != 255).any(2)]
         assert blank.unique(dim=0).tolist() == [[51, 102, 204]]
@@ -203,6 +203,7 @@ def test_each_epoch_has_its_order():
     assert one[0] != one[1] != one[2]
     assert all(len(set(order)) == 48 for order in one)
     assert len(set(one[0]) & set(one[1])) < 48  # what is left out changes as well
+    assert set(one[0]) != set(other[0])
     ranks = [orders(seed=1, rank=rank, world_size=2) for rank in (0, 1)]
     for epoch in range(3):
         assert ranks[0][epoch] == one[epoch][::2] and ranks[1][epoch] == one[epoch][1::2]

@@ -41,7 +41,7 @@ OUTPUTS = (
 )
 
 
-def find_pictures(run, annotation=None):
+def find_test_pictures(run, annotation=None):
     """Return what a DataGenerator takes: the checked lines of a list, or a fork's own data.
 
     annotation: the list's path; None: the run's test list. UserError: none that fits the run. Of
@@ -206,7 +206,7 @@ def evaluate(
     for name in OUTPUTS:
         if (out / name).is_dir():
             raise UserError(f"{out / name} is a folder where a file is to be written: move it away")
-    data = run.dataset(find_pictures(run, annotation))
+    data = run.dataset(find_test_pictures(run, annotation))
     names = run.class_names
 
     metrics, indices, targets, predictions = score(run, data, batch_size, num_workers)

@@ -40,24 +40,6 @@ USED = {
 }
 
 
-class Mirrored(torch.nn.Module):
-    """A network that takes the mean of its logits for a picture and for the mirror image."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, pictures):
-        return (self.network(pictures) + self.network(pictures.flip(3))) / 2
-
-
-class Pictures(DataGenerator):
-    """Pictures without labels: the target of each is its index."""
-
-    def target(self, index, label):
-        return index
-
-
 class Classifier:
     """Classifier(run)(picture) → [(class name, probability), …], the best five first.
 
@@ -144,9 +126,7 @@ class Classifier:
         data = self.dataset([(picture, "") for picture in pictures], Pictures)
         num_workers = min(cores(), len(pictures) // batch_size)
         for logits, indices, unreadable in self.score(data, batch_size, num_workers):
-            batch = {}
-            for index, reason in unreadable:
-                batch[index] = f"unreadable picture ({reason})"
+            batch = {index: f"unreadable picture ({reason})" for index, reason in unreadable}
             if logits is not None:
                 batch.update(zip(indices.tolist(), task.top_predictions(logits, self.class_names)))
             for index in sorted(batch):
@@ -180,12 +160,29 @@ class Classifier:
             yield logits, targets, unreadable
 
 
+class Mirrored(torch.nn.Module):
+    """A network that takes the mean of its logits for a picture and for the mirror image."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures):
+        return (self.network(pictures) + self.network(pictures.flip(3))) / 2
+
+
+class Pictures(DataGenerator):
+    """Pictures without labels: the target of each is its index."""
+
+    def target(self, index, label):
+        return index
+
+
 def find_folder(run):
     """Return a run's folder: a path, or a name in logs/, here or in the project's folder."""
-    for start in (Path(), PROJECT):
-        for folder in (start / run, start / "logs" / run):
-            if folder.exists():
-                return folder
+    for start in (Path(), Path("logs"), PROJECT, PROJECT / "logs"):
+        if (start / run).exists():
+            return start / run
     return run
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from utils import task
-from utils.dataloader import DataGenerator, own_data
+from utils.dataloader import own_data
 from utils.plumbing import lists
 from utils.plumbing.charts import draw_contact_sheet, drawable_text
 from utils.plumbing.console import ProgressLine
@@ -128,15 +128,14 @@ def print_table(rows):
 
 
 def draw_mistakes(data, indices, mistakes):
-    """Return a picture of task.mistakes, each with its file's name.
+    """Return a picture of task.mistakes as the network sees them, each with its file's name.
 
     indices: the data's index of each prediction, as unreadable pictures have none.
     """
-    small = DataGenerator(data.source, (112, 112), random=False, settings=data.settings)
     pictures, captions = [], []
     for place, caption in mistakes:
         index = int(indices[place])
-        pictures.append(small[index][0])
+        pictures.append(data[index][0])
         file = os.path.basename(picture_name(data, index))
         captions.append(f"{caption}\n{drawable_text(file, f'number {index + 1}')}")
     return draw_contact_sheet(pictures, captions)

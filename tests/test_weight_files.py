@@ -133,7 +133,7 @@ def test_safetensors_not_installed(tmp_path, monkeypatch):
         ({"model": {"a": 1}}, "no state_dict"),
         ({}, "no state_dict"),
         ({"epoch": 3, "best": "x"}, "no state_dict"),
-        ({"state_dict": state(7), "best_acc": np.float64(0.5)}, r"never run \(numpy\S+scalar\)"),
+        ({"state_dict": state(7), "best_acc": np.float64(0.5)}, r"never run"),
     ],
 )
 def test_no_state_dict(saved, words, tmp_path):

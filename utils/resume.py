@@ -49,20 +49,15 @@ def check_goes_on(run, config, state, settings):
         for name in ("backbone", "optimizer_type", "ema_decay"):
             check_same(run, name, before.get(name), now.get(name))
     last = settings["UnFreeze_Epoch"]
-    epochs = epochs_begun(state)
+    epochs = 0  # begun
+    if state is not None:
+        epochs = state["epoch"] + (1 if state["step"] else 0)
     if epochs > last or (config["finished"] and epochs == last):
         verb = "has finished" if config["finished"] else "has trained"
         raise UserError(
             f"{run} {verb} {epochs} epochs: raise UnFreeze_Epoch (now {last}) to train on, as in "
             f"--resume {run} --UnFreeze_Epoch {epochs + 5}"
         )
-
-
-def epochs_begun(state):
-    """Return the number of epochs that a checkpoint has trained, wholly or in part."""
-    if state is None:
-        return 0
-    return state["epoch"] + (1 if state["step"] else 0)
 
 
 def check_class_names(run, config, state, class_names):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 
 from utils.plumbing.errors import LOST, explain, printable
 from utils.plumbing.processes import end, prepare_pillow, rank
@@ -79,10 +80,10 @@ class ProgressLine:
         self.last = now
         steps_done = step - self.first_step
         seconds = max(now - self.begin, 1e-3)
-        seconds_left = round(seconds / steps_done * (self.steps - step))
+        left = timedelta(seconds=round(seconds / steps_done * (self.steps - step)))
         self.write(
             f"{self.title} {step}/{self.steps} {describe()} "
-            f"{images * steps_done / seconds:.0f} images/s {clock(seconds_left)} left"
+            f"{images * steps_done / seconds:.0f} images/s {left} left"
         )
 
     def write(self, text):
@@ -94,12 +95,6 @@ class ProgressLine:
     def clear(self):
         if self.terminal:
             self.write("")
-
-
-def clock(seconds):
-    """Return a duration as hh:mm:ss."""
-    minutes, seconds = divmod(seconds, 60)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
 
 
 def show_errors_as_sentences():

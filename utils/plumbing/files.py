@@ -5,7 +5,6 @@ import copy
 import io
 import os
 import pickle
-import re
 import shutil
 import tempfile
 import time
@@ -144,12 +143,10 @@ def load_tensors(path, name="model_path"):
     try:
         check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        found = f" ({code[1]})" if code else ""
+    except pickle.UnpicklingError:
         raise UserError(
             f"{name}: {str(path)!r} is refused: it is no file of weights, or holds code, which is "
-            f"never run{found}. Save a plain model.state_dict() with torch.save"
+            f"never run. Save a plain model.state_dict() with torch.save"
         ) from None
     except Exception as error:  # a broken archive can raise nearly anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -21,7 +21,7 @@ from utils.optimizer import phases
 from utils.plumbing import processes
 from utils.plumbing.console import say, say_row
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import LAST, check_regular, save_text, writable
+from utils.plumbing.files import check_regular, save_text, writable
 from utils.plumbing.lists import check_names
 from utils.plumbing.processes import world_size
 
@@ -60,7 +60,7 @@ def newest_hint(run):
     if Path(run, "config.json").exists():
         return ""
     for folder in (Path(run).parent, Path("logs")):
-        runs = runs_in(folder, damaged=True)
+        runs = runs_in(folder)
         if runs:
             return f"; the newest run in {str(folder)!r} is {runs[0][1]!r}"
     return ""
@@ -81,23 +81,16 @@ def as_json(settings):
     return json.loads(json.dumps(settings, default=as_list_or_text))
 
 
-def runs_in(save_dir, damaged=False):
+def runs_in(save_dir):
     """Return [(config, folder)] of the runs in a folder, the one that was started last first.
 
-    damaged: pass over a run whose config.json cannot be read, in place of raising UserError.
+    A config.json that cannot be read is another program's, and passed over.
     """
     runs = []
     for path in Path(save_dir).glob("*/config.json"):
         run = str(path.parent)
-        try:
+        with suppress(UserError):
             runs.append((read_config(run), run))
-        except UserError as error:
-            is_a_run = Path(run, LAST).exists()  # else the file is another program's
-            if is_a_run and not damaged:
-                raise UserError(
-                    f"{error}. It may be the newest run: name the run to continue with "
-                    f"resume = '…', or move {run!r} away"
-                ) from None
     return sorted(runs, key=start_number, reverse=True)
 
 
@@ -200,7 +193,7 @@ def begin_run(run, settings, class_names, recorded=None):
     say_row("run", run)
     modules = (torch, torchvision, numpy, PIL)
     versions = {module.__name__: module.__version__ for module in modules}
-    others = runs_in(Path(run).parent, damaged=True)
+    others = runs_in(Path(run).parent)
     last = start_number(others[0]) if others else 0
     config = {
         "settings": settings,

@@ -162,6 +162,9 @@ def as_text(line, column):
 
 def prepare():
     """Import what the tests import of other packages, once; returns the server that they share."""
+    # a shell's background job, and what it starts, would ignore Ctrl-C; under nohup, SIGHUP
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     place = runpy.run_path(str(ROOT / "tests/warm.py"))
     names = place["IMPORTS"] + " pytest hypothesis sklearn.metrics sklearn.utils.class_weight timm"
     for name in names.split():

@@ -80,7 +80,7 @@ def deep_grey_to_rgb(image):
 
 def orientation(image):
     """Return how an opened JPEG's rows and columns lie, 1 … 8, by EXIF's tag 0x0112."""
-    with suppress(Exception):  # as above
+    with suppress(Exception):  # Pillow raises nearly anything for broken tags
         value = image.getexif().get(0x0112)
         if value in range(1, 9):
             return int(value)

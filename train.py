@@ -217,7 +217,7 @@ if __name__ == "__main__":
         loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by)
     scored_on = {
         **val_data.fingerprint,
-        "pictures": processes.on_rank_0(val_data.content),
+        "test pictures": processes.on_rank_0(val_data.content),
         "mean": mean,
         "std": std,
         "best_by": best_by,

@@ -468,7 +468,7 @@ def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
     for now, named in (
         (before, None),
         ({**before, "fp16": "bfloat16"}, "fp16"),
-        ({**before, "list": "7 pictures", "mean": [0.4]}, "the test list, mean"),
+        ({**before, "list": "7 pictures", "mean": [0.4]}, "list, mean"),
         ({**before, "more": 1}, "more"),
     ):
         capsys.readouterr()
@@ -491,7 +491,7 @@ def test_test_pictures_replaced_under_their_names(tmp_path):
     assert "sought anew" not in out
     picture.write_bytes((folder / "model_data/train1.png").read_bytes())
     out, _ = train(folder, "--resume", run, "--UnFreeze_Epoch", 3)
-    assert "sought anew, changed: the test pictures" in out and "(epoch 3)" in out.splitlines()[-1]
+    assert "sought anew, changed: test pictures" in out and "(epoch 3)" in out.splitlines()[-1]
     assert content != picture.read_bytes()
 
 

@@ -392,7 +392,7 @@ resume = False
 """
 
 
-def continued(tmp_path, text, *words, config=None):
+def continued(tmp_path, text, *words, config=None, check=False):
     """The settings of a script's start, as (what trains, config.json)."""
     path = tmp_path / "script.py"
     path.write_text(text)
@@ -401,6 +401,8 @@ def continued(tmp_path, text, *words, config=None):
     values, recorded = command_line(script, list(map(str, words)))
     if config:
         values, recorded = command_line(script, list(map(str, words)), config=config)
+    if check:
+        rules.check_settings(values)
     return values, as_json({"settings": values, **recorded})
 
 
@@ -486,7 +488,7 @@ def test_arrays_as_constants(tmp_path):
     again, _ = continued(tmp_path, text, config=config)
     assert isinstance(again["weights"], np.ndarray)
     with pytest.raises(UserError, match="mean = .* must be"):
-        rules.check_value("mean", np.zeros((2, 2)))
+        continued(tmp_path, text + "\nmean = np.zeros((2, 2))\n", check=True)
 
 
 VALUES = (

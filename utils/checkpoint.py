@@ -16,9 +16,6 @@ from utils.plumbing.files import LAST, save_tensors
 from utils.plumbing.processes import rank
 from utils.steps import Steps
 
-# What messages call parts of what a score depends on
-IN_WORDS = {"list": "the test list", "pictures": "the test pictures"}
-
 
 @dataclass
 class Position:
@@ -26,6 +23,7 @@ class Position:
 
     epoch: int
     step: int = 0  # global batches done
+    order: str = ""  # all that the pictures of a step depend on
     sums: Counter = field(default_factory=Counter)  # of batch_sums, on the device: no step waits
     unreadable: int = 0
 
@@ -62,9 +60,7 @@ class Checkpoint(Steps):
         self.best = None  # the weights of history's best epoch, on the CPU
         self.best_is_new = False
         self.position = Position(0)
-        self.order = ""
         self.resumed = Position(0)  # where the run was interrupted, if its step is not 0
-        self.resumed_order = ""
         self.saved_at = time.monotonic()
 
     def load(self, state, save_period, last_epoch):
@@ -79,8 +75,8 @@ class Checkpoint(Steps):
                     load_part(part, saved)
             self.best = state.pop("best")
             self.best_is_new = True
-            self.resumed_order = state["order"]
-            self.resumed = self.position = Position(state["epoch"], state["step"])
+            self.resumed = Position(state["epoch"], state["step"], state["order"])
+            self.position = self.resumed
             if rank() == 0:
                 self.compare_scores(state["scored_on"])
                 if self.resumed.step:
@@ -102,19 +98,16 @@ class Checkpoint(Steps):
             return
         self.best = None
         self.parts["history"].seek_best_anew()
-        texts = ", ".join(IN_WORDS.get(name, name) for name in changed)
-        say(f"  the best epoch is sought anew, changed: {texts}")
+        say(f"  the best epoch is sought anew, changed: {', '.join(changed)}")
 
     def begin(self, epoch, order):
         """Return the Position at an epoch's beginning, or where the epoch was interrupted.
 
-        order: a text of all that the pictures of a step depend on; if it has changed since the
-        interruption, the epoch begins again.
+        If the order has changed since the interruption, the epoch begins again.
         """
-        self.position = Position(epoch)
-        self.order = order
+        self.position = Position(epoch, order=order)
         if self.resumed.step and self.resumed.epoch == epoch:
-            if self.resumed_order == order:
+            if self.resumed.order == order:
                 self.position = self.resumed
             else:
                 say(
@@ -150,7 +143,7 @@ class Checkpoint(Steps):
                 for name, part in self.parts.items()
             }
             state.update(epoch=position.epoch, step=position.step, totals=totals)
-            state.update(best=self.best, order=self.order, scored_on=self.scored_on)
+            state.update(best=self.best, order=position.order, scored_on=self.scored_on)
             check_finite(state)
             save_tensors(Path(self.run, LAST), state)
         processes.barrier()

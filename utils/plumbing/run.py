@@ -133,17 +133,18 @@ def is_locked_now(number):
 def find_run(resume, save_dir):
     """Return the folder of the run to continue, locked, or None for a new one."""
     restarted = is_restarted()
+    seconds = 30 if restarted else 0  # in which the processes of before the restart end
     if isinstance(resume, str):
         inside = Path(save_dir, resume)
         run = resume if os.path.exists(resume) or not inside.exists() else str(inside)
         read_config(run)
-        lock(run, seconds=30 if restarted else 0)
+        lock(run, seconds)
         return run
     if not resume and not restarted:
         return None
     empty = None  # a start that has saved nothing, where nothing else is there
     for run in unfinished_runs(save_dir, any_launch=resume):
-        lock(run, seconds=30 if restarted else 0)
+        lock(run, seconds)
         if restarted or trained_files(run):
             return run
         empty = empty or run

@@ -132,7 +132,6 @@ def is_of(value, kind):
 
 def check_value(name, value, default=None):
     """Raise UserError unless a setting can have the value; `default` types a fork's own one."""
-    value = value.tolist() if hasattr(value, "tolist") else value  # an array
     rules = rules_of(name, default)
     if rules and not fits(value, rules):
         texts = [describe_rule(rule) for rule in rules]

@@ -54,11 +54,10 @@ class Freezable:
         self.training = mode
         return self
 
-    def __reduce_ex__(self, protocol):
+    def __reduce__(self):
         """Pickle by the network's own class: pickle cannot find the one that `freezable` made."""
-        reduced = super().__reduce_ex__(max(protocol, 2))
         own_class = type(self).__bases__[1]
-        return (empty_network, (own_class,), *reduced[2:])
+        return empty_network, (own_class,), self.__dict__
 
 
 @cache

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from utils.loss_history import LossHistory
 from utils.plumbing.charts import COLOURS, draw_contact_sheet, draw_line_chart, draw_matrix
 from utils.task import mistakes
 
@@ -23,6 +25,17 @@ def test_a_matrix_is_shaded_by_the_share_of_its_row():
     counts = [[8, 2, 0], [0, 5, 15], [0, 0, 0]]
     expected = [[0.8, 0.2, 0], [0, 0.25, 0.75], [0, 0, 0]]
     np.testing.assert_allclose(cells(counts), expected, atol=0.01)
+
+
+def test_names_stand_beside_their_rows_and_above_their_columns():
+    image = np.asarray(draw_matrix(np.ones((2, 2), int), ["ii", "MMMM"]))
+    cells = np.argwhere(image[..., 2] > 50.0 + image[..., 0])  # they are blue
+    (top, left), (bottom, right) = cells.min(0), cells.max(0) + 1
+    ink = (image < 200).all(2)
+    beside = ink[top:bottom, : left - 2]
+    above = ink[: top - 2, left:right].T
+    for names in (beside, above):
+        assert 0 < 3 * names[:56].sum() < names[56:].sum()
 
 
 @pytest.mark.parametrize("values", [[3.0, 2.0, 0.5], [0.1, 0.5, 0.9], [1.0, -2.0, 3.0]])
@@ -48,6 +61,18 @@ def test_each_panel_and_each_curve_has_its_place():
     rows = [np.nonzero((first == colour).all(2))[0].mean() for colour in COLOURS[:2]]
     assert rows[1] < rows[0] and (second == COLOURS[0]).all(2).any()
     assert not (second == COLOURS[1]).all(2).any()
+
+
+def test_the_loss_of_training_and_of_validation_have_their_colours(tmp_path):
+    history = LossHistory(tmp_path)
+    for epoch in (1, 2):
+        history.append_loss({"epoch": epoch, "train_loss": 3.0, "val_loss": 1.0})
+    history.write()
+    image = np.asarray(Image.open(tmp_path / "epoch_loss.png"))[:366]
+    training, validation = (
+        np.nonzero((image == colour).all(2))[0].mean() for colour in COLOURS[:2]
+    )
+    assert training < validation - 100  # a higher place
 
 
 def test_pictures_stand_in_the_order_of_their_captions():

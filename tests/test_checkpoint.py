@@ -20,6 +20,7 @@ from tests.helpers import (
     same,
     train,
     weights,
+    write_network,
 )
 from utils.checkpoint import Checkpoint, Position
 from utils.loss_history import LossHistory
@@ -156,12 +157,12 @@ def test_a_checkpoint_is_due_after_minutes(tmp_path, monkeypatch):
 
 def test_nohup_stays_in_force(tmp_path):
     """A closed terminal stops a training, unless it was started to live on."""
-    make_data(make_project(tmp_path, UnFreeze_Epoch=1), train=24, test=6)
+    make_data(make_project(tmp_path, UnFreeze_Epoch=3), train=24, test=6)
     code = "before('torch.optim:SGD.step', lambda *words: os.kill(os.getpid(), signal.SIGHUP), 1)\n"
     train(tmp_path, script=hooked(tmp_path, code), code=128 + signal.SIGHUP)
     ignored = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     train(tmp_path, "--resume", True, script=hooked(tmp_path, code + ignored))
-    assert len(history(run_of(tmp_path))) == 1
+    assert len(history(run_of(tmp_path))) == 3
 
 
 def test_the_best_weights_are_a_copy(tmp_path):
@@ -304,6 +305,38 @@ def stopped_in_an_epoch(folder):
     stops = hooked(folder, "before('torch.optim:SGD.step', send_sigterm, 10)")
     train(folder, script=stops, code=128 + signal.SIGTERM)
     return load_checkpoint(run_of(folder))
+
+
+def test_a_long_epoch_is_saved_inside(tmp_path):
+    folder = make_project(tmp_path, save_minutes=1e-6)
+    make_data(folder, train=48, test=6)
+    train(folder, script=hooked(folder, "before('torch.optim:SGD.step', die, 5)"), code=-9)
+    state = load_checkpoint(run_of(folder))
+    assert state["epoch"] == 0 and 0 < state["step"] < 5
+
+
+def test_averages_and_the_scaler_go_on(tmp_path):
+    """Stopped inside an epoch, a run ends with the bits of one that was not."""
+    folder = make_project(tmp_path, ema_decay=0.9, fp16="'float16'", backbone="'colour'")
+    make_data(folder, train=48, test=6)
+    layers = "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes)"
+    write_network(folder / "nets", "colour", layers)
+    code = """
+import torch
+scaler = torch.amp.GradScaler
+torch.amp.GradScaler = lambda device, **options: scaler("cpu", **options)
+"""
+    train(folder, "--save_dir", "whole", script=hooked(folder, code))
+    (whole,) = (folder / "whole").iterdir()
+    stops = hooked(folder, code + "before('torch.optim:SGD.step', send_sigterm, 8)")
+    train(folder, script=stops, code=128 + signal.SIGTERM)
+    train(folder, "--resume", True, script=hooked(folder, code))
+    expected, found = (load_checkpoint(run) for run in (whole, run_of(folder)))
+    assert expected["scaler"]["_growth_tracker"] > 0
+    assert found["scaler"] == expected["scaler"]
+    for name in ("model", "ema", "best"):
+        assert same(found[name], expected[name])
+    assert same(weights(run_of(folder)), weights(whole))
 
 
 def test_lists_that_change_under_a_run(tmp_path):

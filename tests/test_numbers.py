@@ -278,9 +278,10 @@ utils.fit.time = types.SimpleNamespace(
     assert len(drawn) == len(set(drawn)) == 30  # each process draws its own
 
 
-def test_validation_has_one_batch_norm(tmp_path):
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_validation_has_one_batch_norm(tmp_path, ema_decay):
     """Each process trains on other pictures; the score is the saved weights', whoever scores."""
-    make(tmp_path, norm="nn.BatchNorm2d(3)", UnFreeze_Epoch=2)
+    make(tmp_path, norm="nn.BatchNorm2d(3)", UnFreeze_Epoch=2, ema_decay=ema_decay)
     launch(tmp_path)
     run = run_of(tmp_path)
     last = f"logs/{run.name}/last_epoch_weights.pth"
@@ -298,16 +299,17 @@ def test_the_lists_are_checked_together(tmp_path):
     assert "21" in out + err and "test" in out + err and "both" in out + err
 
 
-def test_processes_must_have_the_same_lists(tmp_path):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_processes_must_have_the_same_lists(tmp_path, split):
     make(tmp_path)
-    code = """
+    code = f"""
 if os.environ["RANK"] == "1":
-    lines = open("model_data/cls_train.txt").readlines()
+    lines = open("model_data/cls_{split}.txt").readlines()
     open("model_data/other.txt", "w").writelines(lines[::-1])
-    sys.argv += ["--train_annotation_path", "model_data/other.txt"]
+    sys.argv += ["--{split}_annotation_path", "model_data/other.txt"]
 """
     _, err = launch(tmp_path, script=hooked(tmp_path, code), code=1)
-    assert err.count("error: ") == 1 and "train_annotation_path" in err
+    assert err.count("error: ") == 1 and f"{split}_annotation_path" in err
 
 
 @pytest.mark.parametrize("missing", ["3.weight", "3.bias"])

@@ -186,6 +186,22 @@ def test_tables(evaluated):
         assert [float(cell) for cell in row[1:]] == pytest.approx(figures, abs=1e-6)
 
 
+def test_printed_means(evaluated, tmp_path, capsys):
+    """Over the classes that have pictures, and weighted by the number of pictures."""
+    _, logits, ids, _ = evaluated
+    evaluate("run", out=tmp_path, num_workers=0)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = [line for line in lines if "mean" in line[:2]]
+    for line, labels, average in zip(
+        printed, (sorted(set(ids)), range(7)), ("macro", "weighted"), strict=True
+    ):
+        *expected, _ = metrics.precision_recall_fscore_support(
+            ids, logits.argmax(1), labels=labels, average=average, zero_division=0
+        )
+        assert [float(word) for word in line[-4:-1]] == pytest.approx(expected, abs=1e-4)
+        assert int(line[-1]) == len(ids)
+
+
 def test_the_worst_mistakes_come_first(made, evaluated, monkeypatch, tmp_path):
     """Each beside its own picture, with what is true, what is predicted, and the file's name."""
     _, logits, ids, readable = evaluated

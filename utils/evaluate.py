@@ -54,10 +54,9 @@ def find_test_pictures(run, annotation=None):
     path = annotation or run.settings["test_annotation_path"]
     classes_path = run.settings["classes_path"]
     try:
+        names = run.class_names
         if os.path.exists(classes_path):
             names, _ = lists.get_classes(classes_path)
-        else:
-            names = run.class_names
         lines = lists.read_lines("annotation", path)
         pictures, _ = lists.check_lines(lines, path, len(run.class_names), run.folder)
     except UserError:

@@ -27,6 +27,13 @@ def test_a_matrix_is_shaded_by_the_share_of_its_row():
     np.testing.assert_allclose(cells(counts), expected, atol=0.01)
 
 
+def test_the_number_of_pictures_stands_in_its_cell():
+    image = np.asarray(draw_matrix(np.array([[0, 8], [0, 0]]), ["", ""]))
+    full = np.argwhere(image[..., 2] > 50.0 + image[..., 0])
+    (top, left), (bottom, right) = full.min(0), full.max(0) + 1
+    assert (image[top:bottom, left:right] > 200).all(2).sum() > 5  # it is white
+
+
 def test_names_stand_beside_their_rows_and_above_their_columns():
     image = np.asarray(draw_matrix(np.ones((2, 2), int), ["ii", "MMMM"]))
     cells = np.argwhere(image[..., 2] > 50.0 + image[..., 0])  # they are blue

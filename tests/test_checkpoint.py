@@ -104,15 +104,16 @@ def test_averages_and_sums_must_be_finite(tmp_path):
     assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 3
 
 
-def test_a_validation_loss_that_is_not_finite(tmp_path):
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_validation_loss_that_is_not_finite(tmp_path, number):
     """Nothing of that epoch is kept."""
     make_data(make_project(tmp_path, UnFreeze_Epoch=2), train=24, test=6)
-    code = """
+    code = f"""
 import utils.task, utils.recipe
 criterion = utils.task.get_criterion
 def spoilt(settings, weights=None, training=False):
     exact = criterion(settings, weights, training)
-    return exact if training else lambda *words: exact(*words) * float("nan")
+    return exact if training else lambda *words: exact(*words) * float("{number}")
 
 utils.task.get_criterion = utils.recipe.get_criterion = spoilt
 """

@@ -326,6 +326,18 @@ def test_resnet9(shape):
     assert 1.6e6 < profile(get_model("resnet9_wide", 3, shape), "resnet9_wide", shape, 3)[0] < 1.7e6
 
 
+def test_resnet9_takes_the_largest_of_all_places():
+    model = get_model("resnet9", 3, [32, 32]).eval()
+    pictures = torch.randn(2, 3, 32, 32)
+    places = model.body(pictures).flatten(2)
+    torch.testing.assert_close(model(pictures), model.head(places.max(2).values) / 8)
+
+
+def test_resnet9_halves_large_pictures_at_once():
+    flops = [profile(get_model("resnet9", 3, [s, s]), "resnet9", [s, s], 3)[1] for s in (47, 48)]
+    assert flops[0] > 2 * flops[1]
+
+
 def test_resnet9_begins_with_small_scores():
     """Large ones have large gradients, and few pictures were then never learned.
 

@@ -271,7 +271,8 @@ utils.fit.time = types.SimpleNamespace(
     for name, value in load(one).items():
         torch.testing.assert_close(load(two)[name], value, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(history(two), history(one), strict=True):
-        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        for name in ("train_loss", "val_loss", "top1", "scored"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
         assert ours["images_per_second"] == theirs["images_per_second"]  # by the clock above
     ranks = steps_of(tmp_path)[-15:], steps_of(tmp_path, 1)
     drawn = [step["drawn"] for steps in ranks for step in steps]

@@ -187,6 +187,7 @@ def test_ema_is_what_is_validated_and_saved(tmp_path):
         and not same(ema, state["model"])
         and state["ema"]["n_averaged"] == 3
     )
+    assert same(weights(run_of(folder), "best_epoch_weights.pth"), ema)
     raw = run_of(folder) / "raw.pth"
     torch.save(state["model"], raw)
     losses = []

@@ -30,6 +30,13 @@ class OwnLoss(nn.Module):
         return (self.norm(logits) - self.centres[targets]).square().mean()
 
 
+class Drawing(nn.Module):
+    """What draws random numbers, also in evaluation."""
+
+    def forward(self, logits):
+        return logits + torch.rand(()) / 100
+
+
 def get_parts(**settings):
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -48,6 +55,7 @@ def able_cpu(monkeypatch):
 @pytest.mark.parametrize("closure", [False, True])
 def test_no_trace_is_left(able_cpu, closure):
     model, recipe, batch = get_parts()
+    model.append(Drawing())
     own = OwnLoss()
     recipe.extra_loss = (lambda *words: own(*words)) if closure else own
     before = copy.deepcopy((model.state_dict(), own.state_dict()))
@@ -135,6 +143,18 @@ def test_the_faster_type_is_taken_within_bounds(able_cpu, monkeypatch, single, h
     precision, reason = choose_precision(recipe.settings, model, batch)
     assert precision == chosen and len(made) <= most and "float32" in reason
     assert len(made) * (single + half) / 2 <= 3 + single + half
+
+
+def test_the_best_of_several_steps_counts(able_cpu, monkeypatch):
+    """Another program that takes the machine makes a step slower, never faster."""
+    seconds = {"float32": [0.1] * 10, "bfloat16": [0.05] + [0.4] * 9}
+
+    def step(trial):
+        return seconds[trial.precision].pop(0)
+
+    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
+    model, recipe, batch = get_parts()
+    assert choose_precision(recipe.settings, model, batch)[0] == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,12 @@ def test_early_stop_and_what_follows(tmp_path):
     Without early_stop it does.
     """
     folder = make_project(
-        tmp_path, early_stop=2, UnFreeze_Epoch=30, backbone="'colour'", best_by="'val_loss'"
+        tmp_path,
+        early_stop=2,
+        UnFreeze_Epoch=30,
+        backbone="'colour'",
+        best_by="'val_loss'",
+        save_period=1,
     )
     make_data(folder, train=24, test=6)
     layers = "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes)"
@@ -211,6 +216,8 @@ def test_early_stop_and_what_follows(tmp_path):
         len(history(whole)) == 3 and not json.loads((whole / "config.json").read_text())["finished"]
     )
     end = weights(whole)
+    (first,) = whole.glob("ep001-*.pth")
+    assert same(weights(whole, "best_epoch_weights.pth"), weights(whole, first.name))
     # after the commit of the epoch that ends it, before what people read follows
     dies = hooked(folder, "before('utils.loss_history:LossHistory.write', die, 3)")
     train(folder, "--save_dir", "killed", script=dies, code=-signal.SIGKILL)

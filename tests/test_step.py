@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.helpers import (
@@ -88,6 +89,23 @@ def test_the_graph_behind_ddp_s_gradients_does_not_grow(one_process_group):
     model, optimizer, recipe = get_parts()
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     assert [graph_size(make_step(wrapped, model, optimizer, recipe)) for _ in range(5)] == [0] * 5
+
+
+def test_gradients_travel_once_a_step(one_process_group):
+    """Also where a step has several batches."""
+    model, _, recipe = get_parts()
+    wrapped = DistributedDataParallel(model)
+    travelled = []
+
+    def note(group, bucket):
+        travelled.append(bucket.index())
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, note)
+    batch = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 3, []
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    backward(wrapped, [batch] * 3, False, False, scaler, recipe)
+    assert travelled == [0]
 
 
 @pytest.mark.parametrize("words", [(), ("--ema_decay", 0.5, "--accumulate", 2)])

@@ -240,7 +240,7 @@ if __name__ == "__main__":
     config = processes.on_rank_0(begin_run, save_dir, settings, class_names, recorded)
     checkpoint.catch_signals()
     if state is None and rank() == 0:
-        save_first_batch(os.path.join(save_dir, "first_batch.png"), batch, class_names)
+        save_first_batch(f"{save_dir}/first_batch.png", batch, class_names)
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):

@@ -64,8 +64,16 @@ def fit_one_epoch(
     images_per_step = gen.batch_size * world_size()
     used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # only steps the optimizer
     if checkpoint is None:
-        parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        checkpoint = Checkpoint(save_dir, {**parts, "ema": recipe.ema, "history": loss_history})
+        checkpoint = Checkpoint(
+            save_dir,
+            {
+                "model": model,
+                "optimizer": optimizer,
+                "scaler": scaler,
+                "ema": recipe.ema,
+                "history": loss_history,
+            },
+        )
     check_trained(optimizer, model)
     first_lr = lr_scheduler_func(epoch) if lr_scheduler_func else current_lr(optimizer)
 
@@ -97,7 +105,7 @@ def fit_one_epoch(
         position.step += len(batches)
         at_end = position.step == epoch_step
         if at_end or not Cuda or position.step // accumulate % LOOK_EVERY == 0:
-            check_training(position, used_scaler, current_lr(optimizer), Cuda)
+            check_training(position, used_scaler, current_lr(optimizer))
         progress.show(position.step, images_per_step, describe)
     progress.clear()
     seconds = time.monotonic() - begin
@@ -255,17 +263,15 @@ def check_unreadable(number, data):
         )
 
 
-def check_training(position, scaler, lr, Cuda):
+def check_training(position, scaler, lr):
     """Raise UserError where the loss is not finite, or float16 overflows at any scale. Makes a GPU
     finish its queue.
     """
     epoch, step = position.epoch + 1, position.step
     # with a scaler the sum is of the finite losses; 0 / 0 is nan, where there was none
     if not math.isfinite(position.sums["loss"] / position.sums.get("finite", 1)):
-        by = "by " if Cuda else ""  # it was not looked at in every step
         raise UserError(
-            f"the loss is not finite in epoch {epoch}, {by}step {step}, at lr {lr:.3g}: "
-            f"{NOT_FINITE}"
+            f"the loss is not finite by epoch {epoch}, step {step}, at lr {lr:.3g}: {NOT_FINITE}"
         )
     if scaler.get_scale() < 1:
         raise UserError(

@@ -340,6 +340,11 @@ torch.amp.GradScaler = lambda device, **options: scaler("cpu", **options)
     assert same(weights(run_of(folder)), weights(whole))
 
 
+def test_the_first_of_equal_epochs_is_the_best(tmp_path):
+    history, row = LossHistory(tmp_path), {"top1": 0.5, "val_loss": 1.0}
+    assert history.append_loss({"epoch": 1, **row}) and not history.append_loss({"epoch": 2, **row})
+
+
 def test_lists_that_change_under_a_run(tmp_path):
     folder = make_project(tmp_path, UnFreeze_Epoch=2, save_minutes=1 / 6000, num_workers=1)
     make_data(folder, train=160, test=12)

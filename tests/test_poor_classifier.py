@@ -6,6 +6,7 @@ so that logits can be computed here with numpy.
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -282,14 +283,24 @@ def normalised_by_hand(images):
     return (images / 255 - mean) / std
 
 
-def test_an_exported_program_tells_its_classes_and_its_input(made):
+def test_an_exported_program_tells_its_classes_and_its_input(made, tmp_path):
+    """It answers as the run does, also one with another crop and normalisation."""
+    run = shutil.copytree("run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config["settings"].update(val_crop=0.5, mean=[0.1, 0.3, 0.6], std=[0.5, 0.4, 0.3])
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
     files = {"class_names.json": "", "pictures.json": ""}
-    path, *others = export.export("run")
+    path, *others = export.export(run)
     program = torch.export.load(path, extra_files=files).module()
     assert json.loads(files["class_names.json"]) == NAMES
     found = json.loads(files["pictures.json"])
     assert found["input_shape"] == [32, 32] and "upright" in found["input"]
-    assert found["resize"] == "crop" and found["val_crop"] == 1
+    assert found["resize"] == "crop" and found["val_crop"] == 0.5
+    classify = predict.Classifier(run)
+    [answer] = program(classify.read("0.png"))
+    answers = dict(zip(NAMES, answer.tolist(), strict=True))
+    for name, probability in classify("0.png"):
+        assert answers[name] == pytest.approx(probability, abs=1e-5)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     found = program(images)
     assert not found.requires_grad  # nothing is kept for a backward pass

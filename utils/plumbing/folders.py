@@ -17,7 +17,7 @@ from utils.plumbing.lists import class_name
 # Thumbnails and deleted pictures of storage boxes, in lower case
 LEFT_BEHIND = {"@eadir", "@recycle", "#recycle", "$recycle.bin"}
 
-NOUNS = "(the|my|data|dataset|set|split|image|img|picture|pic|photo|sample|file|folder|dir|daten)s?"
+NOUNS = "(the|my|data|set|split|image|img|picture|pic|photo|sample|file|folder|dir|daten)s?"
 # What people call the folders of a split, whatever the case, digits and punctuation. Beside
 # training the first in this order validates, and the second is kept for the end.
 ROLES = {

@@ -50,6 +50,7 @@ class Freezable:
         self.freeze_backbone(False)
 
     def train(self, mode=True):
+        """Switch modes as usual, but leave all layers in evaluation mode while frozen."""
         super().train(mode and not self.frozen)
         self.training = mode
         return self

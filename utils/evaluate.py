@@ -168,6 +168,7 @@ def cell(value):
 
 
 def save_csv(path, rows):
+    """Save rows as a CSV file; what is not UTF-8 is escaped."""
     memory = io.StringIO()
     writer = csv.writer(memory, lineterminator="\n")
     for row in rows:

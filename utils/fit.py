@@ -1,6 +1,4 @@
-"""One epoch of training and validation: fit_one_epoch, as documented, and below it the parts that
-it is made of.
-"""
+"""One epoch of training and validation: fit_one_epoch, as documented, then its parts."""
 
 import contextlib
 import math
@@ -62,7 +60,7 @@ def fit_one_epoch(
     settings = recipe.settings
     accumulate = settings.get("accumulate", 1)
     images_per_step = gen.batch_size * world_size()
-    used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # only steps the optimizer
+    used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # disabled, it only steps
     if checkpoint is None:
         checkpoint = Checkpoint(
             save_dir,
@@ -140,8 +138,9 @@ def fit_one_epoch(
 
 
 def backward(model_train, batches, Cuda, fp16, scaler, recipe):
-    """Compute the gradients of the mean loss over `batches` (several: accumulated). Returns the
-    batch_sums of each.
+    """Compute the gradients of the mean loss over `batches`, and return the batch_sums of each.
+
+    Several batches are accumulated for one step.
     """
     all_sums = []
     for number, (images, targets, _) in enumerate(batches, 1):
@@ -160,8 +159,9 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
 
 
 def compute_loss(model_train, images, targets, Cuda, fp16, recipe):
-    """Return (loss, batch_sums) of a batch from the loader. Further losses add their own sums for
-    metrics_from here.
+    """Return (loss, batch_sums) of a batch from the loader.
+
+    Further losses add their own sums for metrics_from here.
     """
     device = next(model_train.parameters()).device
     inputs = normalize(images, device, recipe.settings)
@@ -177,8 +177,9 @@ def compute_loss(model_train, images, targets, Cuda, fp16, recipe):
 
 
 def score_batch(model, images, targets, Cuda, fp16, settings):
-    """Return (logits, targets) of a batch from the loader, on the model's device; model: in
-    evaluation mode.
+    """Return (logits, targets) of a batch from the loader, on the model's device.
+
+    model: in evaluation mode.
     """
     device = next(model.parameters()).device
     with torch.no_grad(), mixed_precision(Cuda, fp16):
@@ -195,8 +196,9 @@ def seed_step(seed, epoch, step, Cuda):
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):
-    """Return validation's metrics over all processes, with 'scored' and 'unreadable', the numbers
-    of pictures.
+    """Return validation's metrics over all processes.
+
+    'scored' and 'unreadable' among them are numbers of pictures.
     """
     position = Position(epoch)
     settings = recipe.settings
@@ -264,8 +266,9 @@ def check_unreadable(number, data):
 
 
 def check_training(position, scaler, lr):
-    """Raise UserError where the loss is not finite, or float16 overflows at any scale. Makes a GPU
-    finish its queue.
+    """Raise UserError where the loss is not finite, or float16 overflows at any scale.
+
+    A GPU has to finish its queue for it.
     """
     epoch, step = position.epoch + 1, position.step
     # with a scaler the sum is of the finite losses; 0 / 0 is nan, where there was none

@@ -44,11 +44,11 @@ OPTIMIZERS = {  # optimizer_type: how it is made, and its limits
 
 
 def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_lr_scale=1.0):
-    """Return an optimizer of OPTIMIZERS. Each parameter group has an lr_scale, 1 for the head's,
-    which come last.
+    """Return an optimizer of OPTIMIZERS, whose parameter groups have their own rate and decay.
 
-    Decay applies to the weights of layers only: not to biases, norm layers, position embeddings or
-    layer scales. head: names of the head's layers (nets.head_layers).
+    Each group has an lr_scale, 1 for the head's, which come last. Decay applies to the weights of
+    layers only: not to biases, norm layers, position embeddings or layer scales. head: names of the
+    head's layers (nets.head_layers).
     """
     norms = set()
     for module in model.modules():
@@ -71,18 +71,19 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
 
 
 def own_name(name):
-    """Return a parameter's name as it is without torch.nn.utils.parametrize: '….weight' for
-    '….weight.original0'.
+    """Return a parameter's name as it is without torch.nn.utils.parametrize.
+
+    '….parametrizations.weight.original0' becomes '….weight'.
     """
     return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", name)
 
 
 def fill_momentum(optimizer):
-    """Give SGD's parameters momentum of zeros where they have none, from which the first step's is
-    its gradient.
+    """Give SGD's parameters momentum of zeros where they have none.
 
-    Otherwise fused SGD would take what the memory holds when the scaler skips a first step, and
-    fail where a parameter is first used in a later step than others.
+    From zeros the first step's momentum is its gradient, as without them. But without them fused
+    SGD would take what the memory holds when the scaler skips a first step, and fail where a
+    parameter is first used in a later step than others.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("momentum") else ():
@@ -102,8 +103,9 @@ def restore_optimizer(optimizer, state):
 
 
 def check_trained(optimizer, model):
-    """Raise UserError where the optimizer trains what is no part of the network: it would not be
-    saved or kept equal.
+    """Raise UserError where the optimizer trains what is no part of the network.
+
+    It would not be saved, nor kept equal between processes.
     """
     own = {id(parameter) for parameter in model.parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -116,8 +118,9 @@ def check_trained(optimizer, model):
 
 
 def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
-    """Make one optimizer step. Where the gradients have overflowed, the scaler skips it, and
-    nothing changes.
+    """Clip the gradients and make one optimizer step.
+
+    Where the gradients have overflowed, the scaler skips it, and nothing changes.
     """
     if clip_ratio or clip_grad_norm:
         scaler.unscale_(optimizer)  # otherwise a fused optimizer does it on its way
@@ -134,12 +137,11 @@ def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
 # without it each step's graph would chain to the next behind DDP, which keeps the gradients' memory
 @torch.no_grad()
 def clip_layers(parameters, ratio):
-    """Clip adaptively by layer: no weight tensor's gradient stays longer than `ratio` times the
-    tensor itself.
+    """Clip each weight tensor's gradient to `ratio` times the length of the tensor itself.
 
-    Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
-    Biases and norm layers are left alone. A tensor counts as at least 0.01 an element long (root
-    mean square), so that zeros can learn.
+    Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021, by
+    tensor. Biases and norm layers are left alone. A tensor counts as at least 0.01 an element long
+    (root mean square), so that zeros can learn.
     """
     weights = [p for p in parameters if p.ndim > 1 and p.grad is not None]
     gradients = [p.grad for p in weights]
@@ -153,8 +155,9 @@ def clip_layers(parameters, ratio):
 
 
 def cosine(lr, min_lr, total, epoch):
-    """Return the documented 'cos': a squared warm-up, half a cosine, then min_lr held (YOLOX's
-    yoloxwarmcos).
+    """Return the documented 'cos': a squared warm-up, half a cosine, then min_lr held.
+
+    It is YOLOX's yoloxwarmcos.
     """
     warmup = min(max(0.05 * total, 1), 3)
     hold = min(max(0.05 * total, 1), 15)
@@ -181,9 +184,7 @@ def linear(lr, min_lr, total, epoch):
 
 
 def step(lr, min_lr, total, epoch):
-    """Return the documented 'step': ten equal stairs from lr to min_lr, each beginning with an
-    epoch.
-    """
+    """Return the documented 'step': ten equal stairs from lr to min_lr, each from an epoch on."""
     rate = (min_lr / lr) ** (1 / 9)
     return lr * rate ** (math.floor(epoch) // (total / 10))
 
@@ -198,8 +199,9 @@ LR_DECAYS = {
 
 
 def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
-    """Return a function from the epoch (0 …, parts too) to the learning rate; lr_decay_type: a name
-    of LR_DECAYS.
+    """Return a function from the epoch (0 …, parts too) to the learning rate.
+
+    lr_decay_type: a name of LR_DECAYS; total_iters: the number of epochs.
     """
     return partial(LR_DECAYS[lr_decay_type], lr, min_lr, total_iters)
 
@@ -210,8 +212,9 @@ def pictures_per_step(transformer):
 
 
 def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
-    """Return (Init_lr_fit, Min_lr_fit): the rates scaled by batch size, within the optimizer's
-    documented limits.
+    """Return (Init_lr_fit, Min_lr_fit): the rates scaled by batch size, within the limits.
+
+    The limits are the optimizer's documented ones.
     """
     optimizer = OPTIMIZERS[optimizer_type]
     low, high = optimizer.transformer_limits if transformer else optimizer.limits
@@ -222,8 +225,9 @@ def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
 
 
 def phases(settings):
-    """Return which of 'Freeze_batch_size' and 'Unfreeze_batch_size' will be trained with, in this
-    order.
+    """Return the names of the settings with the batch sizes that will be trained with, in order.
+
+    They are 'Freeze_batch_size', 'Unfreeze_batch_size', or both.
     """
     frozen = settings.get("Freeze_Epoch", 0) if settings.get("Freeze_Train") else 0
     begin = settings.get("Init_Epoch", 0)
@@ -237,9 +241,7 @@ def phases(settings):
 
 
 def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
-    """Set every parameter group to the epoch's rate, times the group's own lr_scale where it has
-    one.
-    """
+    """Set every parameter group's rate to the epoch's, times the group's lr_scale if it has one."""
     lr = lr_scheduler_func(epoch)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -4,7 +4,7 @@ From Python, in any folder, with the project's folder on sys.path:
 
     from utils.predict import Classifier
     classify = Classifier("/path/to/project/logs/…")
-    classify("picture.jpg")             # [(class name, probability), …], the best five first
+    classify("picture.jpg")             # [(class name, probability), …], the five best in order
     classify.features("picture.jpg")    # the vector that the network's head sees
 """
 

@@ -34,8 +34,9 @@ class Recipe:
 
 
 def get_mix(settings, num_classes):
-    """Return (inputs, class ids) → (inputs, float32 (N, classes) shares), by mixup or cutmix at
-    random; None for neither.
+    """Return a function that mixes a batch, by mixup or cutmix at random; None for neither.
+
+    It is (inputs, class ids) → (inputs, float32 (N, classes) shares).
     """
     mixes = []
     if settings.get("mixup_alpha"):
@@ -58,8 +59,9 @@ def check_targets(targets, settings, num_classes):
 
 
 def precision_name(fp16, Cuda):
-    """Return 'float32', 'float16' or 'bfloat16': fp16 itself, or what the documented True and False
-    mean here.
+    """Return 'float32', 'float16' or 'bfloat16' for the setting fp16.
+
+    Its documented True and False mean a type, too.
     """
     if isinstance(fp16, str):
         return fp16
@@ -77,10 +79,10 @@ def mixed_precision(Cuda, fp16):
 
 
 def balanced_weights(class_ids, num_classes, power=1.0):
-    """Return float32 (classes,) weights ∝ 1 / number of pictures ** power, from int64 (N,)
-    class_ids; 0 for absent classes.
+    """Return float32 (classes,) weights ∝ 1 / number of pictures ** power; absent classes have 0.
 
-    The mean of the pictures' weights is 1. With power 1 they are scikit-learn's 'balanced'.
+    class_ids: int64 (N,). The mean of the pictures' weights is 1. With power 1 they are
+    scikit-learn's 'balanced'.
     """
     counts = np.bincount(class_ids, minlength=num_classes)
     present = counts > 0
@@ -110,6 +112,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update_parameters(self, model):
+        """Move the averages towards the values of `model`, after a step."""
         number = int(self.n_averaged)
         decay = min(self.decay, (1 + number) / (10 + number))
         averages, values = [], []

@@ -1,5 +1,6 @@
-"""What is tried on one batch before training. It leaves no trace: copies of the network, and the
-random stream put back.
+"""What is tried on one batch before training.
+
+It leaves no trace: networks are copied, and the random stream is put back.
 """
 
 import copy
@@ -28,9 +29,7 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def first_batch(data, batch_size, seed):
-    """Return this process's first batch of a training data set as the loader gives it, at most 64
-    pictures.
-    """
+    """Return this process's first training batch as the loader gives it, at most 64 pictures."""
     sampler = EpochSampler(len(data), batch_size, rank(), world_size(), seed=seed)
     with say_if_slow("reading the first pictures …"), torch.random.fork_rng(devices=[]):
         items = islice(sampler, min(64, batch_size // world_size()))
@@ -38,8 +37,9 @@ def first_batch(data, batch_size, seed):
 
 
 def rehearse(batch, model, recipe, num_classes):
-    """Return the name of the type to train in, which is printed. UserError: settings that do not go
-    with the batch.
+    """Check the settings by a batch, and return the name of the type to train in, which is printed.
+
+    UserError: settings that do not suit the batch.
     """
     settings = recipe.settings
     images, targets, _ = batch
@@ -56,8 +56,9 @@ def rehearse(batch, model, recipe, num_classes):
 
 
 def check_best_by(settings, model, batch):
-    """Raise UserError unless best_by is a metric of validation, or one after '-'. Two pictures are
-    scored for the names.
+    """Raise UserError unless best_by is a metric of validation, or one after '-'.
+
+    Two pictures are scored for the metrics' names.
     """
     Cuda, best_by = settings["Cuda"], settings["best_by"]
     with kept_random_stream(Cuda):
@@ -73,8 +74,9 @@ def check_best_by(settings, model, batch):
 
 
 def choose_precision(settings, model, batch):
-    """Return (name of the type to train in, why): the setting fp16's, and for 'auto' the fastest
-    that is known to be good.
+    """Return (name of the type to train in, why).
+
+    It is the setting fp16's, and for 'auto' the fastest that is known to be good.
     """
     Cuda, fp16 = settings["Cuda"], settings["fp16"]
     if fp16 != "auto":
@@ -85,8 +87,9 @@ def choose_precision(settings, model, batch):
 
 
 def choose_on_cuda(settings, model, batch):
-    """Choose bfloat16, which needs no scaler; float16 where it is FASTER, as cuDNN's BatchNorm has
-    no bfloat16.
+    """Choose bfloat16, which needs no scaler; float16 where it is FASTER.
+
+    cuDNN's BatchNorm has no bfloat16.
     """
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float16", ""
@@ -96,8 +99,9 @@ def choose_on_cuda(settings, model, batch):
 
 
 def choose_on_cpu(settings, model, batch):
-    """Choose float32; bfloat16 where it is FASTER: some networks train three times as fast in it,
-    others half as fast.
+    """Choose float32; bfloat16 where it is FASTER.
+
+    Some networks train three times as fast in it, others half as fast.
     """
     able = torch.cpu.get_capabilities()
     if not any(able.get(name) for name in BFLOAT16_INSTRUCTIONS):
@@ -107,8 +111,9 @@ def choose_on_cpu(settings, model, batch):
 
 
 def compare_speed(settings, model, batch, usual, other, seconds):
-    """Return (`other` where it is FASTER than `usual`, why), trained with by turns for so many
-    seconds or one step each.
+    """Return (`other` where it is FASTER than `usual`, else `usual`; and why).
+
+    They are trained with by turns, for so many seconds or one step each.
     """
     best = {usual: math.inf, other: math.inf}
     begin = time.perf_counter()

@@ -88,6 +88,7 @@ class Steps:
             self.work = dist.all_reduce(self.request, dist.ReduceOp.MAX, async_op=True)
 
     def next_request(self):
+        """Return what this process asks of all."""
         if self.signal:
             return END + self.signal
         return SAVE if self.is_due() else GO_ON

@@ -1,5 +1,4 @@
-"""What makes this project a classifier: labels, the loss, the metrics, predictions and their
-tables.
+"""What makes this project a classifier: labels, loss, metrics, predictions and their tables.
 
 Another task is another file in place of this one: train.py, fit.py and the commands call these
 functions and know no more. Logits: what the network gives, float32 (N, classes). Targets: int64
@@ -19,8 +18,9 @@ PREDICTION_COLUMNS = ("class", "probability")  # of predictions.csv and JSON
 
 
 def read_label(label, num_classes=None):
-    """Return the class id, an int, that an annotation line's text or a data set's label means.
-    UserError for any other.
+    """Return the class id, an int, that the label of an annotation line or a data set names.
+
+    UserError: it is no whole number, or outside of 0 … num_classes - 1.
     """
     text = str(label).strip()
     # int() would also take '+0', '00' and '٠'
@@ -57,16 +57,12 @@ def get_criterion(settings, weights=None, training=False):
 
 
 def logits_from(outputs):
-    """Return the float32 logits of what the network gave, which mixed precision may have left in
-    another type.
-    """
+    """Return a network's outputs as float32 logits: mixed precision leaves them in another type."""
     return outputs.float()
 
 
 def check_outputs(outputs, num_classes):
-    """Raise UserError unless a network's outputs for two pictures are what the loss takes: (2,
-    num_classes).
-    """
+    """Raise UserError unless a network's outputs for two pictures are (2, num_classes) logits."""
     if not isinstance(outputs, torch.Tensor):
         shape = type(outputs).__name__
     else:
@@ -79,13 +75,12 @@ def check_outputs(outputs, num_classes):
 
 
 def batch_sums(loss, logits, targets, settings):
-    """Return what a batch adds to the metrics: {name: tensor of any shape}, float64, on the batch's
-    device.
+    """Return what a batch adds to the metrics: {name: float64 tensor}, on the batch's device.
 
-    No number is read here: a GPU would have to finish the step first. 'pictures' is on the CPU,
-    where it is known. loss: scalar mean over the batch. 'hits' is (classes, 6): how many pictures
-    of each class there are, then for how many of them the first, second, … fifth of the highest
-    logits is the class.
+    The tensors may have any shape. No number is read here: a GPU would have to finish the step
+    first. 'pictures' is on the CPU, where it is known. loss: scalar mean over the batch. 'hits' is
+    (classes, 6): how many pictures of each class there are, then for how many of them the first,
+    second, … fifth of the highest logits is the class.
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
     columns = torch.cat([labels[:, None], top_classes(logits, 5)], 1)
@@ -99,8 +94,9 @@ def batch_sums(loss, logits, targets, settings):
 
 
 def metrics_from(sums, settings):
-    """Return {name: number} from the added batch_sums. All of it is in the history, with 'train_'
-    for training's.
+    """Return the metrics, {name: number}, from the added batch_sums.
+
+    All of them are in the history; training's have 'train_' before their names.
     """
     hits = sums["hits"].cpu()
     of_class, top1, top5 = hits[:, 0], hits[:, 1], hits[:, 1:].sum(1)
@@ -135,11 +131,10 @@ def metric_texts(metrics, num_classes, exact=False):
 
 
 def epoch_order(metrics, best_by):
-    """Return the key by which epochs are compared: the highest is the best epoch. Equal ones go by
-    val_loss.
+    """Return the key by which epochs are compared: the best epoch has the highest.
 
-    best_by: a name in metrics. The lowest value is best for a name that ends in 'loss', or with '-'
-    in front ('-mae').
+    Equal ones go by val_loss. best_by: a name in metrics. The lowest value is best for a name that
+    ends in 'loss', or with '-' in front ('-mae').
     """
     name = best_by.removeprefix("-")
     lowest_is_best = best_by.startswith("-") or name.endswith("loss")
@@ -148,22 +143,19 @@ def epoch_order(metrics, best_by):
 
 
 def probabilities(logits):
-    """Return what predict, evaluate and export show of logits for each class: float32 (N, classes)
-    from 0 to 1.
-    """
+    """Return the probabilities, float32 (N, classes), that predict, evaluate and export show."""
     return logits.softmax(1)
 
 
 def top_classes(logits, number):
-    """Return the int64 (N, number) class ids of the highest logits; of equal ones the lower class
-    id comes first.
-    """
+    """Return the int64 (N, number) ids of the highest logits, of equal ones the lower first."""
     return logits.argsort(dim=1, descending=True, stable=True)[:, :number]
 
 
 def top_predictions(logits, names):
-    """Return a prediction for each row: [(class name, probability), …], the best five first; or a
-    sentence on why not.
+    """Return a prediction for each row: [(class name, probability), …], the five best in order.
+
+    A row whose logits are not finite has a sentence in its place.
     """
     ids = top_classes(logits, 5)  # by logits: small probabilities are rounded to equal numbers
     values = probabilities(logits).gather(1, ids)
@@ -194,8 +186,9 @@ def target_text(target, names):
 
 
 def per_class(targets, predicted, number):
-    """Return precision, recall, F1 (0 where undefined) and support of each class, from int64 (N,)
-    arrays of class ids.
+    """Return precision, recall, F1 (0 where undefined) and support of each class.
+
+    targets, predicted: int64 (N,) arrays of class ids; number: how many classes there are.
     """
     support = np.bincount(targets, minlength=number)
     named = np.bincount(predicted, minlength=number)
@@ -213,12 +206,11 @@ def predicted_ids(predictions, names):
 
 
 def whole_set_tables(targets, predictions, names):
-    """Return (rows to print, {file name: rows of a CSV file, or a picture}) for the pictures of a
-    whole list.
+    """Return (rows to print, {file name: content}) for the pictures of a whole list.
 
     targets: int64 (N,) tensor; predictions: those of top_predictions. The printed rows are
     per_class's, then two means: over the classes that have pictures, and weighted by their number.
-    Files: per_class.csv and the confusion matrix.
+    A file's content is the rows of a table, or a picture: per_class.csv and the confusion matrix.
     """
     targets, predicted, number = targets.numpy(), predicted_ids(predictions, names), len(names)
     *scores, support = per_class(targets, predicted, number)
@@ -242,8 +234,9 @@ def whole_set_tables(targets, predictions, names):
 
 
 def mistakes(targets, predictions, names, number=32):
-    """Return [(place, caption)] of the wrong predictions, the most confident ones first, at most
-    `number`.
+    """Return [(place, caption)] of the wrong predictions, the most confident ones first.
+
+    place: the prediction's, from 0. There are at most `number`.
     """
     targets, predicted = targets.numpy(), predicted_ids(predictions, names)
     shown = drawable_names(names)

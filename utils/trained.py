@@ -41,7 +41,7 @@ USED = {
 
 
 class Classifier:
-    """Classifier(run)(picture) → [(class name, probability), …], the best five first.
+    """Classifier(run)(picture) → [(class name, probability), …], the five best in order.
 
     It may be called from several threads. It has the run's folder, settings, class_names, and its
     network in evaluation mode. model is what scores pictures: the network, or Mirrored. Both are on

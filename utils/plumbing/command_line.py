@@ -76,8 +76,9 @@ def words_of_run(config, known):
 
 
 def kept_settings(run, script):
-    """Return those of a run's settings that nothing changes: also the precision that 'auto' has
-    chosen, on the same kind of device.
+    """Return those of a run's settings that nothing changes.
+
+    Among them is the precision that 'auto' has chosen, on the same kind of device.
     """
     kept = {name: run[name] for name in FIXED if name in run}
     if script.get("fp16") == "auto" and script.get("Cuda") == run.get("Cuda"):

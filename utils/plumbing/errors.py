@@ -173,6 +173,7 @@ def printable(text) -> str:
 
 
 def printable_character(character) -> str:
+    """Return a character, or its escape where it would move a terminal's cursor."""
     is_undecoded_byte = "\udc80" <= character <= "\udcff"
     if character.isprintable() or is_undecoded_byte:
         return character

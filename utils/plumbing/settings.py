@@ -95,8 +95,9 @@ RULES = {  # setting: the values that it may have, or kinds of values, or one ki
 
 
 def rules_of(name, default):
-    """Return what a setting may be, without a rule what is of its default's type: a list of values
-    and kinds of values.
+    """Return what a setting may be, as a list of values and kinds of values.
+
+    A setting without a rule may be what is of its default's type.
     """
     if name in RULES:
         rules = RULES[name]
@@ -112,6 +113,7 @@ def fits(value, rules):
 
 
 def fits_one(value, rule):
+    """Return whether a value is the one that a rule is, or of the kind that it is."""
     if not isinstance(rule, Kind):
         return value == rule and isinstance(value, bool) == isinstance(rule, bool)
     if not rule.names:

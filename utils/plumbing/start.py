@@ -20,8 +20,9 @@ def start_program():
 
 
 def end_quietly_on_interrupt(kind, error, trace):
-    """Handle an uncaught exception: no words for Ctrl-C, a sentence for a constant that
-    cannot be computed, the usual traceback for any other.
+    """Show an uncaught error, but nothing of Ctrl-C.
+
+    A constant that cannot be computed is shown as a sentence, anything else as usual.
     """
     if kind is KeyboardInterrupt:
         os._exit(130)

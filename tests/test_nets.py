@@ -430,7 +430,8 @@ def test_a_transformer_of_ones_own():
 def test_laying_out_changes_nothing_else():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    nets.lay_out(nn.Linear(2, 2), "cpu")
+    model = nets.lay_out(nn.Conv2d(3, 4, 3), "cpu")
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.get_float32_matmul_precision() == "highest"
     torch.set_float32_matmul_precision(before)
 

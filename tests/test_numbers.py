@@ -133,7 +133,7 @@ def test_training_by_hand(made):
     ids = torch.tensor([i % 7 for i in range(28)] + [0] * 12)
     counts = torch.bincount(ids)
     class_weights = len(ids) / (7 * counts)
-    orders, losses = [], []
+    orders, losses, hits = [], [], []
     steps = steps_of(folder)
     assert len(steps) == 15
     for step in steps:
@@ -148,9 +148,11 @@ def test_training_by_hand(made):
         logits = F.linear(inputs[order], torch.tensor(step["weights"]), torch.tensor(step["bias"]))
         each = F.cross_entropy(logits, ids[order], reduction="none", label_smoothing=0.2)
         losses.append((class_weights[ids[order]] * each).mean().item())
+        hits.append((logits.argmax(1) == ids[order]).double().mean().item())
     for epoch, row in enumerate(rows):
         mean = np.mean(losses[5 * epoch : 5 * epoch + 5])
         assert row["train_loss"] == pytest.approx(mean, rel=1e-4)
+        assert row["train_top1"] == pytest.approx(np.mean(hits[5 * epoch : 5 * epoch + 5]))
 
 
 def test_randomness_is_of_epoch_and_step(made):
@@ -277,6 +279,17 @@ utils.fit.time = types.SimpleNamespace(
     ranks = steps_of(tmp_path)[-15:], steps_of(tmp_path, 1)
     drawn = [step["drawn"] for steps in ranks for step in steps]
     assert len(drawn) == len(set(drawn)) == 30  # each process draws its own
+
+
+def test_an_epoch_of_two_processes_goes_on(tmp_path):
+    make(tmp_path, UnFreeze_Epoch=1)
+    train(tmp_path, "--save_dir", "one")
+    stops = hooked(tmp_path, "before('torch.optim:SGD.step', send_sigterm, 3)")
+    launch(tmp_path, script=stops, code=143)
+    launch(tmp_path, "--resume", True)
+    [expected], [row] = history(next((tmp_path / "one").iterdir())), history(run_of(tmp_path))
+    for name in ("train_loss", "train_top1", "val_loss", "scored"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])

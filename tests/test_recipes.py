@@ -25,7 +25,7 @@ from utils.fit import backward, compute_loss, optimizer_step
 from utils.optimizer import check_trained, get_optimizer
 from utils.pictures import normalize
 from utils.plumbing.errors import UserError
-from utils.recipe import EMA, Recipe, balanced_weights
+from utils.recipe import CLASS_WEIGHTS, EMA, Recipe, balanced_weights
 
 DEFAULTS = dict(
     mixup_alpha=0.0,
@@ -272,7 +272,7 @@ def test_the_best_scores_under_class_weights_are_right(counts):
 
 def test_weights_by_the_square_root_of_frequency():
     class_ids = torch.repeat_interleave(torch.tensor([0, 2, 3]), torch.tensor([100, 25, 4])).numpy()
-    weights = balanced_weights(class_ids, 5, 0.5)
+    weights = balanced_weights(class_ids, 5, CLASS_WEIGHTS["sqrt"])
     assert weights[1] == weights[4] == 0 and weights[class_ids].mean() == pytest.approx(1)
     assert weights[2] / weights[0] == pytest.approx(2) and weights[3] / weights[0] == pytest.approx(
         5

@@ -69,7 +69,7 @@ def test_no_trace_is_left(able_cpu, closure):
     assert [m.training for m in model.modules()] == mode
 
 
-def test_the_first_batch_moves_no_random_stream():
+def test_the_first_batch_moves_no_random_stream(monkeypatch):
     class Data:
         def __len__(self):
             return 40
@@ -82,6 +82,10 @@ def test_the_first_batch_moves_no_random_stream():
     images, targets, _ = first_batch(Data(), 16, 5)
     assert images.shape == (16, 3, 4, 4) and len(set(targets.tolist())) == 16
     assert torch.equal(torch.get_rng_state(), stream)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    _, share, _ = first_batch(Data(), 16, 5)
+    assert share.tolist() == targets[1::2].tolist()  # this process's
 
 
 def test_no_trial_without_the_instructions(monkeypatch):

@@ -6,7 +6,24 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from utils.plumbing.errors import UserError
-from utils.task import batch_sums, check_outputs, epoch_order, metric_text, metrics_from
+from utils.task import (
+    batch_sums,
+    check_outputs,
+    epoch_order,
+    logits_from,
+    metric_text,
+    metrics_from,
+    top_classes,
+)
+
+
+def test_of_equal_logits_the_lower_class_id_comes_first():
+    assert top_classes(torch.zeros(2, 5000), 5).tolist() == 2 * [[0, 1, 2, 3, 4]]
+
+
+def test_logits_are_float32_whatever_the_network_computes_in():
+    for kind in (torch.float16, torch.bfloat16, torch.float32):
+        assert logits_from(torch.ones(2, 3, dtype=kind)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("classes, pictures", [(3, 40), (10, 300), (12, 30)])

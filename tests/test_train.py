@@ -133,6 +133,8 @@ CHANGES = {
     "seed": 99,
     "input_shape": [40, 24],
     "augmentation": "trivial",
+    "clip_ratio": 1e-3,
+    "clip_grad_norm": 1e-3,
 }
 
 

@@ -55,7 +55,7 @@ from utils.plumbing.settings import (
 from utils.plumbing.shapes import find_lists
 from utils.recipe import CLASS_WEIGHTS, Recipe, balanced_weights
 from utils.rehearsal import first_batch, rehearse, save_first_batch
-from utils.resume import check_class_names, check_goes_on, continued_run, describe_continued
+from utils.resume import check_class_names, check_goes_on, continued_run, print_continued
 from utils.sampler import EpochSampler
 
 # The machine
@@ -207,7 +207,7 @@ if __name__ == "__main__":
     say(describe_few_steps(settings, num_train), end="")
     settings["fp16"] = fp16 = rehearse(batch, model, recipe, num_classes)
     if run:
-        describe_continued(run, config, state, settings, is_transformer(model))
+        print_continued(run, config, state, settings, is_transformer(model))
     scaler = torch.amp.GradScaler("cuda") if fp16 == "float16" else None
 
     # The run

@@ -17,10 +17,10 @@ WRAPPERS = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")
 def stage(offset):
     """Return a replacement: torchvision numbers stages and the layers between them in one list."""
 
-    def torchvisions(match):
+    def renumber(match):
         return f"features.{2 * int(match[1]) + offset}."
 
-    return torchvisions
+    return renumber
 
 
 VIT = [
@@ -32,8 +32,8 @@ VIT = [
     (r"^blocks\.", "encoder.layers.encoder_layer_"),
     (r"\.norm([12])\.", r".ln_\1."),
     (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
-    (r"\.attn\.proj\.", ".self_attention.out_proj."),  # linear_: torchvision's older files
-    (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."),  # linear_: torchvision's older files
     (r"\.mlp\.(fc|linear_)2\.", ".mlp.3."),
 ]
 SWIN = [
@@ -85,19 +85,19 @@ def translate(model, state):
             value = value.reshape(-1, 1, 1)  # others leave out the two axes
         translated[name] = value
     if table is VIT:
-        # an error: the positions are no square and one class token
+        # raised where the positions are not a square and one class token
         with suppress(LookupError, ValueError, RuntimeError):
             return interpolate_embeddings(model.image_size, model.patch_size, translated)
     return translated
 
 
-def fit(model, state, prefix=""):
-    """Return (how many parameters fit, `state` under the model's names, the wrappers' prefix).
+def best_translation(model, state, prefix=""):
+    """Return (number of parameters that fit, `state` translated, the prefix that was taken off).
 
-    The prefix is the one without which most parameters fit.
+    The prefix, made of WRAPPERS, is the one without which most parameters fit.
     """
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    best, found = translate(model, state), prefix
+    best, best_prefix = translate(model, state), prefix
     most = sum(value.shape == shapes.get(name) for name, value in best.items())
     for word in WRAPPERS:
         inside = {}
@@ -105,7 +105,7 @@ def fit(model, state, prefix=""):
             if name.startswith(word):
                 inside[name.removeprefix(word)] = value
         if inside:
-            fitting, translated, longer = fit(model, inside, prefix + word)
+            fitting, translated, longer = best_translation(model, inside, prefix + word)
             if fitting > most:  # of equals the first stays, which has no prefix
-                most, best, found = fitting, translated, longer
-    return most, best, found
+                most, best, best_prefix = fitting, translated, longer
+    return most, best, best_prefix

@@ -9,7 +9,7 @@ import torch
 from torchvision import models
 
 from nets import OWN, head_layers
-from nets._foreign import fit
+from nets._foreign import best_translation
 from utils.plumbing import processes
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, short_repr
@@ -145,7 +145,7 @@ def load_matching(model, state, source):
     state: {name: tensor}, in which other people's names are translated. UserError: nothing of
     `source` fits, or it holds something else than plain floats.
     """
-    fitting, translated, prefix = fit(model, state)
+    fitting, translated, prefix = best_translation(model, state)
     if not fitting:
         raise UserError(
             f"{source}: none of the {len(state)} tensors fits this network by name and shape; set "
@@ -162,11 +162,13 @@ def load_matching(model, state, source):
     missed = [name for name in floats if name not in matching]
     ours.update(matching)
     model.load_state_dict(ours)
-    describe(source, len(translated), prefix, len(matching), missed, without_head(model, missed))
+    print_loaded(
+        source, len(translated), prefix, len(matching), missed, without_head(model, missed)
+    )
     return missed
 
 
-def describe(source, number, prefix, loaded, missed, lost):
+def print_loaded(source, number, prefix, loaded, missed, lost):
     """Print how many tensors were loaded, and which the file lacks; lost: the backbone's."""
     under = f" under {prefix!r}" if prefix else ""
     total = loaded + len(missed)

@@ -84,7 +84,7 @@ def status(name):
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before, begin = status("VmRSS"), time.perf_counter()
 path = sys.argv[1]
-lists.check_text_file("train_annotation_path", path)
+lists.read_text_file("train_annotation_path", path)
 with open(path, encoding="utf-8") as f:
     train_lines = f.readlines()
 train_lines, _ = lists.check_lines(train_lines, path, 1000, "classes")

@@ -64,7 +64,7 @@ def test_only_regular_files_are_read(tmp_path):
     for path in (str(tmp_path / "pipe"), "/dev/zero"):
         for read in (
             lambda: load_weights(path),
-            lambda: lists.check_text_file("classes_path", path),
+            lambda: lists.read_text_file("classes_path", path),
             lambda: lists.get_classes(path),
         ):
             with pytest.raises(UserError, match="no regular file"):

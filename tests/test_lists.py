@@ -89,7 +89,7 @@ def test_text_files(tmp_path, monkeypatch, content, sentence):
         Path("list.txt").write_bytes(content)
     for name in ("classes_path", "train_annotation_path"):
         with pytest.raises(UserError, match=sentence):
-            lists.check_text_file(name, "list.txt", "python -m utils.annotation writes it")
+            lists.read_text_file(name, "list.txt", "python -m utils.annotation writes it")
 
 
 def test_class_files(tmp_path):
@@ -213,7 +213,7 @@ def test_random_bytes_as_annotation(tmp_path_factory, data, classes):
     path = tmp_path_factory.getbasetemp() / "fuzz.txt"
     path.write_bytes(data)
     try:
-        lists.check_text_file("train_annotation_path", str(path), "write it")
+        lists.read_text_file("train_annotation_path", str(path), "write it")
         with open(path, encoding="utf-8") as f:
             kept, _ = lists.check_lines(f.readlines(), "fuzz.txt", classes, "classes")
         dataset = DataGenerator(kept, (8, 8))

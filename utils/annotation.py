@@ -16,15 +16,15 @@ from pathlib import Path
 from utils.plumbing.advice import advise
 from utils.plumbing.console import say, show_errors_as_sentences
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import save_text, writable
+from utils.plumbing.files import make_folder, save_text
 from utils.plumbing.folders import find_splits, quote, split_by_chance, walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, class_name, get_classes, hint
-from utils.plumbing.shrink import check_all, shrink_all
+from utils.plumbing.shrink import check_pictures, shrink_all
 
 FEW = 10  # a class with fewer training pictures is warned about
 
 
-def find_pictures(datasets):
+def look_for_pictures(datasets):
     """Return what walk does of a folder that holds folders of pictures; else raise UserError."""
     if not os.path.isdir(datasets):
         raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
@@ -45,7 +45,7 @@ def sort_pictures(pictures, splits, left_out):
     listed = set()
     for picture in sorted(pictures):  # a picture comes before the links to it
         folders = picture.folders
-        if len(folders) <= depth or splits and folders[0] not in splits:
+        if len(folders) <= depth or (splits and folders[0] not in splits):
             left_out["pictures outside of the class folders"].append(picture.path)
             continue
         if picture.real_path in listed:
@@ -62,7 +62,7 @@ def collect(datasets, test_share, seed, nested=False):
 
     lists: training, validation and what is kept for the end, each sorted [(class name, path), …].
     """
-    pictures, left_out = find_pictures(datasets)
+    pictures, left_out = look_for_pictures(datasets)
     splits = [] if nested else find_splits(pictures, datasets)
     lists = sort_pictures(pictures, splits, left_out)
     if len(splits) < 2:
@@ -103,7 +103,7 @@ def check_order(names, path):
 def keep_readable(lists, datasets, size):
     """Return the lists without unreadable pictures; with copies of this shorter side, if given."""
     paths = [path for pairs in lists for _, path in pairs]
-    readable = shrink_all(paths, datasets, size) if size else check_all(paths)
+    readable = shrink_all(paths, datasets, size) if size else check_pictures(paths)
     return [[(name, readable[path]) for name, path in pairs if path in readable] for pairs in lists]
 
 
@@ -122,7 +122,7 @@ def write_together(paths, names, lists):
             save_text(list_path, "".join(f"{numbers[name]};{path}\n" for name, path in pairs))
 
 
-def report_left_out(left_out):
+def print_left_out(left_out):
     """Print how many files were left out for each of the usual reasons, and which."""
     for reason in sorted(left_out, key=lambda reason: -len(left_out[reason]))[:10]:
         paths = sorted(map(printable, left_out[reason]))
@@ -130,7 +130,7 @@ def report_left_out(left_out):
         say(f"left out ({len(paths)}): {printable(reason)}: {', '.join(paths[:2])}{more}")
 
 
-def report(names, lists):
+def print_counts(names, lists):
     """Print how many pictures of each class every list has."""
     counts = [Counter(name for name, _ in pairs) for pairs in lists]
     for name in names:
@@ -175,26 +175,6 @@ def read_arguments(arguments):
     return options
 
 
-def main(arguments=None):
-    show_errors_as_sentences()
-    options = read_arguments(arguments)
-    paths = [f"{options.out}_{part}.txt" for part in ("classes", "train", "test", "holdout")]
-    writable(Path(options.out).parent, "name another place with --out")
-    names, lists, left_out = collect(
-        options.datasets, options.test_share, options.seed, options.nested
-    )
-    report_left_out(left_out)
-    check_lists(options.datasets, lists)
-    if not options.force:
-        check_order(names, paths[0])
-    if options.shrink or options.check:
-        lists = keep_readable(lists, options.datasets, options.shrink)
-        check_lists(options.datasets, lists)
-    report(names, lists)
-    write_together(paths, names, lists)
-    print_next_steps(paths, names, lists, is_shrunk=bool(options.shrink))
-
-
 def print_next_steps(paths, names, lists, is_shrunk):
     """Print what was written, and the commands to paste."""
     if lists[2]:
@@ -212,6 +192,26 @@ def print_next_steps(paths, names, lists, is_shrunk):
         f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; "
         f"to train on them:\n{' '.join(['python train.py', *options])}"
     )
+
+
+def main(arguments=None):
+    show_errors_as_sentences()
+    options = read_arguments(arguments)
+    paths = [f"{options.out}_{part}.txt" for part in ("classes", "train", "test", "holdout")]
+    make_folder(Path(options.out).parent, "name another place with --out")
+    names, lists, left_out = collect(
+        options.datasets, options.test_share, options.seed, options.nested
+    )
+    print_left_out(left_out)
+    check_lists(options.datasets, lists)
+    if not options.force:
+        check_order(names, paths[0])
+    if options.shrink or options.check:
+        lists = keep_readable(lists, options.datasets, options.shrink)
+        check_lists(options.datasets, lists)
+    print_counts(names, lists)
+    write_together(paths, names, lists)
+    print_next_steps(paths, names, lists, is_shrunk=bool(options.shrink))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from utils.plumbing import lists
 from utils.plumbing.charts import draw_contact_sheet, drawable_text
 from utils.plumbing.console import ProgressLine
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import save_file, save_image, writable
+from utils.plumbing.files import make_folder, save_file, save_image
 from utils.plumbing.settings import check_value
 from utils.trained import Classifier, command
 
@@ -201,7 +201,7 @@ def evaluate(
         batch_size = run.settings["Unfreeze_batch_size"]
     check_value("Unfreeze_batch_size", batch_size)
     check_value("num_workers", num_workers or 0)
-    out = writable(out or run.folder, "name another folder with --out")
+    out = make_folder(out or run.folder, "name another folder with --out")
     for name in OUTPUTS:
         if (out / name).is_dir():
             raise UserError(f"{out / name} is a folder where a file is to be written: move it away")

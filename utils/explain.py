@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 from utils import task
 from utils.pictures import normalize
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import save_image, writable
-from utils.trained import Classifier, add_pictures, command, describe, find_pictures
+from utils.plumbing.files import make_folder, save_image
+from utils.trained import Classifier, add_pictures, command, describe_prediction, find_pictures
 
 SIZE = (1024, 512)  # of what is drawn, in pixels: two pictures side by side fit into it
 
@@ -94,7 +94,7 @@ def main(arguments=None):
     parser.add_argument("--out", help="folder to write into (the run's)")
     options = parser.parse_args(arguments)
     run = Classifier(options.run, options.weights, options.mirrored)
-    out = writable(options.out or run.folder, "name another folder with --out")
+    out = make_folder(options.out or run.folder, "name another folder with --out")
     failed = False
     for number, path in enumerate(find_pictures(options.pictures), 1):
         try:
@@ -105,7 +105,7 @@ def main(arguments=None):
             continue
         file = out / f"explained_{number}.png"
         save_image(file, image)
-        print(printable(f"{path}: {describe(prediction)}, {file}"), flush=True)
+        print(printable(f"{path}: {describe_prediction(prediction)}, {file}"), flush=True)
     raise SystemExit(int(failed))
 
 

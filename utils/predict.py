@@ -19,7 +19,7 @@ import sys
 
 from utils import task
 from utils.plumbing.errors import printable
-from utils.trained import Classifier, add_pictures, command, describe, find_pictures
+from utils.trained import Classifier, add_pictures, command, describe_prediction, find_pictures
 
 
 def print_prediction(path, prediction, as_json):
@@ -31,7 +31,7 @@ def print_prediction(path, prediction, as_json):
     elif unreadable:
         print(printable(f"{path}: {prediction}"), file=sys.stderr, flush=True)
     else:
-        print(printable(f"{path}: {describe(prediction)}"), flush=True)
+        print(printable(f"{path}: {describe_prediction(prediction)}"), flush=True)
 
 
 def main(arguments=None):

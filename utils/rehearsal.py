@@ -126,10 +126,10 @@ def compare_speed(settings, model, batch, usual, other, seconds):
         for turn in range(10):  # the best of ten short steps is steady enough
             for name, trial in trials.items():
                 best[name] = min(best[name], trial.seconds_per_step())
-            clear = max(best.values()) > 2 * min(best.values())
-            if time.perf_counter() - begin > seconds or clear and turn > 0:
+            is_clear = turn > 0 and max(best.values()) > 2 * min(best.values())
+            if is_clear or time.perf_counter() - begin > seconds:
                 break
-    speed = {name: len(batch[0]) / time for name, time in best.items()}
+    speed = {name: len(batch[0]) / step_time for name, step_time in best.items()}
     fastest = other if speed[other] > FASTER * speed[usual] else usual
     return fastest, ", ".join(f"{name} {value:.0f} images/s" for name, value in speed.items())
 

@@ -75,7 +75,7 @@ def check_same(run, name, before, now):
         raise cannot_continue(run, f"{name} was {short_repr(before)} and is now {short_repr(now)}")
 
 
-def describe_continued(run, config, state, settings, transformer):
+def print_continued(run, config, state, settings, transformer):
     """Print where a run goes on, and which of its settings train on with another value."""
     place = "its beginning"
     if state:
@@ -86,10 +86,10 @@ def describe_continued(run, config, state, settings, transformer):
         if name in before and name != "resume" and now[name] != before[name]:
             say(f"  changed since: {name}: {short_repr(before[name])} → {short_repr(now[name])}")
     if state:
-        describe_jump(before, settings, state, transformer)
+        print_jump(before, settings, state, transformer)
 
 
-def describe_jump(before, settings, state, transformer):
+def print_jump(before, settings, state, transformer):
     """Print how the learning rate jumps where the curve is another one than before."""
     position = state["epoch"]
     try:

@@ -207,7 +207,7 @@ def find_pictures(words):
     return pictures
 
 
-def describe(prediction):
+def describe_prediction(prediction):
     """Return one of task.top_predictions as it is printed."""
     return ", ".join(task.prediction_text(name, value) for name, value in prediction)
 

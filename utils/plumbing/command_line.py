@@ -13,7 +13,7 @@ from utils.plumbing.errors import UserError, did_you_mean, short_repr
 from utils.plumbing.processes import LAUNCH_SETTINGS
 from utils.plumbing.settings import RULES, check_value, fits, rules_of
 
-FIXED = ("pretrained", "model_path", "Init_Epoch", "save_dir")  # used only where a run begins
+BEGINNING = ("pretrained", "model_path", "Init_Epoch", "save_dir")  # used only where a run begins
 OTHER_COMMANDS = (
     "Other commands: python -m utils.annotation, python -m utils.evaluate, "
     "python -m utils.predict, python -m utils.export"
@@ -80,7 +80,7 @@ def kept_settings(run, script):
 
     Among them is the precision that 'auto' has chosen, on the same kind of device.
     """
-    kept = {name: run[name] for name in FIXED if name in run}
+    kept = {name: run[name] for name in BEGINNING if name in run}
     if script.get("fp16") == "auto" and script.get("Cuda") == run.get("Cuda"):
         kept["fp16"] = run.get("fp16", "auto")
     return kept

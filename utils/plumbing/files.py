@@ -108,7 +108,7 @@ def on_cpu(state):
     return state
 
 
-def writable(folder, remedy):
+def make_folder(folder, remedy):
     """Make a folder if it is missing, and return its Path. UserError: it cannot be written."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

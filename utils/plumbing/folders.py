@@ -131,7 +131,7 @@ def find_splits(pictures, datasets):
             inside[picture.folders[0]].update(picture.folders[1:2])
     roles = {top: role_of(top) for top in inside}
     with_classes = [top for top in inside if roles[top] and inside[top]]
-    if not inside or not with_classes and not all(roles.values()):
+    if not inside or (not with_classes and not all(roles.values())):
         check_classes(inside, datasets)
         return []
     splits = {roles[top]: top for top in with_classes}

@@ -42,7 +42,7 @@ def hint(path):
     return ""
 
 
-def check_text_file(
+def read_text_file(
     name, path, remedy="python -m utils.annotation DATASETS writes it from folders of pictures"
 ):
     """Return a file's text without its byte-order mark.
@@ -64,8 +64,8 @@ def check_text_file(
 
 
 def read_lines(name, path):
-    """Return the lines of a text file, ended as on any system. Raises what check_text_file does."""
-    return re.split("\r\n?|\n", check_text_file(name, path).rstrip("\r\n"))
+    """Return the lines of a text file, ended as on any system. Raises what read_text_file does."""
+    return re.split("\r\n?|\n", read_text_file(name, path).rstrip("\r\n"))
 
 
 def get_classes(classes_path):

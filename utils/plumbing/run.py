@@ -21,7 +21,7 @@ from utils.optimizer import phases
 from utils.plumbing import processes
 from utils.plumbing.console import say, say_row
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import check_regular, save_text, writable
+from utils.plumbing.files import check_regular, make_folder, save_text
 from utils.plumbing.lists import check_names
 from utils.plumbing.processes import world_size
 
@@ -176,7 +176,7 @@ def trained_files(run):
 
 def new_run(save_dir):
     """Make, lock and return save_dir/<start time>, a folder that nobody else has."""
-    folder = writable(save_dir, "name another folder with save_dir = …")
+    folder = make_folder(save_dir, "name another folder with save_dir = …")
     while True:
         run = Path(folder, time.strftime("%Y_%m_%d_%H_%M_%S"))
         with suppress(FileExistsError):

@@ -23,11 +23,13 @@ class Kind(NamedTuple):
     names: tuple = ()
 
 
-def whole(low, high=10**9, names=()):  # more is a slip of the finger
+def whole(low, high=10**9, names=()):  # above a billion it is a slip of the finger
+    """Return the Kind of whole numbers within bounds."""
     return Kind(f"a whole number from {low} to {high:,}", (int,), low, high, names)
 
 
 def number(low, high=10**9, names=()):
+    """Return the Kind of numbers within bounds."""
     return Kind(f"a number from {low:g} to {high:,}", (int, float), low, high, names)
 
 
@@ -39,8 +41,9 @@ LIKE_DEFAULT = (  # what a fork's own settings may be
     Kind("a list", (list, tuple)),
 )
 FLAG = (True, False)
-COLOURS = ("red", "green", "blue")
+CHANNELS = ("red", "green", "blue")
 BELOW_1 = number(0, 1 - 1e-6)
+FEW_STEPS = 300  # a training of fewer is warned of
 RULES = {  # setting: the values that it may have, or kinds of values, or one kind
     "Cuda": FLAG,
     "distributed": FLAG,
@@ -57,8 +60,8 @@ RULES = {  # setting: the values that it may have, or kinds of values, or one ki
     "resize": RESIZES,
     "augmentation": AUGMENTATIONS,
     "crop_scale": number(1e-6, 1),
-    "mean": number(0, 1, COLOURS),
-    "std": number(0.001, 10, COLOURS),
+    "mean": number(0, 1, CHANNELS),
+    "std": number(0.001, 10, CHANNELS),
     "val_crop": number(1e-6, 1),
     "random_erasing": number(0, 1),
     "backbone": TEXT,
@@ -149,12 +152,12 @@ def describe_rule(rule):
     return f"[{', '.join(rule.names)}], each {rule.text}" if rule.names else rule.text
 
 
-def check_launch(s):
+def check_launch(settings):
     """Raise UserError where the settings of the machine do not fit this machine or this launch."""
     for name in (*LAUNCH_SETTINGS, "save_dir"):
-        if name in s:
-            check_value(name, s[name])
-    distributed = s.get("distributed")
+        if name in settings:
+            check_value(name, settings[name])
+    distributed = settings.get("distributed")
     from_launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if distributed and not from_launcher <= os.environ.keys():
         raise UserError(
@@ -165,47 +168,51 @@ def check_launch(s):
         raise UserError(
             "a launcher started several processes, but distributed = False: set it to True"
         )
-    if s.get("Cuda") and local_rank() >= torch.cuda.device_count():
+    if settings.get("Cuda") and local_rank() >= torch.cuda.device_count():
         raise UserError(
             "Cuda = True needs a GPU for each process, and PyTorch sees fewer here: set "
             "Cuda = False, or lower --nproc_per_node"
         )
 
 
-def check_settings(s, continued=False):
+def check_settings(settings, continued=False):
     """Raise UserError for the first setting that is out of range, or at odds with another one.
 
     continued: a run's own settings, of which every epoch may be trained already.
     """
-    check_launch(s)
-    for name, value in s.items():
+    check_launch(settings)
+    for name, value in settings.items():
         check_value(name, value)
-    check_epochs(s, continued)
-    if {"Min_lr", "Init_lr"} <= s.keys() and s["Min_lr"] > s["Init_lr"]:
-        raise UserError(f"Min_lr = {s['Min_lr']} must be at most Init_lr = {s['Init_lr']}")
-    if s.get("sync_bn") and not (s.get("Cuda", True) and s.get("distributed", True)):
+    check_epochs(settings, continued)
+    if {"Min_lr", "Init_lr"} <= settings.keys() and settings["Min_lr"] > settings["Init_lr"]:
+        raise UserError(
+            f"Min_lr = {settings['Min_lr']} must be at most Init_lr = {settings['Init_lr']}"
+        )
+    on_gpus = settings.get("Cuda", True)
+    launched = settings.get("distributed", True)
+    if settings.get("sync_bn") and not (on_gpus and launched):
         raise UserError(
             "sync_bn = True works under torchrun on GPUs only (PyTorch's SyncBatchNorm has no CPU "
             "version): set sync_bn = False"
         )
-    several_gpus = s.get("Cuda") and not s.get("distributed") and torch.cuda.device_count() > 1
-    if s.get("compile") and several_gpus:
+    several_gpus = settings.get("Cuda") and torch.cuda.device_count() > 1
+    if settings.get("compile") and several_gpus and not settings.get("distributed"):
         raise UserError(
             "compile = True on several GPUs needs torchrun --nproc_per_node=2 train.py "
             "(DataParallel cannot copy a compiled network)"
         )
-    for name in phases(s):
-        check_divisible(name, s[name])
+    for name in phases(settings):
+        check_divisible(name, settings[name])
 
 
-def check_epochs(s, continued):
+def check_epochs(settings, continued):
     """Raise UserError where an epoch number of the settings lies behind the last one."""
-    last = s.get("UnFreeze_Epoch", math.inf)
-    first = s.get("Init_Epoch", 0)
+    last = settings.get("UnFreeze_Epoch", math.inf)
+    first = settings.get("Init_Epoch", 0)
     if first >= last and not continued:
         raise UserError(f"Init_Epoch = {first} must be below UnFreeze_Epoch = {last}")
-    frozen = s.get("Freeze_Epoch", 0)
-    if s.get("Freeze_Train") and frozen > last:
+    frozen = settings.get("Freeze_Epoch", 0)
+    if settings.get("Freeze_Train") and frozen > last:
         raise UserError(f"Freeze_Epoch = {frozen} must be at most UnFreeze_Epoch = {last}")
 
 
@@ -221,9 +228,6 @@ def check_divisible(name, batch_size):
     )
 
 
-FEW_STEPS = 300  # a shorter training is warned of
-
-
 def too_small(num_train, num_val, name, batch_size):
     """Return a sentence with the numbers, and the documented words beside it."""
     return (
@@ -232,21 +236,21 @@ def too_small(num_train, num_val, name, batch_size):
     )
 
 
-def check_phases(s, num_train, num_val):
+def check_phases(settings, num_train, num_val):
     """Raise ValueError unless each phase has a whole batch: now, not after hours of the first."""
-    for name in phases(s):
-        if num_train < s[name] or not num_val:
-            raise ValueError(too_small(num_train, num_val, name, s[name]))
+    for name in phases(settings):
+        if num_train < settings[name] or not num_val:
+            raise ValueError(too_small(num_train, num_val, name, settings[name]))
 
 
-def describe_few_steps(s, num_train):
+def describe_few_steps(settings, num_train):
     """Return a note where a training makes too few steps for most networks to learn, or ""."""
-    epochs = s["UnFreeze_Epoch"]
-    epoch_step = max(1, num_train // s["Unfreeze_batch_size"])
-    steps = epochs * epoch_step // s["accumulate"]
+    epochs = settings["UnFreeze_Epoch"]
+    epoch_step = max(1, num_train // settings["Unfreeze_batch_size"])
+    steps = epochs * epoch_step // settings["accumulate"]
     if steps >= FEW_STEPS or epochs >= 100:
         return ""
-    needed = min(math.ceil(FEW_STEPS * s["accumulate"] / epoch_step), 100)
+    needed = min(math.ceil(FEW_STEPS * settings["accumulate"] / epoch_step), 100)
     return (
         f"NOTE: {num_train} pictures make {steps} steps in {epochs} epochs, and most networks need "
         f"hundreds to learn: --UnFreeze_Epoch {needed}\n"

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import UserError
-from utils.plumbing.files import clear_drafts, draft, not_written, writable
-from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, check_text_file
+from utils.plumbing.files import clear_drafts, draft, make_folder, not_written
+from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, read_text_file
 
 FOLDER = Path("model_data/shapes")
 PROJECT = Path(__file__).resolve().parents[2]  # where train.py stands
@@ -134,7 +134,7 @@ def draw_once():
     UserError: they cannot be written.
     """
     try:
-        clear_drafts(writable(FOLDER.parent, "it is the place of the sample pictures"))
+        clear_drafts(make_folder(FOLDER.parent, "it is the place of the sample pictures"))
         with draft(FOLDER, folder=True) as fresh:
             draw_set(fresh)
             os.rename(fresh, FOLDER)
@@ -153,7 +153,7 @@ def find_lists(settings):
     drawn = tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))
     if paths not in (DEFAULT_PATHS, drawn) or any(map(os.path.exists, paths)):
         for name, path in zip(PATH_SETTINGS, paths):
-            check_text_file(name, path)
+            read_text_file(name, path)
         return paths
     if not os.path.samefile(os.getcwd(), PROJECT):
         raise UserError(

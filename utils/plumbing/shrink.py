@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from utils.pictures import decode_jpeg
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import clear_drafts, draft, not_written, writable
+from utils.plumbing.files import clear_drafts, draft, make_folder, not_written
 from utils.plumbing.formats import (
     REDUCIBLE,
     failure_reason,
@@ -154,7 +154,7 @@ def save_copy(image, copy, folder, time_ns):
         raise not_written(copy, error) from None
 
 
-def check_all(paths):
+def check_pictures(paths):
     """Return {picture: its path} of the readable ones."""
     return on_all_cores(check, paths, "checked")
 
@@ -166,7 +166,7 @@ def shrink_all(paths, datasets, size):
     that are new or changed are made.
     """
     base = Path(datasets) if Path(datasets).name not in ("", "..") else Path(datasets).resolve()
-    folder = writable(
+    folder = make_folder(
         base.with_name(f"{base.name}-shrunk-{size}"),
         f"link {base} from a folder with room, and name the link",
     )

@@ -19,7 +19,7 @@ from utils.pictures import normalize
 from utils.plumbing.errors import UserError, did_you_mean
 from utils.task import check_outputs
 
-OWN = [file.stem for file in Path(__file__).parent.glob("[!_]*.py")]
+OWN = [file.stem for file in Path(__file__).parent.glob("[!_]*.py")]  # the networks of this folder
 DOCUMENTED_NAMES = {
     "mobilenetv2": "mobilenet_v2",
     "swin_transformer_tiny": "swin_t",
@@ -164,18 +164,18 @@ def build(settings, num_classes):
 
 
 def load_pretrained(model, backbone, settings=None):
-    """Load torchvision's weights, but for the head; warn where settings normalise otherwise.
+    """Load torchvision's weights, but for the head. Collective.
 
-    Collective.
+    It warns where the settings normalise pictures otherwise.
     """
-    from nets import _weights
+    from nets import _weights  # imports this file
 
     _weights.load_pretrained(model, check_name(backbone), settings)
 
 
 def load_file(model, path, class_names=None, settings=None):
     """Load what fits of a weights file, also of other trainers' and libraries'."""
-    from nets import _weights
+    from nets import _weights  # imports this file
 
     _weights.load_file(model, path, class_names, settings)
 
@@ -194,6 +194,7 @@ def profile(model, backbone, input_shape, num_classes):
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
+    # two, as check_outputs expects
     pictures = torch.empty(2, 3, *input_shape, dtype=torch.uint8, device="meta")
     on_meta = copy.deepcopy(model).to("meta").eval()  # where nothing is computed
     try:

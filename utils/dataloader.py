@@ -40,7 +40,8 @@ POLICIES = {
 RESIZES = ("crop", "squeeze")  # cut to input_shape's proportions, or keep the whole picture
 FIXED = ("none", "flip", "flips")  # these read the same crop of a picture in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
-# the settings that items depend on, with a value for whoever lacks one: of all, and of training
+# The settings that items depend on, with their values where one is missing: every item, and
+# those of training alone
 CROPPING = {"resize": "crop", "val_crop": 1.0}
 AUGMENTING = {
     "augmentation": "flip",
@@ -171,7 +172,7 @@ class DataGenerator(Dataset):
         }
 
     def sample_content(self):
-        """Return a CRC-32 of a data set's `targets`, and of eight pictures or a few more, small."""
+        """Return a CRC-32 of about eight reduced pictures of a data set, and of its `targets`."""
         data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
         places = range(0, len(data), max(1, len(data) // 8))
         images, targets, _ = detection_collate([data[index] for index in places])
@@ -263,9 +264,8 @@ class DataGenerator(Dataset):
                 f"derive your sampler from EpochSampler, with another order()"
             )
         epoch, place, index = item if is_place else (0, 0, item)
-        rng = random.Random(
-            f"{self.settings['seed']} {epoch} {place} {index}"
-        )  # a text mixes all four well
+        # a text as the seed mixes all four well
+        rng = random.Random(f"{self.settings['seed']} {epoch} {place} {index}")
         if self.random:
             # torch.manual_seed would walk through every device
             torch.default_generator.manual_seed(rng.getrandbits(63))

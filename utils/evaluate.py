@@ -41,6 +41,45 @@ OUTPUTS = (
 )
 
 
+def evaluate(
+    run,
+    weights=None,
+    annotation=None,
+    out=None,
+    batch_size=None,
+    num_workers=None,
+    mirrored=False,
+):
+    """Score a run, print and write everything; return {**metrics, "scored": number of pictures}."""
+    run = Classifier(run, weights, mirrored)
+    if batch_size is None:
+        batch_size = run.settings["Unfreeze_batch_size"]
+    check_value("Unfreeze_batch_size", batch_size)
+    check_value("num_workers", num_workers or 0)
+    out = make_folder(out or run.folder, "name another folder with --out")
+    for name in OUTPUTS:
+        if (out / name).is_dir():
+            raise UserError(f"{out / name} is a folder where a file is to be written: move it away")
+    data = run.dataset(find_test_pictures(run, annotation))
+    names = run.class_names
+
+    metrics, indices, targets, predictions = score(run, data, batch_size, num_workers)
+    rows, files = task.whole_set_tables(targets, predictions, names)
+    if rows:
+        print_table(rows)
+        metrics.update(task.whole_set_metrics(targets, predictions, names))
+    mistakes = task.mistakes(targets, predictions, names)
+    if mistakes:
+        files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
+    files["predictions.csv"] = tabulate(data, indices, targets, predictions, names)
+
+    texts = task.metric_texts(metrics, len(names), exact=True)
+    unreadable = len(data) - len(indices)
+    print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
+    save_outputs(out, files)
+    return {**metrics, "scored": len(indices)}
+
+
 def find_test_pictures(run, annotation=None):
     """Return what a DataGenerator takes: the checked lines of a list, or a fork's own data.
 
@@ -126,6 +165,25 @@ def print_table(rows):
         print(printable(name).ljust(width), *columns, f"{number:9}")
 
 
+def tabulate(data, indices, targets, predictions, names):
+    """Return the rows of predictions.csv: path, true class, and the best classes."""
+    most = max(map(len, predictions))
+    header = ["path", "true"]
+    for place in range(1, most + 1):
+        header += [f"{column}{place}" for column in task.PREDICTION_COLUMNS]
+    rows = [header]
+    for index, target, prediction in zip(indices, targets, predictions):
+        true = task.target_text(target, names)
+        rows.append([picture_name(data, index), true, *chain.from_iterable(prediction)])
+    return rows
+
+
+def picture_name(data, index):
+    """Return the path of a picture, or how messages name it."""
+    name = data.name(index)
+    return lists.split_line(name)[1] or name
+
+
 def draw_mistakes(data, indices, mistakes):
     """Return a picture of task.mistakes as the network sees them, each with its file's name.
 
@@ -140,31 +198,13 @@ def draw_mistakes(data, indices, mistakes):
     return draw_contact_sheet(pictures, captions)
 
 
-def picture_name(data, index):
-    """Return the path of a picture, or how messages name it."""
-    name = data.name(index)
-    return lists.split_line(name)[1] or name
-
-
-def tabulate(data, indices, targets, predictions, names):
-    """Return the rows of predictions.csv: path, true class, and the best classes."""
-    most = max(map(len, predictions))
-    header = ["path", "true"]
-    for place in range(1, most + 1):
-        header += [f"{column}{place}" for column in task.PREDICTION_COLUMNS]
-    rows = [header]
-    for index, target, prediction in zip(indices, targets, predictions):
-        true = task.target_text(target, names)
-        rows.append([picture_name(data, index), true, *chain.from_iterable(prediction)])
-    return rows
-
-
-def cell(value):
-    """Return a value as a cell of a CSV file; spreadsheets would compute a text such as '=1+1'."""
-    if isinstance(value, float):
-        return f"{value:.6f}"
-    is_formula = re.match(r"[=@\t\r\n]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
-    return f"'{value}" if is_formula else value
+def save_outputs(out, files):
+    """Write {name: rows or picture} into a folder."""
+    (out / "mistakes.png").unlink(missing_ok=True)  # it may be of weights that made some
+    for name, content in files.items():
+        save = save_csv if name.endswith(".csv") else save_image
+        save(out / name, content)
+    print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
 
 
 def save_csv(path, rows):
@@ -177,52 +217,12 @@ def save_csv(path, rows):
     save_file(path, content)
 
 
-def save_outputs(out, files):
-    """Write {name: rows or picture} into a folder."""
-    (out / "mistakes.png").unlink(missing_ok=True)  # it may be of weights that made some
-    for name, content in files.items():
-        save = save_csv if name.endswith(".csv") else save_image
-        save(out / name, content)
-    print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
-
-
-def evaluate(
-    run,
-    weights=None,
-    annotation=None,
-    out=None,
-    batch_size=None,
-    num_workers=None,
-    mirrored=False,
-):
-    """Score a run, print and write everything; return {**metrics, "scored": number of pictures}."""
-    run = Classifier(run, weights, mirrored)
-    if batch_size is None:
-        batch_size = run.settings["Unfreeze_batch_size"]
-    check_value("Unfreeze_batch_size", batch_size)
-    check_value("num_workers", num_workers or 0)
-    out = make_folder(out or run.folder, "name another folder with --out")
-    for name in OUTPUTS:
-        if (out / name).is_dir():
-            raise UserError(f"{out / name} is a folder where a file is to be written: move it away")
-    data = run.dataset(find_test_pictures(run, annotation))
-    names = run.class_names
-
-    metrics, indices, targets, predictions = score(run, data, batch_size, num_workers)
-    rows, files = task.whole_set_tables(targets, predictions, names)
-    if rows:
-        print_table(rows)
-        metrics.update(task.whole_set_metrics(targets, predictions, names))
-    mistakes = task.mistakes(targets, predictions, names)
-    if mistakes:
-        files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
-    files["predictions.csv"] = tabulate(data, indices, targets, predictions, names)
-
-    texts = task.metric_texts(metrics, len(names), exact=True)
-    unreadable = len(data) - len(indices)
-    print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
-    save_outputs(out, files)
-    return {**metrics, "scored": len(indices)}
+def cell(value):
+    """Return a value as a cell of a CSV file; spreadsheets would compute a text such as '=1+1'."""
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    is_formula = re.match(r"[=@\t\r\n]|[+-](?![\d.]+(e-?\d+)?$)", str(value))
+    return f"'{value}" if is_formula else value
 
 
 def main(arguments=None):

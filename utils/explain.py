@@ -26,6 +26,37 @@ from utils.trained import Classifier, add_pictures, command, describe_prediction
 SIZE = (1024, 512)  # of what is drawn, in pixels: two pictures side by side fit into it
 
 
+def explain(run, picture):
+    """Return (prediction, image) of a picture; ValueError: there is none, with the reason.
+
+    image: the picture, and beside it the same under its heat, from blue to red.
+    """
+    prediction = run(picture)
+    images = run.read(picture)
+    heat = Image.fromarray((255 * look(run, images)).byte().numpy())
+    colours = ImageOps.colorize(heat, "blue", "red", mid="lime")
+    original = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    both = np.hstack([original, Image.blend(original, colours, 0.5)])
+    return prediction, ImageOps.contain(Image.fromarray(both), SIZE)
+
+
+def look(run, images):
+    """Return where a network looks in uint8 (1, 3, H, W): float (H, W) from 0 to 1, on the CPU.
+
+    Grad-CAM (Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+    Localization", 2017): the channels of the last map, weighted by the mean gradient of the highest
+    logit; what speaks against the class is cut off.
+    """
+    device = next(run.network.parameters()).device
+    logits, features = last_map(run.network, normalize(images, device, run.settings))
+    [gradient] = torch.autograd.grad(logits.max(), features)
+    weights = gradient.mean((2, 3), keepdim=True)
+    heat = (weights * features).sum(1, keepdim=True).relu()
+    heat = F.interpolate(heat, images.shape[2:], mode="bilinear")[0, 0]
+    heat = heat / heat.max().clamp(min=1e-12)
+    return heat.detach().cpu()
+
+
 def last_map(network, images):
     """Return (logits, map): the last output (1, C, h, w) of a module that still has places.
 
@@ -55,37 +86,6 @@ def is_map(output, images):
         return False
     height, width = output.shape[2:]
     return 0.5 < height / width * images.shape[3] / images.shape[2] < 2
-
-
-def look(run, images):
-    """Return where a network looks in uint8 (1, 3, H, W): float (H, W) from 0 to 1, on the CPU.
-
-    Grad-CAM (Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
-    Localization", 2017): the channels of the last map, weighted by the mean gradient of the highest
-    logit; what speaks against the class is cut off.
-    """
-    device = next(run.network.parameters()).device
-    logits, features = last_map(run.network, normalize(images, device, run.settings))
-    [gradient] = torch.autograd.grad(logits.max(), features)
-    weights = gradient.mean((2, 3), keepdim=True)
-    heat = (weights * features).sum(1, keepdim=True).relu()
-    heat = F.interpolate(heat, images.shape[2:], mode="bilinear")[0, 0]
-    heat = heat / heat.max().clamp(min=1e-12)
-    return heat.detach().cpu()
-
-
-def explain(run, picture):
-    """Return (prediction, image) of a picture; ValueError: there is none, with the reason.
-
-    image: the picture, and beside it the same under its heat, from blue to red.
-    """
-    prediction = run(picture)
-    images = run.read(picture)
-    heat = Image.fromarray((255 * look(run, images)).byte().numpy())
-    colours = ImageOps.colorize(heat, "blue", "red", mid="lime")
-    original = Image.fromarray(images[0].permute(1, 2, 0).numpy())
-    both = np.hstack([original, Image.blend(original, colours, 0.5)])
-    return prediction, ImageOps.contain(Image.fromarray(both), SIZE)
 
 
 def main(arguments=None):

@@ -11,7 +11,10 @@ from utils.task import epoch_order, metric_text, metric_texts
 
 
 class LossHistory:
-    """A dictionary of metrics for each epoch; task.epoch_order says which epoch is the best."""
+    """A dictionary of metrics for each epoch; task.epoch_order says which epoch is the best.
+
+    model and input_shape are documented parameters, and not used.
+    """
 
     def __init__(self, log_dir, model=None, input_shape=None, best_by="top1"):
         self.log_dir = log_dir

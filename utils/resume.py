@@ -42,7 +42,7 @@ def load_checkpoint(run):
 
 
 def check_goes_on(run, config, state, settings):
-    """Raise UserError where no epoch is left, or what was trained cannot be trained on so."""
+    """Raise UserError where no epoch is left, or the settings do not fit what was trained."""
     if state is not None:
         before = {**config["settings"], "ema_decay": state.get("ema") is not None}
         now = {**settings, "ema_decay": bool(settings.get("ema_decay"))}

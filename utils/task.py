@@ -15,6 +15,7 @@ from utils.plumbing.charts import draw_matrix, drawable_names
 from utils.plumbing.errors import UserError
 
 PREDICTION_COLUMNS = ("class", "probability")  # of predictions.csv and JSON
+SHARES = {"top1": "top-1", "top5": "top-5", "recall": "mean recall"}  # metrics in percent
 
 
 def read_label(label, num_classes=None):
@@ -111,14 +112,12 @@ def metrics_from(sums, settings):
 
 def metric_text(name, value, exact=False):
     """Return a metric with its name, for people; exact: with enough digits to compare it."""
-    if name in ("top1", "top5"):
-        name = f"top-{name[3:]}"
-    if name == "recall":
-        name = "mean recall"
-    if name in ("top-1", "top-5", "mean recall"):
-        return f"{name} {value:.4%}" if exact else f"{name} {value:.2%}"
+    if name in SHARES:
+        return f"{SHARES[name]} {value:.4%}" if exact else f"{SHARES[name]} {value:.2%}"
     digits = ".4f" if name.endswith("loss") else ".4g"
-    return f"{name.replace('_', ' ')} {value:{'.8g' if exact else digits}}"
+    if exact:
+        digits = ".8g"
+    return f"{name.replace('_', ' ')} {value:{digits}}"
 
 
 def metric_texts(metrics, num_classes, exact=False):

@@ -16,7 +16,7 @@ from utils.plumbing.settings import RULES, check_value, fits, rules_of
 BEGINNING = ("pretrained", "model_path", "Init_Epoch", "save_dir")  # used only where a run begins
 OTHER_COMMANDS = (
     "Other commands: python -m utils.annotation, python -m utils.evaluate, "
-    "python -m utils.predict, python -m utils.export"
+    "python -m utils.predict, python -m utils.explain, python -m utils.export"
 )
 OTHER_NAMES = {  # setting: what other programs call it
     "UnFreeze_Epoch": "epoch epochs num_epochs max_epochs",

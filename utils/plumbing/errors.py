@@ -146,7 +146,7 @@ def in_libraries(path):
     return any(path.startswith(os.path.dirname(module.__file__)) for module in modules)
 
 
-def did_you_mean(name, choices) -> str:
+def did_you_mean(name, choices):
     """Return ' (did you mean …?)' for a mistyped name, or a part of one, or ''."""
     word = str(name).lower()[:100]
     known = {choice.lower(): choice for choice in choices}
@@ -159,7 +159,7 @@ def did_you_mean(name, choices) -> str:
     return f" (did you mean {' or '.join(repr(known[choice]) for choice in near)}?)"
 
 
-def short_repr(value, length=80) -> str:
+def short_repr(value, length=80):
     """Return repr(value), cut to `length` characters: a message stays one readable sentence."""
     if type(value) is int and value.bit_length() > 9999:
         return "a number of thousands of digits"
@@ -167,12 +167,12 @@ def short_repr(value, length=80) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
-def printable(text) -> str:
+def printable(text):
     """Return somebody else's name or path with all escaped that would move a terminal's cursor."""
     return "".join(map(printable_character, str(text)))
 
 
-def printable_character(character) -> str:
+def printable_character(character):
     """Return a character, or its escape where it would move a terminal's cursor."""
     is_undecoded_byte = "\udc80" <= character <= "\udcff"
     if character.isprintable() or is_undecoded_byte:

@@ -16,12 +16,7 @@ from utils.pictures import decode_jpeg
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import clear_drafts, draft, make_folder, not_written
-from utils.plumbing.formats import (
-    REDUCIBLE,
-    failure_reason,
-    open_picture,
-    upright,
-)
+from utils.plumbing.formats import REDUCIBLE, failure_reason, open_picture, upright
 from utils.plumbing.processes import cores, ignore_signals
 
 LONGEST = 65500  # pixels of a JPEG's side, libjpeg's limit: what is longer is listed as it is

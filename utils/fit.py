@@ -49,7 +49,8 @@ def fit_one_epoch(
     """Train one epoch, validate, record and save; the sixteen parameters are the documented ones.
 
     model_train is the wrapped model, model the bare one; loss_history is None on all processes but
-    the first; fp16 is True, False or a type's name (precision_name); save_dir is the run's folder.
+    the first; fp16 is True, False or a type's name (precision_name); save_dir is the run's folder;
+    local_rank is not used.
     checkpoint, a Checkpoint, continues an interrupted epoch where it stopped. lr_scheduler_func:
     the rate follows it at every step, at epoch + step / epoch_step; without it the rate stays as it
     is. Returns {metric: number}, the same on every process; its 'lr' is the documented one, that of

@@ -37,7 +37,9 @@ def load_checkpoint(run):
     for name in ("epoch", "step"):
         number = state.get(name)
         if type(number) is not int or number < 0:
-            raise cannot_continue(run, f"{LAST} is no checkpoint (its {name}: {number!r:.80})")
+            raise cannot_continue(
+                run, f"{LAST} is no checkpoint (its {name}: {short_repr(number)})"
+            )
     return state
 
 

@@ -56,16 +56,16 @@ class Steps:
             self.signal = number
             self.signalled_at = time.monotonic()
 
-    def steps(self, gen, steps, number=1):
-        """Yield `number` batches of `gen` at a time (fewer at the end), `steps` in all.
+    def steps(self, gen, total, accumulate=1):
+        """Yield `accumulate` batches of `gen` at a time (fewer at the end), `total` in all.
 
         A process without a share of the last step gets an empty list.
         """
         self.waited = 0.0
         batches = iter(gen)
-        for done in range(0, steps, number):
+        for done in range(0, total, accumulate):
             begin = time.monotonic()
-            current = list(islice(batches, min(number, steps - done)))
+            current = list(islice(batches, min(accumulate, total - done)))
             if self.is_idle():  # a GPU may still compute, and then the host waits at no cost
                 self.waited += time.monotonic() - begin
             self.agree()

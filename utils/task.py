@@ -2,7 +2,8 @@
 
 Another task is another file in place of this one: train.py, fit.py and the commands call these
 functions and know no more. Logits: what the network gives, float32 (N, classes). Targets: int64
-(N,) class ids, or float32 (N, classes) shares where pictures are mixed.
+(N,) class ids, or float32 (N, classes) shares where pictures are mixed. settings: train.py's, also
+given where this task reads none of them.
 """
 
 import re

@@ -19,9 +19,7 @@ def count_epochs(number, batch_size, steps):
 def advise(pairs, num_classes, is_shrunk):
     """Return ({setting: value} for training on [(path, class name), …], [note, …] for people).
 
-    The values are as a command line has them.
-
-    tests/README.md, Fine-tuning, has the measurements.
+    The values are as a command line has them. tests/README.md, Fine-tuning, has the measurements.
     """
     sizes = read_sizes(pairs)
     if not sizes:

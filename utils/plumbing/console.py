@@ -70,7 +70,7 @@ class ProgressLine:
         self.begin = self.last = time.monotonic()
 
     def show(self, step, images, describe, due=False):
-        """Show the line if it is due. images: in a step.
+        """Show the line if it is due. images: how many a step has; due: show it in any case.
 
         describe() → text reads numbers off the device, so it is called only when the line is due.
         """

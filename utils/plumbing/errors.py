@@ -11,6 +11,9 @@ TOO_SMALL = "数据集过小,无法继续进行训练,请扩充数据集。"  # 
 LOST = "another process of the launch has ended"
 NOT_FINITE = "lower Init_lr or clip_ratio; the files saved before it are intact"
 LIBRARIES = ("torch", "torchvision", "numpy", "PIL", "multiprocessing")
+MACHINE_ERRORS = (RuntimeError, MemoryError, ConnectionError)
+# Error numbers of a machine that has no more of something: open files or memory
+USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 # Words in the messages of torch and the system, and what a user can do. The first row that fits
 # counts. {line} is the message's first line, {all} the whole message.
@@ -120,10 +123,8 @@ def comes_from_library(error):
     in_library = place is None or in_libraries(place[0])
     if not in_library and re.search(r"\braise\b", place[1]):
         return False
-    of_the_machine = (RuntimeError, MemoryError, ConnectionError)
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        return True
-    return in_library or isinstance(error, of_the_machine)
+    is_used_up = getattr(error, "errno", None) in USED_UP
+    return in_library or is_used_up or isinstance(error, MACHINE_ERRORS)
 
 
 def place_of(error):

@@ -125,7 +125,7 @@ def find_splits(pictures, datasets):
     The list is empty where the top folders are classes, also those called train that hold pictures
     beside others. Raise UserError where nobody can see what is meant.
     """
-    inside = defaultdict(set)
+    inside = defaultdict(set)  # of each top folder that holds pictures, the folders in it
     for picture in pictures:
         if picture.folders:
             inside[picture.folders[0]].update(picture.folders[1:2])
@@ -135,6 +135,7 @@ def find_splits(pictures, datasets):
         check_classes(inside, datasets)
         return []
     splits = {roles[top]: top for top in with_classes}
+    # each role belongs to one folder, and nothing lies beside the split
     are_clear = "train" in splits and len(splits) == len(with_classes) <= 3
     are_all = all(roles.values()) and (len(splits) > 1 or len(inside) == 1)
     if not (are_clear and are_all):

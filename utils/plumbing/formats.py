@@ -1,6 +1,5 @@
 """Picture files: which formats are read, and any of them as an upright RGB image."""
 
-import errno
 import io
 import math
 import os
@@ -11,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from utils.plumbing.errors import UserError, printable
+from utils.plumbing.errors import USED_UP, UserError, printable
 
 # What is opened, by content, whatever a file is called: raster formats that Pillow decodes itself,
 # as for some others it starts another program. Pillow opens MPO (a JPEG with a second one behind
@@ -39,7 +38,9 @@ REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quart
 
 def upright(image):
     """Return a Pillow image of any mode as RGB and as seen. It may change the image."""
-    most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # beyond it Pillow opens nothing but for us
+    most = 2 * (
+        Image.MAX_IMAGE_PIXELS or math.inf
+    )  # Pillow opens nothing larger, but open_bytes does
     if image.format in REDUCIBLE and image.width * image.height > most:
         raise Image.DecompressionBombError(
             f"{image.width} × {image.height} pixels are too many for memory: save a smaller copy"
@@ -98,7 +99,7 @@ def failure_reason(error):
     Errors of the machine (no memory, too many open files) are raised again: the picture is not to
     blame.
     """
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+    if isinstance(error, OSError) and error.errno in USED_UP:
         raise error
     if isinstance(error, FileNotFoundError):
         return "it does not exist"

@@ -64,8 +64,8 @@ distributed = "LOCAL_RANK" in os.environ  # several processes; torchrun sets LOC
 sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
 fp16 = "auto"  # mixed precision: True, False, a type such as 'bfloat16', or 'auto': the fastest
 compile = False  # torch.compile the network; may pay on CUDA
-num_workers = "auto"  # loader processes for each training process; 'auto': by the cores and memory
-cache_mb = 500  # keep decoded pictures in memory if the whole list fits into it; 0 = off
+num_workers = "auto"  # loader processes for each training process; 'auto': what suits the device
+cache_mb = 500  # keep decoded pictures in memory if the whole list fits into these MB; 0 = off
 seed = 11  # of weights, order and augmentation
 
 # The data: lines of 'class_id;path', written by python -m utils.annotation
@@ -88,7 +88,7 @@ backbone = "resnet9"  # a file of nets/, or any torchvision classifier
 pretrained = False  # start from torchvision's weights (downloaded once)
 model_path = ""  # or from a weights file; '' for none
 
-# The phases: epochs up to Freeze_Epoch train the head alone, the others everything
+# The phases: with Freeze_Train, epochs up to Freeze_Epoch train the head alone
 Init_Epoch = 0  # epoch to start at
 Freeze_Epoch = 2  # last epoch of the frozen phase
 Freeze_batch_size = 32  # pictures a step over all processes, frozen

@@ -40,10 +40,9 @@ POLICIES = {
 RESIZES = ("crop", "squeeze")  # cut to input_shape's proportions, or keep the whole picture
 FIXED = ("none", "flip", "flips")  # these read the same crop of a picture in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
-# The settings that items depend on, with their values where one is missing: every item, and
-# those of training alone
+# The settings that items depend on, with the values that hold where one is missing
 CROPPING = {"resize": "crop", "val_crop": 1.0}
-AUGMENTING = {
+AUGMENTING = {  # in training alone
     "augmentation": "flip",
     "crop_scale": 0.08,
     "random_erasing": 0.0,

@@ -154,7 +154,8 @@ if __name__ == "__main__":
         np.random.seed(10101)
         np.random.shuffle(train_lines)
         np.random.seed(None)
-    num_train, num_val, num_classes = len(train_lines), len(val_lines), len(class_names)
+    num_train, num_val = len(train_lines), len(val_lines)
+    num_classes = len(class_names)
     train_data = DataGenerator(
         train_lines, input_shape, num_classes=num_classes, settings=settings, cache_mb=cache_mb
     )

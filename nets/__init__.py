@@ -132,8 +132,8 @@ def check_shape(name, input_shape):
 def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
     """Return the network `backbone`: float32 pictures (N, 3, H, W) → logits (N, num_classes).
 
-    input_shape: the pictures' (height, width). pretrained: with torchvision's weights, but for the
-    head. UserError: an unknown name, or a size that the network cannot take.
+    input_shape: the pictures' (height, width). pretrained: with what fits of torchvision's weights.
+    UserError: an unknown name, or a size that the network cannot take.
     """
     name = check_name(backbone)
     options = {"num_classes": num_classes}
@@ -164,7 +164,7 @@ def build(settings, num_classes):
 
 
 def load_pretrained(model, backbone, settings=None):
-    """Load torchvision's weights, but for the head. Collective.
+    """Load what fits of the weights that torchvision publishes. Collective.
 
     It warns where the settings normalise pictures otherwise.
     """

@@ -97,7 +97,8 @@ def best_translation(model, state, prefix=""):
     The prefix, made of WRAPPERS, is the one without which most parameters fit.
     """
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    best, best_prefix = translate(model, state), prefix
+    best = translate(model, state)
+    best_prefix = prefix
     most = sum(value.shape == shapes.get(name) for name, value in best.items())
     for word in WRAPPERS:
         inside = {}

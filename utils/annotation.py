@@ -104,7 +104,10 @@ def keep_readable(lists, datasets, size):
     """Return the lists without unreadable pictures; with copies of this shorter side, if given."""
     paths = [path for pairs in lists for _, path in pairs]
     readable = shrink_all(paths, datasets, size) if size else check_pictures(paths)
-    return [[(name, readable[path]) for name, path in pairs if path in readable] for pairs in lists]
+    kept = []
+    for pairs in lists:
+        kept.append([(name, readable[path]) for name, path in pairs if path in readable])
+    return kept
 
 
 def write_together(paths, names, lists):

@@ -86,7 +86,9 @@ def fill_momentum(optimizer):
     parameter is first used in a later step than others.
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group.get("momentum") else ():
+        if not group.get("momentum"):
+            continue
+        for parameter in group["params"]:
             state = optimizer.state[parameter]
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -60,7 +60,8 @@ def check_best_by(settings, model, batch):
 
     Two pictures are scored for the metrics' names.
     """
-    Cuda, best_by = settings["Cuda"], settings["best_by"]
+    Cuda = settings["Cuda"]
+    best_by = settings["best_by"]
     with kept_random_stream(Cuda):
         trial = copy.deepcopy(model).eval()
         logits, targets = score_batch(trial, batch[0][:2], batch[1][:2], Cuda, False, settings)
@@ -78,7 +79,8 @@ def choose_precision(settings, model, batch):
 
     It is the setting fp16's, and for 'auto' the fastest that is known to be good.
     """
-    Cuda, fp16 = settings["Cuda"], settings["fp16"]
+    Cuda = settings["Cuda"]
+    fp16 = settings["fp16"]
     if fp16 != "auto":
         return precision_name(fp16, Cuda), ""
     if Cuda:
@@ -138,7 +140,8 @@ class Trial:
     """A copy of the network that is trained on one batch in one precision."""
 
     def __init__(self, settings, model, batch, precision):
-        self.Cuda, self.precision = settings["Cuda"], precision
+        self.Cuda = settings["Cuda"]
+        self.precision = precision
         self.model = copy.deepcopy(model).train()
         device = next(model.parameters()).device
         self.batch = [part.to(device) for part in batch[:2]]

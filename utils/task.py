@@ -212,7 +212,9 @@ def whole_set_tables(targets, predictions, names):
     per_class's, then two means: over the classes that have pictures, and weighted by their number.
     A file's content is the rows of a table, or a picture: per_class.csv and the confusion matrix.
     """
-    targets, predicted, number = targets.numpy(), predicted_ids(predictions, names), len(names)
+    targets = targets.numpy()
+    predicted = predicted_ids(predictions, names)
+    number = len(names)
     *scores, support = per_class(targets, predicted, number)
     header = ("class", "precision", "recall", "F1", "support")
     rows = [header, *zip(names, *scores, support)]
@@ -238,7 +240,8 @@ def mistakes(targets, predictions, names, number=32):
 
     place: the prediction's, from 0. There are at most `number`.
     """
-    targets, predicted = targets.numpy(), predicted_ids(predictions, names)
+    targets = targets.numpy()
+    predicted = predicted_ids(predictions, names)
     shown = drawable_names(names)
     probability = np.array([prediction[0][1] for prediction in predictions])
     wrong = np.flatnonzero(targets != predicted)

@@ -59,7 +59,8 @@ class Classifier:
         self.settings = {**USED, **config["settings"]}
         for name in USED:
             check_value(name, self.settings[name])
-        trained_on_gpu, fp16 = self.settings["Cuda"], self.settings["fp16"]
+        trained_on_gpu = self.settings["Cuda"]
+        fp16 = self.settings["fp16"]
         self.Cuda = trained_on_gpu and torch.cuda.is_available()
         self.fp16 = "float32"  # a GPU's precision on a CPU would give other scores
         if self.Cuda == trained_on_gpu and fp16 != "auto":

@@ -127,7 +127,7 @@ def describe_device(Cuda):
     """Return the name of what trains, for the header."""
     if not Cuda:
         threads = torch.get_num_threads()
-        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        return "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"
     name = torch.cuda.get_device_name()
     if connected():
         return f"{world_size()} × {name}"

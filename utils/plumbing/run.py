@@ -33,7 +33,7 @@ KINDS = {  # what config.json must hold
     "finished": bool,
     "start": int,
 }
-MISSING = {"start": 0, "constants": {}, "words": {}}  # in runs of before these were written
+MISSING = {"start": 0, "constants": {}, "words": {}}  # in older runs, which lack them
 HIGHEST_START = 10**9  # nobody starts as often
 
 

@@ -253,8 +253,9 @@ def launch(folder, *words, code=0, timeout=300, **options):
     fails.
     """
     group = start_group(folder, *words, **options)
-    failed = None
-    while failed is None and any(process.poll() is None for process in group):
+    failed, running = None, True
+    while failed is None and running:
+        running = any(process.poll() is None for process in group)  # before their codes are read
         failed = next((process.poll() for process in group if process.poll()), None)
         time.sleep(0.02)
     outputs = []

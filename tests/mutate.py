@@ -228,7 +228,7 @@ class Tests:
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended and not status:
+            if ended and os.waitstatus_to_exitcode(status) in (0, 5):  # 5: no test is left to run
                 return None
             if ended:
                 return self.failure.read_text() if self.failure.exists() else "an end"

@@ -269,7 +269,6 @@ if __name__ == "__main__":
             wrapping = dict(
                 find_unused_parameters=getattr(model, "has_unused_parameters", False),
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # fit_one_epoch does so before it validates
             )
             if Cuda:
                 cudnn.benchmark = True
@@ -283,6 +282,10 @@ if __name__ == "__main__":
                     model_train = model_train.cuda()
             elif distributed:
                 model_train = torch.nn.parallel.DistributedDataParallel(model_train, **wrapping)
+                # add gradients up in one order from the first step on, also after resuming
+                model_train.reducer._push_all_rebuilt_params()
+            if distributed:
+                model_train.broadcast_buffers = False  # fit_one_epoch does so before it validates
 
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)

@@ -117,12 +117,12 @@ def test_buffers_that_are_not_broadcast_in_each_step_change_no_bit(tmp_path, wor
     make_data(folder, train=24, test=6)
     broadcasting = """
 import torch
-wrapper = torch.nn.parallel.DistributedDataParallel
 
-def wrap(*given, **options):
-    return wrapper(*given, **{**options, "broadcast_buffers": True})
+class Broadcasting(torch.nn.parallel.DistributedDataParallel):
+    def __setattr__(self, name, value):
+        super().__setattr__(name, name == "broadcast_buffers" or value)
 
-torch.nn.parallel.DistributedDataParallel = wrap
+torch.nn.parallel.DistributedDataParallel = Broadcasting
 """
     found = []
     for save_dir, script in (("without", "train.py"), ("with", hooked(folder, broadcasting))):
@@ -130,3 +130,29 @@ torch.nn.parallel.DistributedDataParallel = wrap
         (run,) = (folder / save_dir).iterdir()
         found.append((weights(run), history(run)[-1]["val_loss"]))
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+def test_gradients_are_added_up_in_one_order_from_the_first_step_on(tmp_path):
+    """More than two processes end with the same bits only so, where one was stopped and resumed."""
+    folder = make_project(tmp_path, backbone="'shufflenet_v2_x0_5'", UnFreeze_Epoch=1)
+    make_data(folder, train=24, test=6)
+    code = """
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+wrapper = torch.nn.parallel.DistributedDataParallel
+
+def note(group, bucket):
+    print("travels", [list(parameter.shape) for parameter in bucket.parameters()])
+    return allreduce_hook(group, bucket)
+
+def wrap(*given, **options):
+    wrapped = wrapper(*given, **options)
+    wrapped.register_comm_hook(None, note)
+    return wrapped
+
+torch.nn.parallel.DistributedDataParallel = wrap
+"""
+    out, err = launch(folder, script=hooked(folder, code), processes=1)
+    travelled = [line for line in out.splitlines() if line.startswith("travels")]
+    assert len(travelled) == 3 * len(set(travelled)) > 0  # three steps
+    assert err == ""

@@ -42,7 +42,7 @@ from utils.optimizer import (
 )
 from utils.plumbing import lists, processes
 from utils.plumbing.command_line import command_line
-from utils.plumbing.console import say, show_errors_as_sentences
+from utils.plumbing.console import say, say_note, show_errors_as_sentences
 from utils.plumbing.processes import count_workers, ignore_signals, rank, world_size
 from utils.plumbing.run import begin_run, new_run, print_header, write_config
 from utils.plumbing.settings import (
@@ -204,8 +204,8 @@ if __name__ == "__main__":
     )
     frozen = Freeze_Train and Init_Epoch < Freeze_Epoch
     batch = first_batch(train_data, Freeze_batch_size if frozen else Unfreeze_batch_size, seed)
-    say(train_data.describe_cut(), end="")
-    say(describe_few_steps(settings, num_train), end="")
+    say_note(train_data.describe_cut())
+    say_note(describe_few_steps(settings, num_train))
     settings["fp16"] = fp16 = rehearse(batch, model, recipe, num_classes)
     if run:
         print_continued(run, config, state, settings, is_transformer(model))

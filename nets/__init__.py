@@ -91,7 +91,7 @@ def head_names(model):
     return layers[-1:]
 
 
-def check_name(backbone):
+def network_name(backbone):
     """Return the torchvision (or own) name of `backbone`. UserError: there is no such network."""
     name = DOCUMENTED_NAMES.get(backbone, backbone)
     known = models.list_models(module=models) + OWN
@@ -135,7 +135,7 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
     input_shape: the pictures' (height, width). pretrained: with what fits of torchvision's weights.
     UserError: an unknown name, or a size that the network cannot take.
     """
-    name = check_name(backbone)
+    name = network_name(backbone)
     options = {"num_classes": num_classes}
     if name in OWN:
         options["input_shape"] = tuple(input_shape)
@@ -170,7 +170,7 @@ def load_pretrained(model, backbone, settings=None):
     """
     from nets import _weights  # imports this file
 
-    _weights.load_pretrained(model, check_name(backbone), settings)
+    _weights.load_pretrained(model, network_name(backbone), settings)
 
 
 def load_file(model, path, class_names=None, settings=None):
@@ -201,7 +201,7 @@ def profile(model, backbone, input_shape, num_classes):
         with torch.no_grad(), counter:
             outputs = on_meta(normalize(pictures, "meta"))
     except Exception as error:
-        if check_name(backbone) in OWN:
+        if network_name(backbone) in OWN:
             raise
         raise UserError(
             f"input_shape = {list(input_shape)} is too small (or of a shape that does not fit) for "

@@ -256,7 +256,7 @@ def test_shapes_are_drawn_where_train_stands_alone(tmp_path, monkeypatch):
 def test_too_few_steps_are_noted(number, epochs, batch_size, accumulate, needed):
     settings = dict(UnFreeze_Epoch=epochs, Unfreeze_batch_size=batch_size, accumulate=accumulate)
     note = describe_few_steps(settings, number)
-    assert note.endswith(f"--UnFreeze_Epoch {needed}\n") if needed else note == ""
+    assert note.endswith(f"--UnFreeze_Epoch {needed}") if needed else note == ""
 
 
 def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeypatch):

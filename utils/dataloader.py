@@ -55,11 +55,11 @@ DEFAULTS = {**CROPPING, **AUGMENTING}
 def own_data(settings):
     """Return (class names, training data set, test data set) of one's own; None to use the lists.
 
-    A data set has a length, and items that stay the same: (a Pillow image, or a uint8 array or
-    tensor (H, W) or (H, W, 3) of any size; a label as task.read_label takes it). An exception of
-    formats.BROKEN counts as an unreadable picture; any other ends the program. What changes by
-    epoch depends on the epoch that DataGenerator's items are asked for: an attribute that is
-    changed while training does not reach the worker processes, which have their own copy.
+    settings: train.py's. A data set has a length, and items that stay the same: (a Pillow image, or
+    a uint8 array or tensor (H, W) or (H, W, 3) of any size; a label as task.read_label takes it).
+    An exception of formats.BROKEN counts as an unreadable picture; any other ends the program. What
+    changes by epoch depends on the epoch that DataGenerator's items are asked for: an attribute
+    that is changed while training does not reach the worker processes, which have their own copy.
     """
     return None
 

@@ -152,7 +152,7 @@ def describe_cut(sizes, input_shape):
     return (
         f"NOTE: a usual picture is {width}×{height}, and the crop to input_shape = "
         f"{list(input_shape)} cuts {loss:.0%} of it away: "
-        f"--resize squeeze keeps the whole picture\n"
+        f"--resize squeeze keeps the whole picture"
     )
 
 

@@ -46,5 +46,5 @@ def advise(pairs, num_classes, is_shrunk):
     }
     if cut := describe_cut(sizes, [side, side]):
         settings["resize"] = "squeeze"
-        notes.append(cut.strip())
+        notes.append(cut)
     return settings, notes

@@ -40,6 +40,12 @@ def discard_output():
         os.close(nowhere)
 
 
+def say_note(text):
+    """Print a note, unless it is ""."""
+    if text:
+        say(text)
+
+
 def say_row(name, value):
     """Print a row of the header of a run."""
     say(f"  {name:<11}  {value}")

@@ -74,7 +74,7 @@ def count_workers(num_workers, Cuda, in_memory):
         return num_workers
     if Cuda:
         return min(8, max(1, cores() // local_world_size()))
-    # out of memory, loader processes would take more from a CPU that trains than they save
+    # with pictures in memory, loader processes would cost a CPU more than they save
     return 0 if in_memory else 2
 
 

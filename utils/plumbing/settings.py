@@ -253,5 +253,5 @@ def describe_few_steps(settings, num_train):
     needed = min(math.ceil(FEW_STEPS * settings["accumulate"] / epoch_step), 100)
     return (
         f"NOTE: {num_train} pictures make {steps} steps in {epochs} epochs, and most networks need "
-        f"hundreds to learn: --UnFreeze_Epoch {needed}\n"
+        f"hundreds to learn: --UnFreeze_Epoch {needed}"
     )

@@ -161,7 +161,7 @@ class Checkpoint(Steps):
             self.best = {
                 name: value.detach().to("cpu", copy=True) for name, value in weights.items()
             }
-        self.position = Position(metrics["epoch"])
+        self.position = Position(metrics["epoch"], order=self.position.order)
         self.save()
         self.publish(save_period, last_epoch)
         return best

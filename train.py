@@ -126,9 +126,10 @@ resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 if __name__ == "__main__":
     show_errors_as_sentences()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    settings, recorded = command_line(globals())
+    settings, recorded = command_line(globals())  # which sets the constants above
     check_launch(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
+    # None, None, None where a new run begins
     run, config, state = processes.on_rank_0(continued_run, resume, save_dir)
     if run:  # it goes on with its own settings
         settings, recorded = command_line(globals(), config=config)
@@ -206,7 +207,8 @@ if __name__ == "__main__":
     batch = first_batch(train_data, Freeze_batch_size if frozen else Unfreeze_batch_size, seed)
     say_note(train_data.describe_cut())
     say_note(describe_few_steps(settings, num_train))
-    settings["fp16"] = fp16 = rehearse(batch, model, recipe, num_classes)
+    fp16 = rehearse(batch, model, recipe, num_classes)
+    settings["fp16"] = fp16
     if run:
         print_continued(run, config, state, settings, is_transformer(model))
     scaler = torch.amp.GradScaler("cuda") if fp16 == "float16" else None
@@ -215,8 +217,8 @@ if __name__ == "__main__":
     save_dir = run or processes.on_rank_0(new_run, save_dir)
     loss_history = None  # rank 0 alone has one
     if rank() == 0:
-        loss_history = LossHistory(save_dir, input_shape=input_shape, best_by=best_by)
-    scored_on = {
+        loss_history = LossHistory(save_dir, best_by=best_by)
+    scored_on = {  # when one of these has changed, the best epoch is sought anew
         **val_data.fingerprint,
         "test pictures": processes.on_rank_0(val_data.content),
         "mean": mean,
@@ -289,7 +291,7 @@ if __name__ == "__main__":
 
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)
-            batch_size = batch_size // world_size()
+            batch_size = batch_size // world_size()  # from here on the share of each process
             options = dict(
                 pin_memory=Cuda, worker_init_fn=ignore_signals, persistent_workers=num_workers > 0
             )

@@ -124,7 +124,7 @@ def print_loaded(source, number, prefix, loaded, missed, lost):
     say(f"{source}: {loaded} of {total} tensors loaded, from {number} of the file{under}")
     if lost:
         names = short_repr(lost, 200)
-        say(f"  WARNING: {len(lost)} of the backbone are not in the file: {names}")
+        say(f"  WARNING: the file lacks {len(lost)} tensors of the backbone: {names}")
     if len(lost) < len(missed):
         say("  the head starts anew, which is normal for other classes")
     else:

@@ -236,7 +236,7 @@ def test_vit_of_another_size(capsys):
     assert torch.equal(target.encoder.pos_embedding, expected)
     distilled = {**timms, "pos_embed": torch.zeros(1, 18, 32), "dist_token": torch.zeros(1, 1, 32)}
     assert load_matching(target, distilled, "distilled") == ["encoder.pos_embedding"]
-    assert "WARNING: 1 of the backbone are not in the file" in capsys.readouterr().out
+    assert "WARNING: the file lacks 1 tensors of the backbone" in capsys.readouterr().out
 
 
 def test_a_table_of_another_kind_of_number():

@@ -167,7 +167,7 @@ def read_arguments(arguments):
     options = parser.parse_args(arguments)
     path = " ".join(options.datasets)
     if len(options.datasets) > 1:
-        raise UserError(f"one folder is named, and a path with blanks needs quotes: {path!r}")
+        raise UserError(f"name one folder; a path with blanks needs quotes: {path!r}")
     options.datasets = path
     if not 0 < options.test_share < 1:
         raise UserError(
@@ -182,7 +182,7 @@ def print_next_steps(paths, names, lists, is_shrunk):
     """Print what was written, and the commands to paste."""
     if lists[2]:
         say(
-            f"{len(lists[2])} pictures are kept for the end, after training: "
+            f"{len(lists[2])} pictures are kept for the end; after training: "
             f"python -m utils.evaluate RUN --annotation {shlex.quote(paths[3])}"
         )
     settings, notes = advise([(path, name) for name, path in lists[0]], len(names), is_shrunk)

@@ -102,8 +102,8 @@ def find_test_pictures(run, annotation=None):
         if annotation:
             raise
         raise UserError(
-            f"the run's classes_path ({classes_path}) or test_annotation_path ({path}) is no list "
-            f"that fits the run: --annotation {path} tells why"
+            f"the run's classes_path ({classes_path}) or test_annotation_path ({path}) does not "
+            f"fit the run: --annotation {path} tells why"
         ) from None
     check_class_ids(run, names, classes_path, annotation)
     return pictures

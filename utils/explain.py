@@ -74,8 +74,8 @@ def last_map(network, images):
         hook.remove()
     if not outputs or not is_map(outputs[-1], images):
         raise UserError(
-            f"{type(network).__name__} has no layer with places of the picture before its logits, "
-            f"so there is nothing to show: networks of convolutions have one for larger pictures"
+            f"{type(network).__name__} has no feature map before its logits, so there is nothing "
+            f"to show: convolutional networks have one where input_shape is large enough"
         )
     return logits, outputs[-1]
 

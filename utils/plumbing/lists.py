@@ -216,7 +216,7 @@ def check_both(train, val, train_path, class_names):
     if shared:
         say(
             f"WARNING: {shared} pictures are in both the training and the test list: the scores "
-            f"will flatter"
+            f"will be too good"
         )
 
 

@@ -25,8 +25,7 @@ from tests.helpers import (
     weights,
     write_network,
 )
-from utils import steps
-from utils.plumbing import processes, run
+from utils.plumbing import console, processes, run
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import clear_drafts, content_sum, draft, save_tensors, save_text
 
@@ -378,14 +377,14 @@ def test_the_command_that_continues(monkeypatch, environment, words, expected):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train.py", *words])
-    assert steps.command_to_continue("logs/1") == expected
-    assert steps.advice_to_continue("logs/1") == f"continue with\n  {expected}"
+    assert console.command_to_continue("logs/1") == expected
+    assert console.advice_to_continue("logs/1") == f"continue with\n  {expected}"
     monkeypatch.setattr(sys, "orig_argv", ["ipython"])  # a notebook's %run
     if not environment:
-        assert steps.command_to_continue("a b").startswith("python train.py ")
-        assert steps.command_to_continue("a b").endswith(" --resume 'a b'")
+        assert console.command_to_continue("a b").startswith("python train.py ")
+        assert console.command_to_continue("a b").endswith(" --resume 'a b'")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "on every machine" in steps.advice_to_continue("logs/1")
+    assert "on every machine" in console.advice_to_continue("logs/1")
 
 
 def test_the_header(capsys):

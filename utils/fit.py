@@ -8,7 +8,7 @@ import time
 import torch
 
 from utils.checkpoint import Checkpoint, Position
-from utils.loss_history import describe_epoch
+from utils.loss_history import describe_epoch, describe_waiting
 from utils.optimizer import check_trained, optimizer_step, set_optimizer_lr
 from utils.pictures import normalize
 from utils.plumbing import processes
@@ -16,7 +16,6 @@ from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import NOT_FINITE, UserError, printable
 from utils.plumbing.processes import rank, world_size
 from utils.recipe import Recipe, mixed_precision
-from utils.steps import describe_waiting
 from utils.task import batch_sums, logits_from, metric_texts, metrics_from
 
 VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs

@@ -9,6 +9,8 @@ from utils.plumbing.charts import draw_line_chart
 from utils.plumbing.files import save_image, save_text
 from utils.task import epoch_order, metric_text, metric_texts
 
+MUCH_WAITING = 1 / 3  # of an epoch's time: above it, the epoch's line says what helps
+
 
 class LossHistory:
     """A dictionary of metrics for each epoch; task.epoch_order says which epoch is the best.
@@ -98,6 +100,22 @@ def describe_epoch(metrics, validated, waiting, is_best, num_classes):
     mark = " *" if is_best else ""
     speed = f"{metrics['images_per_second']:.0f} images/s, {waiting}"
     return f"{', '.join(texts)} ({speed}){mark}"
+
+
+def describe_waiting(seconds, epoch_seconds, gen):
+    """Return how much of an epoch training waited for pictures of `gen`, and what helps.
+
+    On a GPU it is the most that it can have been.
+    """
+    share = seconds / epoch_seconds
+    text = f"waited {share:.0%} for pictures"
+    read_once = getattr(gen.dataset, "in_memory", False)
+    if share <= MUCH_WAITING or read_once:
+        return text
+    return (
+        f"{text}: raise num_workers (now {gen.num_workers}), or list smaller copies of large "
+        f"pictures with python -m utils.annotation DATASETS --shrink 512"
+    )
 
 
 class NoWriter:

@@ -4,22 +4,17 @@ They agree on one number (0: go on, 1: save, 128 + a signal's number: save and e
 decides), so that no process enters a step that another one leaves out.
 """
 
-import os
-import shlex
 import signal
-import sys
 import time
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from utils.plumbing import processes
-from utils.plumbing.console import say
+from utils.plumbing.console import advice_to_continue, say
 
 GO_ON, SAVE, END = 0, 1, 128
-MUCH_WAITING = 1 / 3  # of an epoch's time: above it, the epoch's line says what helps
 
 
 class Steps:
@@ -103,50 +98,3 @@ class Steps:
         if not self.signal and processes.stop_launcher(number):
             say(f"\n{name} on another machine: the run is saved and ends here too", everyone=True)
         processes.leave(request)
-
-
-def advice_to_continue(run):
-    """Return the words 'continue with' and the command that continues a run, to be pasted."""
-    if processes.several_machines():
-        return f"continue with the same command on every machine, and --resume {run} at its end"
-    return f"continue with\n  {command_to_continue(run)}"
-
-
-def command_to_continue(run):
-    """Return the command of this launch with `--resume RUN` at its end, where it decides."""
-    words = sys.orig_argv
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        words = parent_command()
-        launcher = ["torchrun", f"--nproc_per_node={processes.local_world_size()}"]
-    if words[-len(sys.argv) :] != sys.argv:  # as in a notebook, or not on Linux
-        words = [*launcher, *sys.argv]
-    end = ["--resume", str(run)]
-    if words[-2:] != end:
-        words = [*words, *end]
-    return shlex.join(words)
-
-
-def parent_command():
-    """Return the words of the parent process's command; [] where they are unknown."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:
-        return []
-    return [os.fsdecode(word) for word in words.split(b"\0")[:-1]]
-
-
-def describe_waiting(seconds, epoch_seconds, gen):
-    """Return how much of an epoch training waited for pictures of `gen`, and what helps.
-
-    On a GPU it is the most that it can have been.
-    """
-    share = seconds / epoch_seconds
-    text = f"waited {share:.0%} for pictures"
-    read_once = getattr(gen.dataset, "in_memory", False)
-    if share <= MUCH_WAITING or read_once:
-        return text
-    return (
-        f"{text}: raise num_workers (now {gen.num_workers}), or list smaller copies of large "
-        f"pictures with python -m utils.annotation DATASETS --shrink 512"
-    )

@@ -1,18 +1,26 @@
-"""What the user sees: messages, the progress line, and errors as one sentence."""
+"""What the user sees: messages, the progress line, how to continue, and errors as one sentence."""
 
 import builtins
 import contextlib
 import multiprocessing.util
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 from utils.plumbing.errors import LOST, explain, printable
-from utils.plumbing.processes import end, prepare_pillow, rank
+from utils.plumbing.processes import (
+    end,
+    local_world_size,
+    prepare_pillow,
+    rank,
+    several_machines,
+)
 
 
 def say(text, everyone=False, as_it_is=False, **options):
@@ -101,6 +109,37 @@ class ProgressLine:
     def clear(self):
         if self.terminal:
             self.write("")
+
+
+def advice_to_continue(run):
+    """Return the words 'continue with' and the command that continues a run, to be pasted."""
+    if several_machines():
+        return f"continue with the same command on every machine, and --resume {run} at its end"
+    return f"continue with\n  {command_to_continue(run)}"
+
+
+def command_to_continue(run):
+    """Return the command of this launch with `--resume RUN` at its end, where it decides."""
+    words = sys.orig_argv
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        words = parent_command()
+        launcher = ["torchrun", f"--nproc_per_node={local_world_size()}"]
+    if words[-len(sys.argv) :] != sys.argv:  # as in a notebook, or not on Linux
+        words = [*launcher, *sys.argv]
+    end = ["--resume", str(run)]
+    if words[-2:] != end:
+        words = [*words, *end]
+    return shlex.join(words)
+
+
+def parent_command():
+    """Return the words of the parent process's command; [] where they are unknown."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(word) for word in words.split(b"\0")[:-1]]
 
 
 def show_errors_as_sentences():

@@ -43,7 +43,7 @@ from utils.optimizer import (
 from utils.plumbing import lists, processes
 from utils.plumbing.command_line import command_line
 from utils.plumbing.console import say, say_note, show_errors_as_sentences
-from utils.plumbing.processes import count_workers, ignore_signals, rank, world_size
+from utils.plumbing.processes import count_workers, prepare_worker, rank, world_size
 from utils.plumbing.run import begin_run, new_run, print_header, write_config
 from utils.plumbing.settings import (
     check_launch,
@@ -293,7 +293,7 @@ if __name__ == "__main__":
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)
             batch_size = batch_size // world_size()  # from here on the share of each process
             options = dict(
-                pin_memory=Cuda, worker_init_fn=ignore_signals, persistent_workers=num_workers > 0
+                pin_memory=Cuda, worker_init_fn=prepare_worker, persistent_workers=num_workers > 0
             )
             gen = DataLoader(train_data, batch_size, num_workers=num_workers, drop_last=True,
                              collate_fn=detection_collate, sampler=train_sampler,

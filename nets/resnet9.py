@@ -30,6 +30,8 @@ class Residual(nn.Sequential):
 
 
 class ResNet9(nn.Module):
+    """The network: `width` channels at first, 8 times as many at the end; stride: of the first layer."""
+
     def __init__(self, num_classes, width, stride):
         super().__init__()
         self.body = nn.Sequential(

@@ -19,7 +19,7 @@ from utils.dataloader import DataGenerator, detection_collate
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.optimizer import get_optimizer
-from utils.plumbing.processes import ignore_signals
+from utils.plumbing.processes import prepare_worker
 from utils.recipe import Recipe
 from utils.sampler import EpochSampler
 
@@ -101,7 +101,7 @@ def loader(data, batch_size, workers=2, pin_memory=False):
         batch_size,
         num_workers=workers,
         collate_fn=detection_collate,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=prepare_worker,
         sampler=EpochSampler(len(data), batch_size),
         persistent_workers=True,
         drop_last=True,

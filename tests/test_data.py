@@ -31,7 +31,7 @@ from utils.loss_history import LossHistory
 from utils.pictures import centre_box, normalize, random_box, read_crop
 from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS
-from utils.plumbing.processes import count_workers, ignore_signals
+from utils.plumbing.processes import count_workers, prepare_worker
 from utils.plumbing.shapes import SHAPES, draw_set, find_lists
 from utils.sampler import EpochSampler
 from utils.steps import Steps
@@ -224,7 +224,7 @@ def test_workers_change_nothing(lines, context):
                 4,
                 sampler=sampler,
                 collate_fn=detection_collate,
-                worker_init_fn=ignore_signals,
+                worker_init_fn=prepare_worker,
                 **options,
             )
         )
@@ -462,7 +462,7 @@ def test_workers_share_what_they_have_read(tmp_path, context):
     got = []
     for number in range(2):
         workers = dict(
-            num_workers=2, multiprocessing_context=context, worker_init_fn=ignore_signals
+            num_workers=2, multiprocessing_context=context, worker_init_fn=prepare_worker
         )
         got += epochs(data, [number], **workers)
         for path in tmp_path.glob("*.png"):

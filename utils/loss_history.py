@@ -119,7 +119,7 @@ def describe_waiting(seconds, epoch_seconds, gen):
 
 
 class NoWriter:
-    """Stands for TensorBoard's writer where it is not installed."""
+    """A stand-in for TensorBoard's writer where that is not installed."""
 
     def __init__(self, log_dir):
         pass

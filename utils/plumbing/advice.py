@@ -1,4 +1,4 @@
-"""The settings that a friend would advise for a set of pictures, and what to do before."""
+"""The settings to begin with for a set of pictures, and notes on what to do before."""
 
 import math
 

@@ -238,6 +238,7 @@ class AnnotationLines:
         return len(self.ends) - 1
 
     def line(self, index):
+        """Return a line as text."""
         text = self.text[int(self.ends[index]) + 1 : int(self.ends[index + 1])]
         return bytes(text.numpy()).decode("utf-8", "surrogateescape")
 

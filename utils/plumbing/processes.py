@@ -164,10 +164,11 @@ def barrier():
         dist.all_reduce(torch.zeros(1))  # dist.barrier() would go to a GPU
 
 
-def ignore_signals(worker_id):
-    """Prepare a loader worker (DataLoader's worker_init_fn).
+def prepare_worker(worker_id):
+    """Prepare a loader worker: DataLoader's worker_init_fn.
 
-    A signal to the whole process group must not take the workers from a process that is saving.
+    It ignores signals, as one to the whole process group must not take the workers from a process
+    that is saving.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -67,6 +67,7 @@ def newest_hint(run):
 
 
 def write_config(run, config):
+    """Write a run's config.json."""
     text = json.dumps(config, indent=1, ensure_ascii=False, default=as_list_or_text)
     save_text(Path(run, "config.json"), text + "\n")
 

@@ -17,7 +17,7 @@ from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import clear_drafts, draft, make_folder, not_written
 from utils.plumbing.formats import REDUCIBLE, failure_reason, open_picture, upright
-from utils.plumbing.processes import cores, ignore_signals
+from utils.plumbing.processes import cores, prepare_worker
 
 LONGEST = 65500  # pixels of a JPEG's side, libjpeg's limit: what is longer is listed as it is
 
@@ -32,9 +32,9 @@ def attempt(work, item):
         return item, None, failure_reason(error)
 
 
-def prepare_worker(worker_id):
-    """worker_init_fn: SIGTERM ends it, which the others are sent when one of them has died."""
-    ignore_signals(worker_id)
+def prepare_stoppable_worker(worker_id):
+    """Prepare a worker that SIGTERM ends: the others are sent it when one has died."""
+    prepare_worker(worker_id)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -53,7 +53,7 @@ def on_all_cores(work, items, title):
         items,
         batch_size=None,
         collate_fn=partial(attempt, work),
-        worker_init_fn=prepare_worker,
+        worker_init_fn=prepare_stoppable_worker,
         num_workers=min(cores(), 60, len(items)),
     )
     for number, (item, result, reason) in enumerate(loader, 1):

@@ -30,7 +30,10 @@ class Residual(nn.Sequential):
 
 
 class ResNet9(nn.Module):
-    """The network: `width` channels at first, 8 times as many at the end; stride: of the first layer."""
+    """Nine layers with weights: eight convolutions and the head.
+
+    width: channels of the first layer, an eighth of the last one's; stride: the first layer's.
+    """
 
     def __init__(self, num_classes, width, stride):
         super().__init__()

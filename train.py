@@ -142,7 +142,7 @@ if __name__ == "__main__":
         class_names, train_lines, val_lines = own
         class_names = lists.check_names(class_names, "own_data")
     else:
-        classes_path, train_annotation_path, test_annotation_path = find_lists(settings)
+        classes_path, train_annotation_path, test_annotation_path = find_lists(settings, config)
         train_version = lists.version(train_annotation_path)
         class_names, num_classes = lists.get_classes(classes_path)
         with open(train_annotation_path, encoding="utf-8") as f:

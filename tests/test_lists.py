@@ -248,6 +248,15 @@ def test_shapes_are_drawn_where_train_stands_alone(tmp_path, monkeypatch):
     assert os.listdir() == ["project"]
 
 
+def test_no_shapes_are_drawn_for_a_run_that_had_its_own_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "PROJECT", tmp_path)
+    monkeypatch.setattr(shapes, "draw_set", lambda folder: pytest.fail("drawn"))
+    settings = dict(zip(NAMES, lists.DEFAULT_PATHS))
+    with pytest.raises(UserError, match="classes_path: 'model_data/cls_classes.txt' .* not exist"):
+        shapes.find_lists(settings, {"settings": settings})
+
+
 @pytest.mark.parametrize(
     "number, epochs, batch_size, accumulate, needed",
     [(5000, 3, 32, 1, None), (75, 15, 32, 1, 100), (640, 5, 32, 2, 30), (640, 30, 32, 2, None),

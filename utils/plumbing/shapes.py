@@ -143,15 +143,17 @@ def draw_once():
             raise not_written(FOLDER, error) from error
 
 
-def find_lists(settings):
+def find_lists(settings, config=None):
     """Return the paths of the class file and both lists, as in train.py's settings, checked.
 
     Where these are the untouched defaults and none of the files exists, the shapes are drawn, and
-    the settings name their lists from then on; but only in train.py's own folder.
+    the settings name their lists from then on; but only in train.py's own folder, and not for a run
+    that had its own lists there (config: that of a continued run).
     """
+    had_lists = config and config["settings"].get("classes_path") == DEFAULT_PATHS[0]
     paths = tuple(settings[name] for name in PATH_SETTINGS)
     drawn = tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))
-    if paths not in (DEFAULT_PATHS, drawn) or any(map(os.path.exists, paths)):
+    if had_lists or paths not in (DEFAULT_PATHS, drawn) or any(map(os.path.exists, paths)):
         for name, path in zip(PATH_SETTINGS, paths):
             read_text_file(name, path)
         return paths

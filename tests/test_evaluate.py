@@ -99,15 +99,15 @@ def test_the_mean_leaves_out_classes_without_pictures(folder, tmp_path, capsys):
     [
         (dict(out="train.txt/x"), "train.txt/x cannot be written.*--out"),
         (dict(out="train.txt"), "train.txt cannot be written"),
-        (dict(weights="gone.pth"), "--weights: .*gone.pth"),
+        (dict(weights="gone.pth"), "^error: weights: .*gone.pth"),
         (dict(annotation="gone.txt"), "annotation.*gone.txt"),
         (
             dict(weights="other.pth"),
-            "--weights: other.pth holds the weights of another network than squeezenet1_1 with "
+            "weights: other.pth holds the weights of another network than squeezenet1_1 with "
             "3 classes",
         ),
-        (dict(weights="keys.pth"), "--weights: .*keys.pth"),
-        (dict(weights="nan.pth"), "--weights: nan.pth holds weights that are not finite"),
+        (dict(weights="keys.pth"), "weights: .*keys.pth"),
+        (dict(weights="nan.pth"), "weights: nan.pth holds weights that are not finite"),
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(folder, monkeypatch, options, sentence):

@@ -174,9 +174,9 @@ def test_figures_that_are_not_finite_are_no_json(folder, call, tmp_path):
     broken = weights(folder / "run", "best_epoch_weights.pth")
     broken["classifier.1.bias"][1] = float("nan")
     torch.save(broken, tmp_path / "nan.pth")
-    with pytest.raises(UserError, match="--weights: .*nan.pth holds weights that are not finite"):
+    with pytest.raises(UserError, match="weights: .*nan.pth holds weights that are not finite"):
         predict.main(["run", "many/00.png", "--weights", str(tmp_path / "nan.pth")])
-    with pytest.raises(UserError, match="--weights: .*gone.pth"):
+    with pytest.raises(UserError, match="weights: .*gone.pth"):
         predict.main(["run", "many/00.png", "--weights", "gone.pth"])
     for key in broken:
         broken[key] = torch.full_like(broken[key], 1e30)

@@ -141,7 +141,7 @@ def test_no_state_dict(saved, words, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
         load_weights(tmp_path / "w.pth", "--weights")
     message = str(caught.value)
-    assert message.startswith("--weights: ") and "model_path" not in message and "\n" not in message
+    assert message.startswith("weights: ") and "model_path" not in message and "\n" not in message
 
 
 def test_names_for_the_terminal(capsys):

@@ -73,13 +73,13 @@ class Classifier:
     def load(self, path):
         """Load weights for the whole network from a file."""
         try:
-            state = load_weights(path, "--weights")
-            check_numbers(self.network.state_dict(), state, f"--weights: {path}")
+            state = load_weights(path, "weights")
+            check_numbers(self.network.state_dict(), state, f"weights: {path}")
             self.network.load_state_dict(state)
         except RuntimeError as error:
             backbone, input_shape = self.settings["backbone"], self.settings["input_shape"]
             raise UserError(
-                f"--weights: {path} holds the weights of another network than {backbone} with "
+                f"weights: {path} holds the weights of another network than {backbone} with "
                 f"{len(self.class_names)} classes at {input_shape}"
             ) from error
 

@@ -99,7 +99,7 @@ def test_the_mean_leaves_out_classes_without_pictures(folder, tmp_path, capsys):
     [
         (dict(out="train.txt/x"), "train.txt/x cannot be written.*--out"),
         (dict(out="train.txt"), "train.txt cannot be written"),
-        (dict(weights="gone.pth"), "^error: weights: .*gone.pth"),
+        (dict(weights="gone.pth"), "^weights: .*gone.pth"),
         (dict(annotation="gone.txt"), "annotation.*gone.txt"),
         (
             dict(weights="other.pth"),

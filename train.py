@@ -211,7 +211,7 @@ if __name__ == "__main__":
     settings["fp16"] = fp16
     if run:
         print_continued(run, config, state, settings, is_transformer(model))
-    scaler = torch.amp.GradScaler("cuda") if fp16 == "float16" else None
+    scaler = torch.amp.GradScaler("cuda" if Cuda else "cpu") if fp16 == "float16" else None
 
     # The run
     save_dir = run or processes.on_rank_0(new_run, save_dir)

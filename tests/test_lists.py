@@ -27,7 +27,7 @@ def lines_of(text, classes=3):
         ("0;a\n\nx;a\n", "list.txt:3: the class id 'x'"),
         ("-1;a\n", "class id -1 is outside 0 … 2"),
         ("3;a\n", "class id 3 is outside.*classes.txt"),
-        ("1.0;a\n", "whole number"),
+        ("1.0;a\n", "whole number like 0 or 12"),
         ("0;\n", "list.txt:1 is not"),
         (";a\n", "''"),
         ("0_0;a\n", "whole number"),
@@ -163,7 +163,8 @@ def test_one_label_is_nothing_to_learn(both):
 def test_classes_without_training_pictures(both, monkeypatch, capsys):
     both(["0;a", "2;b"], ["1;c"])
     assert (
-        "classes without training pictures, which cannot be learnt: b\n" in capsys.readouterr().out
+        "classes without training pictures, which cannot be learnt (1): b\n"
+        in capsys.readouterr().out
     )
     both(["0;a", "1;b", "2;c"], ["1;d"])
     monkeypatch.setattr(lists, "read_label", lambda label, classes: label)
@@ -260,7 +261,7 @@ def test_no_shapes_are_drawn_for_a_run_that_had_its_own_lists(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "number, epochs, batch_size, accumulate, needed",
     [(5000, 3, 32, 1, None), (75, 15, 32, 1, 100), (640, 5, 32, 2, 30), (640, 30, 32, 2, None),
-     (20, 150, 8, 1, None), (4, 1, 8, 1, 100)],
+     (20, 150, 8, 1, None), (4, 1, 8, 1, 100), (640, 5, 64, 3, 75)],
 )  # fmt: skip
 def test_too_few_steps_are_noted(number, epochs, batch_size, accumulate, needed):
     settings = dict(UnFreeze_Epoch=epochs, Unfreeze_batch_size=batch_size, accumulate=accumulate)

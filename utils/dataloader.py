@@ -25,6 +25,7 @@ from utils.pictures import (
     read_crop,
     read_sizes,
 )
+from utils.plumbing.console import say_if_slow
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import content_sum
 from utils.plumbing.formats import BROKEN, failure_reason
@@ -183,7 +184,8 @@ class DataGenerator(Dataset):
         """Return a sum over the pictures' files: it tells other pictures under the same names."""
         if not isinstance(self.source, AnnotationLines):
             return ""
-        return content_sum(self.source[index][0] for index in range(len(self)))
+        with say_if_slow("reading a part of each test picture …"):
+            return content_sum(self.source[index][0] for index in range(len(self)))
 
     def share_memory(self):
         """Let worker processes share the pictures in memory; if it has no room, keep none."""

@@ -27,7 +27,7 @@ def read_label(label, num_classes=None):
     text = str(label).strip()
     # int() would also take '+0', '00' and '٠'
     if not re.fullmatch("0|-?[1-9][0-9]{0,17}", text):
-        raise UserError(f"the class id {text[:40]!r} is not a whole number")
+        raise UserError(f"the class id {text[:40]!r} is not a whole number like 0 or 12")
     if num_classes is not None and not 0 <= int(text) < num_classes:
         raise UserError(f"class id {int(text)} is outside 0 … {num_classes - 1}")
     return int(text)

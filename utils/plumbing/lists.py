@@ -209,7 +209,7 @@ def check_both(train, val, train_path, class_names):
     if learnt < set(ids):  # labels of another task are no class ids
         others = [printable(class_names[int(text)]) for text in ids if text not in learnt]
         say(
-            f"WARNING: classes without training pictures, which cannot be learnt: "
+            f"WARNING: classes without training pictures, which cannot be learnt ({len(others)}): "
             f"{', '.join(others[:5])}"
         )
     shared = len(train.keys() & val.keys())

@@ -246,11 +246,12 @@ def check_phases(settings, num_train, num_val):
 def describe_few_steps(settings, num_train):
     """Return a note where a training makes too few steps for most networks to learn, or ""."""
     epochs = settings["UnFreeze_Epoch"]
-    epoch_step = max(1, num_train // settings["Unfreeze_batch_size"])
-    steps = epochs * epoch_step // settings["accumulate"]
+    batches = max(1, num_train // settings["Unfreeze_batch_size"])
+    epoch_steps = math.ceil(batches / settings["accumulate"])
+    steps = epochs * epoch_steps
     if steps >= FEW_STEPS or epochs >= 100:
         return ""
-    needed = min(math.ceil(FEW_STEPS * settings["accumulate"] / epoch_step), 100)
+    needed = min(math.ceil(FEW_STEPS / epoch_steps), 100)
     return (
         f"NOTE: {num_train} pictures make {steps} steps in {epochs} epochs, and most networks need "
         f"hundreds to learn: --UnFreeze_Epoch {needed}"

@@ -139,7 +139,7 @@ def test_safetensors_not_installed(tmp_path, monkeypatch):
 def test_no_state_dict(saved, words, tmp_path):
     torch.save(saved, tmp_path / "w.pth")
     with pytest.raises(UserError, match=words) as caught:
-        load_weights(tmp_path / "w.pth", "--weights")
+        load_weights(tmp_path / "w.pth", "weights")
     message = str(caught.value)
     assert message.startswith("weights: ") and "model_path" not in message and "\n" not in message
 

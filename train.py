@@ -43,7 +43,7 @@ from utils.optimizer import (
 from utils.plumbing import lists, processes
 from utils.plumbing.command_line import command_line
 from utils.plumbing.console import say, say_note, show_errors_as_sentences
-from utils.plumbing.processes import count_workers, prepare_worker, rank, world_size
+from utils.plumbing.processes import count_workers, on_rank_0, prepare_worker, rank, world_size
 from utils.plumbing.run import begin_run, new_run, print_header, write_config
 from utils.plumbing.settings import (
     check_launch,
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     check_launch(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
     # None, None, None where a new run begins
-    run, config, state = processes.on_rank_0(continued_run, resume, save_dir)
+    run, config, state = on_rank_0(continued_run, resume, save_dir)
     if run:  # it goes on with its own settings
         settings, recorded = command_line(globals(), config=config)
         check_goes_on(run, config, state, settings)
@@ -214,13 +214,13 @@ if __name__ == "__main__":
     scaler = torch.amp.GradScaler("cuda" if Cuda else "cpu") if fp16 == "float16" else None
 
     # The run
-    save_dir = run or processes.on_rank_0(new_run, save_dir)
+    save_dir = run or on_rank_0(new_run, save_dir)
     loss_history = None  # rank 0 alone has one
     if rank() == 0:
         loss_history = LossHistory(save_dir, best_by=best_by)
     scored_on = {  # when one of these has changed, the best epoch is sought anew
         **val_data.fingerprint,
-        "test pictures": processes.on_rank_0(val_data.content),
+        "test pictures": on_rank_0(val_data.content),
         "mean": mean,
         "std": std,
         "best_by": best_by,
@@ -240,14 +240,14 @@ if __name__ == "__main__":
     )
     if state:
         checkpoint.load(state, save_period, UnFreeze_Epoch)
-    config = processes.on_rank_0(begin_run, save_dir, settings, class_names, recorded)
+    config = on_rank_0(begin_run, save_dir, settings, class_names, recorded)
     checkpoint.catch_signals()
     if state is None and rank() == 0:
         save_first_batch(f"{save_dir}/first_batch.png", batch, class_names)
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
-        if early_stop and processes.on_rank_0(epochs_since_best, loss_history) >= early_stop:
+        if early_stop and on_rank_0(epochs_since_best, loss_history) >= early_stop:
             break
         unfreeze = not Freeze_Train or epoch >= Freeze_Epoch
         if unfreeze != UnFreeze_flag:

@@ -872,7 +872,7 @@ def test_commands_read_pictures_as_validation_does(tmp_path, monkeypatch, settin
     )
     evaluate.evaluate(run, num_workers=0)
     predict.Classifier(run)("wide.png")
-    assert torch.equal(predict.Classifier(run).read("wide.png"), expected)
+    assert torch.equal(predict.Classifier(run).read("wide.png")[0], expected)
     assert [len(images) for images in seen] == [2, 1]
     assert all(torch.equal(image, expected[0]) for images in seen for image in images)
     assert torch.equal(drawn[0].permute(2, 0, 1), expected[0])

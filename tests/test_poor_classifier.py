@@ -260,7 +260,7 @@ def test_mirrored(made, tmp_path):
     (tmp_path / "list.txt").write_text(f"0;{tmp_path}/picture.png\n")
     run = make_run(tmp_path / "run", ["x", "y"], "resnet9", classes_path="none.txt")
     plain, both = predict.Classifier(run), predict.Classifier(run, mirrored=True)
-    images = [plain.read(tmp_path / f"{name}.png") for name in ("picture", "mirrored")]
+    images = [plain.read(tmp_path / f"{name}.png")[0] for name in ("picture", "mirrored")]
     with torch.no_grad():
         first, second = (plain.model(normalised_by_hand(image)) for image in images)
     expected = ((first + second) / 2).softmax(1)[0]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from utils import task
-from utils.pictures import normalize
+from utils.fit import network_inputs
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import make_folder, save_image
 from utils.trained import Classifier, add_pictures, command, describe_prediction, find_pictures
@@ -32,23 +32,23 @@ def explain(run, picture):
     image: the picture, and beside it the same under its heat, from blue to red.
     """
     prediction = run(picture)
-    images = run.read(picture)
-    heat = Image.fromarray((255 * look(run, images)).byte().numpy())
+    images, targets = run.read(picture)
+    heat = Image.fromarray((255 * look(run, images, targets)).byte().numpy())
     colours = ImageOps.colorize(heat, "blue", "red", mid="lime")
     original = Image.fromarray(images[0].permute(1, 2, 0).numpy())
     both = np.hstack([original, Image.blend(original, colours, 0.5)])
     return prediction, ImageOps.contain(Image.fromarray(both), SIZE)
 
 
-def look(run, images):
+def look(run, images, targets):
     """Return where a network looks in uint8 (1, 3, H, W): float (H, W) from 0 to 1, on the CPU.
 
     Grad-CAM (Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
     Localization", 2017): the channels of the last map, weighted by the mean gradient of the highest
     logit; what speaks against the class is cut off.
     """
-    device = next(run.network.parameters()).device
-    logits, features = last_map(run.network, normalize(images, device, run.settings))
+    inputs, _ = network_inputs(run.network, images, targets, run.settings)
+    logits, features = last_map(run.network, inputs)
     [gradient] = torch.autograd.grad(logits.max(), features)
     weights = gradient.mean((2, 3), keepdim=True)
     heat = (weights * features).sum(1, keepdim=True).relu()

@@ -148,9 +148,7 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
         # DDP: the gradients are reduced once, with the last batch
         with model_train.no_sync() if reduce_later else contextlib.nullcontext():
             loss, sums = compute_loss(model_train, images, targets, Cuda, fp16, recipe)
-            if len(batches) > 1:
-                loss = loss / len(batches)
-            scaler.scale(loss).backward()
+            scaler.scale(loss / len(batches)).backward()
         if scaler.is_enabled():  # it skips an overflow, which must not stay in the sums
             sums["finite"] = loss.detach().isfinite().double()
             sums["loss"].nan_to_num_(0, 0, 0)
@@ -163,9 +161,7 @@ def compute_loss(model_train, images, targets, Cuda, fp16, recipe):
 
     Further losses add their own sums for metrics_from here.
     """
-    device = next(model_train.parameters()).device
-    inputs = normalize(images, device, recipe.settings)
-    targets = targets.to(device, non_blocking=True)
+    inputs, targets = network_inputs(model_train, images, targets, recipe.settings)
     if recipe.mix:
         inputs, targets = recipe.mix(inputs, targets)
     with mixed_precision(Cuda, fp16):
@@ -173,7 +169,7 @@ def compute_loss(model_train, images, targets, Cuda, fp16, recipe):
         loss = recipe.criterion(logits, targets)
         if recipe.extra_loss:
             loss = loss + recipe.extra_loss(inputs, logits, targets)
-    return loss, batch_sums(loss.detach(), logits.detach(), targets, recipe.settings)
+    return loss, batch_sums(loss, logits.detach(), targets, recipe.settings)
 
 
 def score_batch(model, images, targets, Cuda, fp16, settings):
@@ -181,10 +177,18 @@ def score_batch(model, images, targets, Cuda, fp16, settings):
 
     model: in evaluation mode.
     """
-    device = next(model.parameters()).device
+    inputs, targets = network_inputs(model, images, targets, settings)
     with torch.no_grad(), mixed_precision(Cuda, fp16):
-        logits = logits_from(model(normalize(images, device, settings)))
-    return logits, targets.to(device, non_blocking=True)
+        return logits_from(model(inputs)), targets
+
+
+def network_inputs(model, images, targets, settings):
+    """Return (what the network takes, targets) of a batch from the loader, on the model's device.
+
+    A network of several inputs is given a tuple of them.
+    """
+    device = next(model.parameters()).device
+    return normalize(images, device, settings), targets.to(device, non_blocking=True)
 
 
 def seed_step(seed, epoch, step, Cuda):

@@ -199,10 +199,10 @@ def per_class(targets, predicted, number):
     return precision, recall, f1, support
 
 
-def predicted_ids(predictions, names):
-    """Return the int64 (N,) class ids that predictions put first."""
+def true_and_predicted(targets, predictions, names):
+    """Return the int64 (N,) class ids of targets, and those that predictions put first."""
     ids = {name: class_id for class_id, name in enumerate(names)}
-    return np.array([ids[prediction[0][0]] for prediction in predictions])
+    return targets.numpy(), np.array([ids[prediction[0][0]] for prediction in predictions])
 
 
 def whole_set_tables(targets, predictions, names):
@@ -212,8 +212,7 @@ def whole_set_tables(targets, predictions, names):
     per_class's, then two means: over the classes that have pictures, and weighted by their number.
     A file's content is the rows of a table, or a picture: per_class.csv and the confusion matrix.
     """
-    targets = targets.numpy()
-    predicted = predicted_ids(predictions, names)
+    targets, predicted = true_and_predicted(targets, predictions, names)
     number = len(names)
     *scores, support = per_class(targets, predicted, number)
     header = ("class", "precision", "recall", "F1", "support")
@@ -240,8 +239,7 @@ def mistakes(targets, predictions, names, number=32):
 
     place: the prediction's, from 0. There are at most `number`.
     """
-    targets = targets.numpy()
-    predicted = predicted_ids(predictions, names)
+    targets, predicted = true_and_predicted(targets, predictions, names)
     shown = drawable_names(names)
     probability = np.array([prediction[0][1] for prediction in predictions])
     wrong = np.flatnonzero(targets != predicted)
@@ -256,8 +254,8 @@ def mistakes(targets, predictions, names, number=32):
 def whole_set_metrics(targets, predictions, names):
     """Return {name: number} of what only all pictures together tell, for utils.evaluate."""
     confidence = np.array([prediction[0][1] for prediction in predictions])
-    correct = targets.numpy() == predicted_ids(predictions, names)
-    return {"calibration_error": calibration_error(confidence, correct)}
+    targets, predicted = true_and_predicted(targets, predictions, names)
+    return {"calibration_error": calibration_error(confidence, targets == predicted)}
 
 
 def calibration_error(confidence, correct, bins=15):

@@ -103,28 +103,28 @@ class Classifier:
         def keep(module, given):
             inputs[get_ident()] = given[0]
 
-        images = self.read(picture)
+        images, targets = self.read(picture)
         head = self.network.get_submodule(head_names(self.network)[0])
         hook = head.register_forward_pre_hook(keep)
-        score_batch(self.network, images, torch.zeros(1), self.Cuda, self.fp16, self.settings)
+        score_batch(self.network, images, targets, self.Cuda, self.fp16, self.settings)
         hook.remove()
         vector = inputs[get_ident()][0].float().cpu()
         return vector if vector.dim() == 1 else vector.flatten(1).mean(1)
 
     def read(self, picture):
-        """Return a picture as the network takes it, uint8 (1, 3, H, W). ValueError: why not."""
-        data = self.dataset([(picture, "")], Pictures)
-        images, _, unreadable = detection_collate([data[0]])
+        """Return a batch of one picture: uint8 (1, 3, H, W), (1,) targets. ValueError: why not."""
+        data = self.pictures([picture])
+        images, targets, unreadable = detection_collate([data[0]])
         for _, reason in unreadable:
             raise ValueError(f"unreadable picture ({reason})")
-        return images
+        return images, targets
 
     def predictions(self, pictures, batch_size=32):
         """Yield (picture, prediction) in order; a prediction is one of task.top_predictions.
 
         It is a sentence where there is none, as the picture cannot be read.
         """
-        data = self.dataset([(picture, "") for picture in pictures], Pictures)
+        data = self.pictures(pictures)
         num_workers = min(cores(), len(pictures) // batch_size)
         for logits, indices, unreadable in self.score(data, batch_size, num_workers):
             batch = {index: f"unreadable picture ({reason})" for index, reason in unreadable}
@@ -132,6 +132,10 @@ class Classifier:
                 batch.update(zip(indices.tolist(), task.top_predictions(logits, self.class_names)))
             for index in sorted(batch):
                 yield pictures[index], batch[index]
+
+    def pictures(self, pictures):
+        """Return pictures without labels as a data set, as the network sees them."""
+        return self.dataset([(picture, "") for picture in pictures], Pictures)
 
     def dataset(self, source, kind=DataGenerator):
         """Return pictures as the network sees them; source: what a DataGenerator takes."""

@@ -15,7 +15,6 @@ from torchvision import models
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from utils.pictures import normalize
 from utils.plumbing.errors import UserError, did_you_mean
 from utils.task import check_outputs
 
@@ -194,12 +193,11 @@ def profile(model, backbone, input_shape, num_classes):
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    # two, as check_outputs expects
-    pictures = torch.empty(2, 3, *input_shape, dtype=torch.uint8, device="meta")
+    inputs = torch.empty(2, 3, *input_shape, device="meta")  # two, as check_outputs expects
     on_meta = copy.deepcopy(model).to("meta").eval()  # where nothing is computed
     try:
         with torch.no_grad(), counter:
-            outputs = on_meta(normalize(pictures, "meta"))
+            outputs = on_meta(inputs)
     except Exception as error:
         if network_name(backbone) in OWN:
             raise

@@ -607,6 +607,14 @@ def test_class_ids():
     assert ids.tolist() == [1, 0] and ids.dtype == np.int64
 
 
+@pytest.mark.parametrize("target", [[0, 1], 0.5])
+def test_class_weights_of_other_targets_are_refused(target, monkeypatch):
+    monkeypatch.setattr("utils.dataloader.read_label", lambda label, num_classes: target)
+    data = data_of(["0;a", "1;b"], (8, 8), num_classes=2, class_weights="sqrt")
+    with pytest.raises(UserError, match="class_weights = 'sqrt' is for targets that are class ids"):
+        data.class_ids()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     "targets, dtype",

@@ -297,7 +297,7 @@ def test_an_exported_program_tells_its_classes_and_its_input(made, tmp_path):
     assert found["input_shape"] == [32, 32] and "upright" in found["input"]
     assert found["resize"] == "crop" and found["val_crop"] == 0.5
     classify = predict.Classifier(run)
-    [answer] = program(classify.read("0.png"))
+    [answer] = program(classify.read("0.png")[0])
     answers = dict(zip(NAMES, answer.tolist(), strict=True))
     for name, probability in classify("0.png"):
         assert answers[name] == pytest.approx(probability, abs=1e-5)
@@ -324,7 +324,7 @@ def test_features_are_what_the_head_sees(made):
     run = make_run(Path("maps"), ["x", "y"], "squeezenet1_1")  # its head is a convolution
     classify = predict.Classifier(run)
     classify.settings["input_shape"] = [64, 64]  # a map of more than one place
-    images = normalised_by_hand(classify.read("0.png"))
+    images = normalised_by_hand(classify.read("0.png")[0])
     with torch.no_grad():
         expected = classify.network.features(images).mean((0, 2, 3))
     torch.testing.assert_close(classify.features("0.png"), expected, rtol=1e-3, atol=1e-4)
@@ -393,7 +393,7 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     pixels[40:, 60:] = 255
     Image.fromarray(pixels).save(tmp_path / "corner.png")
     classify = predict.Classifier(run)
-    heat = explain.look(classify, classify.read(tmp_path / "corner.png"))
+    heat = explain.look(classify, *classify.read(tmp_path / "corner.png"))
     assert heat.shape == (32, 32) and heat.min() >= 0 and heat.max() == 1
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[20:, 20:] = True
@@ -401,7 +401,7 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     assert heat[inside].mean() > 5 * heat[~inside].mean()
     dark = predict.Classifier(run)
     dark.settings.update(mean=[1.0] * 3, std=[0.02] * 3)  # nothing is above the mean
-    heat = explain.look(dark, dark.read(tmp_path / "corner.png"))
+    heat = explain.look(dark, *dark.read(tmp_path / "corner.png"))
     assert heat[:16, :16].min() > 0.9 and heat[24:, 24:].max() < 0.1
     prediction, image = explain.explain(classify, tmp_path / "corner.png")
     assert prediction[0][0] == "white" and image.size == (1024, 512)
@@ -416,7 +416,7 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
 )
 def test_explain_finds_the_last_layer_with_places(name):
     network = get_model(name, 3, [64, 64]).eval()
-    logits, features = explain.last_map(network, torch.randn(1, 3, 64, 64))
+    logits, features = explain.last_map(network, torch.randn(1, 3, 64, 64), (1, 3, 64, 64))
     assert logits.shape == (1, 3) and 2 <= features.shape[2] == features.shape[3] <= 4
     [gradient] = torch.autograd.grad(logits.max(), features)
     assert gradient.shape == features.shape and gradient.abs().sum() > 0
@@ -429,7 +429,7 @@ def test_explain_says_where_there_is_none(name, size, monkeypatch):
     if name == "resnet18":  # nothing has places from the first layer on
         network.conv1.stride = (8, 8)
     with pytest.raises(UserError, match="has no layer with places"):
-        explain.last_map(network, torch.randn(1, 3, size, size))
+        explain.last_map(network, torch.randn(1, 3, size, size), (1, 3, size, size))
 
 
 def test_explain_as_a_command(made, tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from tests.helpers import (
     train,
     weights,
 )
-from utils.fit import backward, compute_loss, optimizer_step
+from utils.fit import backward, compute_loss, optimizer_step, score_batch
 from utils.optimizer import check_trained, get_optimizer
 from utils.pictures import normalize
 from utils.plumbing.errors import UserError
@@ -148,6 +148,34 @@ def test_a_step_trains_on_mixed_pictures_and_their_shares():
     torch.manual_seed(0)
     loss, _ = compute_loss(model, images, targets, False, False, recipe)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_second_input_needs_one_function(monkeypatch):
+    """Training and scoring take the network's inputs and the targets from network_inputs."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 2, 1)
+
+        def forward(self, inputs):
+            pictures, numbers = inputs
+            return self.layer(pictures).mean((2, 3)) * numbers[:, None]
+
+    def with_number(model, images, targets, settings):
+        return (normalize(images, "cpu", settings), targets[:, 1]), targets[:, 0].long()
+
+    monkeypatch.setattr("utils.fit.network_inputs", with_number)
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).expand(2, 3, 8, 8)
+    targets = torch.tensor([[1.0, 1.0], [0.0, 3.0]])
+    model = Scaled()
+    logits, class_ids = score_batch(model, images, targets, False, False, {})
+    assert class_ids.tolist() == [1, 0]
+    torch.testing.assert_close(logits[1], 3 * logits[0])
+    loss, sums = compute_loss(model, images, targets, False, False, Recipe())
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, class_ids))
+    assert not any(value.requires_grad for value in sums.values())
 
 
 def test_label_smoothing_and_class_weights():

@@ -30,6 +30,7 @@ from utils.plumbing.errors import UserError
 from utils.plumbing.files import content_sum
 from utils.plumbing.formats import BROKEN, failure_reason
 from utils.plumbing.lists import AnnotationLines
+from utils.recipe import check_targets
 from utils.task import read_label
 
 POLICIES = {
@@ -140,7 +141,7 @@ class DataGenerator(Dataset):
         return describe_cut(read_sizes(self.source), self.input_shape)
 
     def class_ids(self):
-        """Return every target, int64 (N,) of class ids.
+        """Return every target, int64 (N,) of class ids. UserError: class weights of other targets.
 
         torchvision's `targets` saves reading the pictures, unless a transform may change them.
         """
@@ -149,7 +150,9 @@ class DataGenerator(Dataset):
         is_changed = any(getattr(self.source, name, None) for name in transforms)
         if labels is None or is_changed:
             labels = (self.source[index][1] for index in range(len(self)))
-        return np.array([self.target(index, label) for index, label in enumerate(labels)])
+        targets = np.array([self.target(index, label) for index, label in enumerate(labels)])
+        check_targets(torch.from_numpy(targets), self.settings, self.num_classes)
+        return targets
 
     @cached_property
     def fingerprint(self):

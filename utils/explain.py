@@ -48,7 +48,7 @@ def look(run, images, targets):
     logit; what speaks against the class is cut off.
     """
     inputs, _ = network_inputs(run.network, images, targets, run.settings)
-    logits, features = last_map(run.network, inputs)
+    logits, features = last_map(run.network, inputs, images.shape)
     [gradient] = torch.autograd.grad(logits.max(), features)
     weights = gradient.mean((2, 3), keepdim=True)
     heat = (weights * features).sum(1, keepdim=True).relu()
@@ -57,10 +57,11 @@ def look(run, images, targets):
     return heat.detach().cpu()
 
 
-def last_map(network, images):
+def last_map(network, inputs, shape):
     """Return (logits, map): the last output (1, C, h, w) of a module that still has places.
 
-    UserError: the last one with several values a channel is no map, as in a ViT, or there is none.
+    shape: the pictures', (1, 3, H, W). UserError: the last one with several values a channel is no
+    map, as in a ViT, or there is none.
     """
     outputs = []
 
@@ -69,10 +70,10 @@ def last_map(network, images):
             outputs.append(output)
 
     hooks = [module.register_forward_hook(keep) for module in network.modules()]
-    logits = task.logits_from(network(images))
+    logits = task.logits_from(network(inputs))
     for hook in hooks:
         hook.remove()
-    if not outputs or not is_map(outputs[-1], images):
+    if not outputs or not is_map(outputs[-1], shape):
         raise UserError(
             f"{type(network).__name__} has no feature map before its logits, so there is nothing "
             f"to show: convolutional networks have one where input_shape is large enough"
@@ -80,12 +81,12 @@ def last_map(network, images):
     return logits, outputs[-1]
 
 
-def is_map(output, images):
-    """Return whether an output is (1, C, h, w), with the proportions of pictures (1, 3, H, W)."""
+def is_map(output, shape):
+    """Return whether an output is (1, C, h, w), with the proportions of a shape (1, 3, H, W)."""
     if output.dim() != 4:
         return False
     height, width = output.shape[2:]
-    return 0.5 < height / width * images.shape[3] / images.shape[2] < 2
+    return 0.5 < height / width * shape[3] / shape[2] < 2
 
 
 def main(arguments=None):

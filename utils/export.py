@@ -61,7 +61,7 @@ def describe_input(settings):
 def to_torch(program, example, sizes, texts):
     """Return the bytes of model.pt2."""
     memory = io.BytesIO()  # on a full disk torch's own writer aborts
-    exported = torch.export.export(program, (example,), dynamic_shapes=sizes)
+    exported = torch.export.export(program, example, dynamic_shapes=sizes)
     torch.export.save(exported, memory, extra_files=texts)
     return memory.getvalue()
 
@@ -70,7 +70,7 @@ def to_onnx(program, example, sizes, texts):
     """Return the bytes of model.onnx."""
     exported = torch.onnx.export(
         program,
-        (example,),
+        example,
         dynamo=True,
         verbose=False,
         input_names=["images"],
@@ -91,7 +91,7 @@ def export(run, weights=None, mirrored=False):
         writers["model.onnx"] = to_onnx
     model = run.model.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
     program = Program(model, run.settings).eval()
-    example = torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8)
+    example = (torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8),)
     sizes = ({0: torch.export.Dim("batch")},)
     texts = {
         "class_names.json": json.dumps(run.class_names),

@@ -225,8 +225,7 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
         validated[VALIDATION.get(name, name)] = value
     if not math.isfinite(validated["val_loss"]):
         raise UserError(f"the validation loss of epoch {epoch + 1} is not finite: {NOT_FINITE}")
-    scored = int(totals["pictures"])
-    return {**validated, "scored": scored, "unreadable": unreadable}
+    return {**validated, "scored": int(totals["pictures"]), "unreadable": unreadable}
 
 
 def over_all_gpus(model, model_train):

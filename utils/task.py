@@ -200,9 +200,10 @@ def per_class(targets, predicted, number):
 
 
 def true_and_predicted(targets, predictions, names):
-    """Return the int64 (N,) class ids of targets, and those that predictions put first."""
+    """Return (N,) arrays: the targets' ids, the ids predicted first, and their probabilities."""
     ids = {name: class_id for class_id, name in enumerate(names)}
-    return targets.numpy(), np.array([ids[prediction[0][0]] for prediction in predictions])
+    predicted, probability = zip(*(prediction[0] for prediction in predictions))
+    return targets.numpy(), np.array([ids[name] for name in predicted]), np.array(probability)
 
 
 def whole_set_tables(targets, predictions, names):
@@ -212,7 +213,7 @@ def whole_set_tables(targets, predictions, names):
     per_class's, then two means: over the classes that have pictures, and weighted by their number.
     A file's content is the rows of a table, or a picture: per_class.csv and the confusion matrix.
     """
-    targets, predicted = true_and_predicted(targets, predictions, names)
+    targets, predicted, _ = true_and_predicted(targets, predictions, names)
     number = len(names)
     *scores, support = per_class(targets, predicted, number)
     header = ("class", "precision", "recall", "F1", "support")
@@ -239,9 +240,8 @@ def mistakes(targets, predictions, names, number=32):
 
     place: the prediction's, from 0. There are at most `number`.
     """
-    targets, predicted = true_and_predicted(targets, predictions, names)
+    targets, predicted, probability = true_and_predicted(targets, predictions, names)
     shown = drawable_names(names)
-    probability = np.array([prediction[0][1] for prediction in predictions])
     wrong = np.flatnonzero(targets != predicted)
     wrong = wrong[np.argsort(-probability[wrong], kind="stable")][:number]
     captions = []
@@ -253,9 +253,8 @@ def mistakes(targets, predictions, names, number=32):
 
 def whole_set_metrics(targets, predictions, names):
     """Return {name: number} of what only all pictures together tell, for utils.evaluate."""
-    confidence = np.array([prediction[0][1] for prediction in predictions])
-    targets, predicted = true_and_predicted(targets, predictions, names)
-    return {"calibration_error": calibration_error(confidence, targets == predicted)}
+    targets, predicted, probability = true_and_predicted(targets, predictions, names)
+    return {"calibration_error": calibration_error(probability, targets == predicted)}
 
 
 def calibration_error(confidence, correct, bins=15):

@@ -428,7 +428,7 @@ def test_explain_says_where_there_is_none(name, size, monkeypatch):
     network = get_model(name, 3, [size, size]).eval()
     if name == "resnet18":  # nothing has places from the first layer on
         network.conv1.stride = (8, 8)
-    with pytest.raises(UserError, match="has no layer with places"):
+    with pytest.raises(UserError, match="has no feature map before its logits"):
         explain.last_map(network, torch.randn(1, 3, size, size), (1, 3, size, size))
 
 

@@ -356,6 +356,8 @@ def test_a_folder_that_is_no_run_names_the_newest(tmp_path, monkeypatch):
     for name in ("RUN", "logs", "logs/typo"):
         with pytest.raises(UserError, match="; the newest run in 'logs' is 'logs/new'$"):
             run.read_config(name)
+    with pytest.raises(UserError, match="is not a run's folder"):  # beyond what a path may have
+        run.find_run("x" * 5000, "logs")
 
 
 @pytest.mark.parametrize(

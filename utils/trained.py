@@ -186,7 +186,7 @@ class Pictures(DataGenerator):
 def find_folder(run):
     """Return a run's folder: a path, or a name in logs/, here or in the project's folder."""
     for start in (Path(), Path("logs"), PROJECT, PROJECT / "logs"):
-        if (start / run).exists():
+        if os.path.exists(start / run):
             return start / run
     return run
 

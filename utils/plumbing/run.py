@@ -57,7 +57,7 @@ def read_config(run):
 
 def newest_hint(run):
     """Return '; the newest run is …' for a folder that is no run but stands beside some, or ''."""
-    if Path(run, "config.json").exists():
+    if os.path.exists(Path(run, "config.json")):
         return ""
     for folder in (Path(run).parent, Path("logs")):
         runs = runs_in(folder)
@@ -137,7 +137,7 @@ def find_run(resume, save_dir):
     seconds = 30 if restarted else 0  # in which the processes of before the restart end
     if isinstance(resume, str):
         inside = Path(save_dir, resume)
-        run = resume if os.path.exists(resume) or not inside.exists() else str(inside)
+        run = resume if os.path.exists(resume) or not os.path.exists(inside) else str(inside)
         read_config(run)
         lock(run, seconds)
         return run

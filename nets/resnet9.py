@@ -61,7 +61,7 @@ def resnet9(num_classes, input_shape, width=24):
     if min(input_shape) < 8:
         raise UserError(
             f"input_shape = {list(input_shape)}: resnet9 halves pictures three times, "
-            f"so both numbers must be 8 or more"
+            f"so both sides need 8 pixels or more"
         )
     stride = 2 if min(input_shape) >= 48 else 1  # large pictures are slow at full size
     return ResNet9(num_classes, width, stride)

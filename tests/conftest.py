@@ -21,6 +21,8 @@ hypothesis.settings.register_profile(  # the same cases each time, however slow 
 )
 hypothesis.settings.load_profile("steady")
 
+LONGEST = ("test_readme", "test_resume", "test_train", "test_forks")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
@@ -31,6 +33,7 @@ def pytest_cmdline_main(config):
     a_worker = hasattr(config, "workerinput")
     if getattr(config.option, "numprocesses", 0) is None and not a_worker:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
+        config.option.loadscopereorder = False  # else files with few tests, however long, come last
 
 
 def pytest_addoption(parser):
@@ -42,6 +45,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # the longest files first, so that no process is left alone with one at the end
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

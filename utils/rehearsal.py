@@ -125,7 +125,7 @@ def compare_speed(settings, model, batch, usual, other, seconds):
         torch.backends.cudnn.flags(benchmark=True),
     ):
         trials = {name: Trial(settings, model, batch, name) for name in best}
-        for turn in range(10):  # the best of ten short steps is steady enough
+        for turn in range(5):  # the best of five short steps is steady enough
             for name, trial in trials.items():
                 best[name] = min(best[name], trial.seconds_per_step())
             is_clear = turn > 0 and max(best.values()) > 2 * min(best.values())

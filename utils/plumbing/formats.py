@@ -38,9 +38,8 @@ REDUCIBLE = ("JPEG", "MPO")  # formats that Pillow can decode at a half, a quart
 
 def upright(image):
     """Return a Pillow image of any mode as RGB and as seen. It may change the image."""
-    most = 2 * (
-        Image.MAX_IMAGE_PIXELS or math.inf
-    )  # Pillow opens nothing larger, but open_bytes does
+    # Pillow opens nothing larger, but open_bytes does
+    most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
     if image.format in REDUCIBLE and image.width * image.height > most:
         raise Image.DecompressionBombError(
             f"{image.width} × {image.height} pixels are too many for memory: save a smaller copy"

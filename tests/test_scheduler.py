@@ -178,6 +178,7 @@ def settings_of(**changes):
         (dict(Freeze_Train=True, Init_Epoch=5), "sgd, cos, lr 0.025 to 0.00025"),
         (dict(Freeze_Train=True, UnFreeze_Epoch=5), "sgd, cos, lr 0.05 to 0.0005"),
         (dict(Freeze_Train=True, Freeze_batch_size=32), "sgd, cos, lr 0.025 to 0.00025"),
+        (dict(Init_Epoch=10), "sgd, cos, no epoch is left"),
         (
             dict(optimizer_type="adamw", Init_lr=2e-5, Min_lr=2e-7, Unfreeze_batch_size=8),
             "adamw, cos, lr 0.0001 to 1e-06 (Init_lr = 2e-05 gives 2.5e-06, outside adamw's "

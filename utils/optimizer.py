@@ -278,4 +278,5 @@ def describe_rates(settings, transformer):
                 )
         if text not in texts:
             texts.append(text)
-    return f"{optimizer_type}, {settings['lr_decay_type']}, {', then '.join(texts)}"
+    rates = ", then ".join(texts) or "no epoch is left"
+    return f"{optimizer_type}, {settings['lr_decay_type']}, {rates}"

@@ -66,7 +66,7 @@ def check_class_names(run, config, state, class_names):
     """Raise UserError where what was trained knows other classes."""
     if state is None:
         return
-    pairs = zip_longest(config["class_names"], class_names)
+    pairs = zip_longest(config["class_names"], class_names, fillvalue="no class")
     for number, (before, now) in enumerate(pairs):
         check_same(run, f"class {number}", before, now)
 
@@ -87,7 +87,7 @@ def print_continued(run, config, state, settings, transformer):
     for name in now:
         if name in before and name != "resume" and now[name] != before[name]:
             say(f"  changed since: {name}: {short_repr(before[name])} → {short_repr(now[name])}")
-    if state:
+    if state and state["epoch"] < settings["UnFreeze_Epoch"]:
         print_jump(before, settings, state, transformer)
 
 

@@ -218,7 +218,7 @@ def print_header(settings, facts):
         epochs = f"all {settings['UnFreeze_Epoch']} are trained"
     if settings.get("Freeze_Train"):
         epochs += f", frozen to {settings['Freeze_Epoch']}"
-    sizes = ", then ".join(str(settings[name]) for name in phases(settings))
+    sizes = ", then ".join(str(settings[name]) for name in phases(settings)) or "none is left"
     if world_size() > 1:
         sizes += f" over {world_size()} processes"
     if settings.get("accumulate", 1) > 1:

@@ -104,6 +104,20 @@ def test_a_worker_dies(tmp_path):
     )
 
 
+def test_torch_s_handler_for_dead_workers_does_not_stay(tmp_path):
+    """It would raise at any instant, also while an error is shown."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=1, num_workers=1)
+    make_data(folder, train=24, test=6)
+    code = """
+def look(*rest):
+    print("handler is the default:", signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL)
+
+before("torch.optim:SGD.step", look, 1)
+"""
+    out, _ = train(folder, script=hooked(folder, code))
+    assert "handler is the default: True" in out
+
+
 def accelerator_error(text):
     """As torch makes it: with a number."""
     error = torch.AcceleratorError(text)

@@ -57,7 +57,7 @@ class Steps:
         A process without a share of the last step gets an empty list.
         """
         self.waited = 0.0
-        batches = iter(gen)
+        batches = processes.iterate(gen)
         for done in range(0, total, accumulate):
             begin = time.monotonic()
             current = list(islice(batches, min(accumulate, total - done)))

@@ -19,7 +19,7 @@ from utils.plumbing.console import show_errors_as_sentences
 from utils.plumbing.errors import UserError
 from utils.plumbing.folders import pictures_below
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS
-from utils.plumbing.processes import cores, prepare_worker
+from utils.plumbing.processes import cores, iterate, prepare_worker
 from utils.plumbing.run import read_config
 from utils.plumbing.settings import check_value
 from utils.recipe import precision_name
@@ -156,7 +156,7 @@ class Classifier:
             collate_fn=detection_collate,
             worker_init_fn=prepare_worker,
         )
-        for images, targets, unreadable in loader:
+        for images, targets, unreadable in iterate(loader):
             logits = None
             if len(images):
                 logits, targets = score_batch(

@@ -161,8 +161,6 @@ def show_error(kind, error, trace):
     A machine's first process speaks at once. Others, and one that only knows that another process
     has ended, wait a little for the launcher to end them.
     """
-    with contextlib.suppress(RuntimeError):  # torch's SIGCHLD handler raises, also in here
-        signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     first_of_machine = os.environ.get("LOCAL_RANK") in (None, "", "0")
     sentence = explain(error)

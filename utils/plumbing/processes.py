@@ -10,6 +10,7 @@ import multiprocessing.util
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -203,13 +204,25 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def iterate(loader):
+    """Return iter(loader) without the handler of SIGCHLD that torch installs with its workers.
+
+    It would raise at any instant, also while an error is shown. Without it a dead worker is found
+    when its batch is missing, within five seconds.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = number and signal.getsignal(number)
+    batches = iter(loader)
+    if number and threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler or signal.SIG_DFL)
+    return batches
+
+
 def stop_workers():
     """Kill this process's daemons, such as loader workers, which ignore SIGTERM.
 
     Python would send them SIGTERM at its end, and wait. Other child processes are left alone.
     """
-    # torch's handler of SIGCHLD raises an error where a worker is killed
-    signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -17,7 +17,7 @@ from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import clear_drafts, draft, make_folder, not_written
 from utils.plumbing.formats import REDUCIBLE, failure_reason, open_picture, upright
-from utils.plumbing.processes import cores, prepare_worker
+from utils.plumbing.processes import cores, iterate, prepare_worker
 
 LONGEST = 65500  # pixels of a JPEG's side, libjpeg's limit: what is longer is listed as it is
 
@@ -56,7 +56,7 @@ def on_all_cores(work, items, title):
         worker_init_fn=prepare_stoppable_worker,
         num_workers=min(cores(), 60, len(items)),
     )
-    for number, (item, result, reason) in enumerate(loader, 1):
+    for number, (item, result, reason) in enumerate(iterate(loader), 1):
         if reason:
             progress.clear()
             say(f"unreadable: {printable(item)} ({reason})")

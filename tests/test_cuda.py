@@ -290,7 +290,7 @@ def commands(folder, out):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return done.stdout, answers[0], answers[1]
+    return done.stdout, answers[0], answers[-1]
 
 
 def table(path):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEAREST = {
-    "train.py": "numbers train settings",
+    "train.py": "numbers train settings data",
     "nets/__init__.py": "nets weight_files",
     "nets/_foreign.py": "weight_files weights",
     "nets/_weights.py": "nets weight_files bad_input",
@@ -33,7 +33,8 @@ NEAREST = {
     "utils/annotation.py": "annotation commands",
     "utils/checkpoint.py": "checkpoint numbers runs",
     "utils/dataloader.py": "sight data numbers",
-    "utils/evaluate.py": "evaluate numbers commands",
+    "utils/evaluate.py": "evaluate numbers commands poor_classifier",
+    "utils/explain.py": "poor_classifier commands",
     "utils/export.py": "evaluate",
     "utils/fit.py": "step recipes skipped_steps numbers faults",
     "utils/loss_history.py": "numbers checkpoint runs",
@@ -59,7 +60,7 @@ NEAREST = {
     "utils/resume.py": "checkpoint resume runs",
     "utils/steps.py": "checkpoint resume data",
     "utils/task.py": "task charts numbers recipes evaluate",
-    "utils/trained.py": "evaluate predict numbers",
+    "utils/trained.py": "evaluate predict numbers poor_classifier",
 }
 OF_WHOLE_RUNS = "numbers checkpoint train runs faults commands evaluate"
 TOO_LONG = (  # for a change: they start Pythons of their own, and prove what those are for

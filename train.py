@@ -29,7 +29,7 @@ from nets import (
     load_pretrained,
     profile,
 )
-from utils.checkpoint import Checkpoint
+from utils.checkpoint import Checkpoint, state_parts
 from utils.dataloader import DataGenerator, detection_collate, own_data
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory, epochs_since_best
@@ -226,18 +226,8 @@ if __name__ == "__main__":
         "best_by": best_by,
         "fp16": fp16,
     }
-    checkpoint = Checkpoint(
-        save_dir,
-        {
-            "model": model,
-            "optimizer": optimizer,
-            "scaler": scaler,
-            "ema": recipe.ema,
-            "history": loss_history,
-        },
-        save_minutes,
-        scored_on=scored_on,
-    )
+    parts = state_parts(model, optimizer, scaler, recipe.ema, loss_history)
+    checkpoint = Checkpoint(save_dir, parts, save_minutes, scored_on=scored_on)
     if state:
         checkpoint.load(state, save_period, UnFreeze_Epoch)
     config = on_rank_0(begin_run, save_dir, settings, class_names, recorded)

@@ -185,6 +185,17 @@ class Checkpoint(Steps):
             save_tensors(Path(self.run, f"ep{row['epoch']:03d}-{losses}.pth"), weights)
 
 
+def state_parts(model, optimizer, scaler, ema, history):
+    """Return the parts of a run's state, by the names that its checkpoint has for them."""
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scaler": scaler,
+        "ema": ema,
+        "history": history,
+    }
+
+
 def load_part(part, saved):
     """Load what a part has saved. An error of nearly any kind: it does not fit."""
     if not isinstance(part, torch.optim.Optimizer):

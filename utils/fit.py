@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from utils.checkpoint import Checkpoint, Position
+from utils.checkpoint import Checkpoint, Position, state_parts
 from utils.loss_history import describe_epoch, describe_waiting
 from utils.optimizer import check_trained, optimizer_step, set_optimizer_lr
 from utils.pictures import normalize
@@ -62,16 +62,8 @@ def fit_one_epoch(
     images_per_step = gen.batch_size * world_size()
     used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # disabled, it only steps
     if checkpoint is None:
-        checkpoint = Checkpoint(
-            save_dir,
-            {
-                "model": model,
-                "optimizer": optimizer,
-                "scaler": scaler,
-                "ema": recipe.ema,
-                "history": loss_history,
-            },
-        )
+        parts = state_parts(model, optimizer, scaler, recipe.ema, loss_history)
+        checkpoint = Checkpoint(save_dir, parts)
     check_trained(optimizer, model)
     first_lr = lr_scheduler_func(epoch) if lr_scheduler_func else current_lr(optimizer)
 

@@ -48,7 +48,7 @@ NEAREST = {
     "utils/plumbing/folders.py": "annotation pictures",
     "utils/plumbing/formats.py": "pictures data",
     "utils/plumbing/lists.py": "lists data",
-    "utils/plumbing/processes.py": "numbers guest launch_errors faults",
+    "utils/plumbing/processes.py": "numbers guest launch_errors data faults",
     "utils/plumbing/run.py": "runs checkpoint",
     "utils/plumbing/settings.py": "settings",
     "utils/plumbing/shapes.py": "data lists",

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from utils.loss_history import LossHistory
 from utils.plumbing.charts import COLOURS, draw_contact_sheet, draw_line_chart, draw_matrix
@@ -19,6 +19,33 @@ def cells(counts):
     corners = [top + 4 + cell * i for i in range(number)]
     shades = image[np.ix_(corners, [left + 4 + cell * i for i in range(number)])]
     return (255 - shades[..., 0]) / (255 - COLOURS[0][0])
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The texts that Pillow has drawn since, with the place of each."""
+    texts = {}
+    original = ImageDraw.ImageDraw.text
+
+    def note(draw, place, text, *words, **options):
+        texts[text] = place
+        return original(draw, place, text, *words, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    return texts
+
+
+def test_a_matrix_says_what_its_rows_and_columns_are(written):
+    draw_matrix(np.array([[7, 0], [3, 5]]), ["", ""])
+    rows, columns = written["rows: true class"], written["columns: predicted class"]
+    assert rows[0] == columns[0] and 12 < columns[1] - rows[1] and {"7", "3", "5"} <= {*written}
+
+
+def test_a_chart_names_its_axes_and_curves(written):
+    draw_line_chart([("loss", {"training": [(1, 0.0), (9, 8.0)], "validation": [(9, 7.25)]})])
+    assert {"loss", "epoch", "training  (last 8)", "validation  (last 7.25)"} <= {*written}
+    assert written["training  (last 8)"][0] + 150 < written["validation  (last 7.25)"][0]
+    assert written["loss"][1] < 50 < written["epoch"][1] and {"2", "4", "6", "8"} <= {*written}
 
 
 def test_a_matrix_is_shaded_by_the_share_of_its_row():

@@ -190,3 +190,16 @@ def test_class_weights_do_not_depend_on_the_processes(alone):
         )
         rows.append(history(next((folder / f"{name}_uneven").iterdir())))
     agree(*rows)
+
+
+def test_unreadable_pictures_are_counted_over_the_processes(alone):
+    """The second test picture is the second process's."""
+    folder, _, _ = alone
+    lines = (folder / "model_data/cls_test.txt").read_text().splitlines(keepends=True)
+    (folder / "model_data/broken.png").write_bytes(b"no picture")
+    lines[1] = "1;model_data/broken.png\n"
+    (folder / "model_data/one_broken.txt").write_text("".join(lines))
+    words = "--test_annotation_path model_data/one_broken.txt --UnFreeze_Epoch 1 --save_dir broken"
+    out, _ = launch(folder, *words.split())
+    (row,) = history(next((folder / "broken").iterdir()))
+    assert row["unreadable"] == 1 and row["scored"] == 20 and out.count("unreadable picture") == 1

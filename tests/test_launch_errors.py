@@ -1,11 +1,14 @@
 """In a launch each error appears once, whichever process has it, and every process ends."""
 
+import os
 import re
+import signal
 import subprocess
 
 import pytest
 
 from tests.helpers import begin, hooked, launch, make_data, make_project, torchrun
+from utils.plumbing import processes
 
 CONNECTED = "utils.dataloader:own_data"  # called when the processes are connected
 FIRST = "utils.plumbing.settings:check_settings"  # and before
@@ -90,3 +93,28 @@ before("torch.optim:SGD.step", fail, 2)
     text = group_fails(folder, script=hooked(folder, code))
     assert text.count("[rank 1] error: out of memory: lower Unfreeze_batch_size") == 1
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "launcher, local_rank, own, expected",
+    [
+        ("torchrun", 0, 2, True),
+        ("torchrun", 1, 2, False),
+        ("torchrun", 0, 4, False),
+        (None, 0, 2, False),
+    ],
+)
+def test_the_first_process_of_a_machine_stops_its_torchrun(
+    monkeypatch, launcher, local_rank, own, expected
+):
+    """But no other parent, and not where torchrun has all processes: it was told itself."""
+    sent = []
+    monkeypatch.setattr(processes.os, "kill", lambda *words: sent.append(words))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(own))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert processes.stop_launcher(signal.SIGTERM) == expected
+    assert sent == [(os.getppid(), signal.SIGTERM)] * expected

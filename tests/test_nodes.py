@@ -14,6 +14,7 @@ import pytest
 from tests.helpers import (
     environment,
     history,
+    hooked,
     make_data,
     make_project,
     runs,
@@ -26,6 +27,13 @@ from tests.slurm import descendants, free_ports, kill_tree
 
 pytestmark = pytest.mark.slow
 EPOCHS = 8
+IMPATIENT = """
+import datetime, functools
+import torch.distributed as dist
+
+seconds = datetime.timedelta(seconds=10)
+dist.init_process_group = functools.partial(dist.init_process_group, timeout=seconds)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +69,7 @@ class Nodes:
         )
         if not folders:
             make_data(make_project(folder, UnFreeze_Epoch=EPOCHS))
-        if impatient:
-            shorten_waiting(folder)
+        self.script = hooked(folder, IMPATIENT) if impatient else "train.py"
         self.folders, self.port, self.agents = folders or [folder, folder], free_ports(1)[0], {}
 
     def __enter__(self):
@@ -100,7 +107,7 @@ class Nodes:
                     "--rdzv_id=one-launch",
                     f"--max-restarts={self.restarts}",
                     *where,
-                    "train.py",
+                    self.script,
                 ],
                 stdout=out,
                 stderr=out,
@@ -141,24 +148,6 @@ class Nodes:
         assert [row["epoch"] for row in history(run)] == list(range(1, EPOCHS + 1)) and same(
             weights(run), reference
         )
-
-
-def shorten_waiting(folder):
-    """In the copy of a project."""
-    call = "dist.init_process_group("
-    file = only(
-        path
-        for path in (folder / "utils").rglob("*.py")
-        if call in path.read_text(encoding="utf-8")
-    )
-    file.write_text(
-        "import datetime\nimport functools\n"
-        + file.read_text(encoding="utf-8").replace(
-            call,
-            "functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=10))(",
-        ),
-        encoding="utf-8",
-    )
 
 
 def parent(pid):

@@ -5,9 +5,12 @@ so that logits can be computed here with numpy.
 """
 
 import csv
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from utils import evaluate as module
 from utils import explain, export, predict, task
 from utils.evaluate import evaluate
 from utils.pictures import MEAN, STD
-from utils.plumbing import charts
+from utils.plumbing import charts, console
 from utils.plumbing.charts import draw_line_chart, draw_matrix
 from utils.plumbing.errors import UserError
 from utils.recipe import Recipe
@@ -101,6 +104,15 @@ def rows_of(name):
 def probabilities(logits):
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
+
+
+def test_a_slow_evaluation_shows_how_far_it_is(made, tmp_path, capsys, monkeypatch):
+    clock = SimpleNamespace(monotonic=itertools.count(step=31).__next__)  # a line each half minute
+    monkeypatch.setattr(console, "time", clock)
+    evaluate("run", out=tmp_path, batch_size=16, num_workers=0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    assert [line.split()[:2] for line in lines] == [["evaluating", f"{i}/4"] for i in range(1, 5)]
+    assert all(re.search(r"top-1 \d.* 1 images/s", line) for line in lines)  # 16 in 31 seconds
 
 
 def test_it_is_poor_indeed(evaluated):
@@ -251,23 +263,33 @@ def test_crops_are_the_runs(made, tmp_path, change):
         assert [p for _, p in classify(row[0])] == pytest.approx(share[best], abs=2e-3)
 
 
-def test_mirrored(made, tmp_path):
-    """The mean of the logits for a picture and its mirror image, in each command."""
+@pytest.mark.parametrize("augmentation", ["flip", "flips"])
+def test_mirrored(made, tmp_path, augmentation):
+    """The mean of the logits for a picture and its mirror images, in each command.
+
+    Pictures that were trained on upside down as well have three.
+    """
     pixels = np.random.default_rng(5).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     pixels[:, : WIDTH // 2] //= 4
+    pixels[: HEIGHT // 2] //= 2
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     Image.fromarray(pixels[:, ::-1]).save(tmp_path / "mirrored.png")
     (tmp_path / "list.txt").write_text(f"0;{tmp_path}/picture.png\n")
-    run = make_run(tmp_path / "run", ["x", "y"], "resnet9", classes_path="none.txt")
+    Image.fromarray(pixels[::-1]).save(tmp_path / "below.png")
+    Image.fromarray(pixels[::-1, ::-1]).save(tmp_path / "turned.png")
+    views = ["picture", "mirrored"] + ["below", "turned"] * (augmentation == "flips")
+    options = dict(classes_path="none.txt", augmentation=augmentation)
+    run = make_run(tmp_path / "run", ["x", "y"], "resnet9", **options)
     plain, both = predict.Classifier(run), predict.Classifier(run, mirrored=True)
-    images = [plain.read(tmp_path / f"{name}.png")[0] for name in ("picture", "mirrored")]
+    images = [plain.read(tmp_path / f"{name}.png")[0] for name in views]
     with torch.no_grad():
-        first, second = (plain.model(normalised_by_hand(image)) for image in images)
-    expected = ((first + second) / 2).softmax(1)[0]
-    assert abs(first - second).max() > 1e-3
+        logits = [plain.model(normalised_by_hand(image)) for image in images]
+    expected = (sum(logits) / len(views)).softmax(1)[0]
+    assert all(abs(logits[0] - other).max() > 1e-3 for other in logits[1:])
     answer = dict(both(tmp_path / "picture.png"))
     assert [answer["x"], answer["y"]] == pytest.approx(expected.tolist(), abs=1e-5)
-    assert dict(both(tmp_path / "mirrored.png"))["x"] == pytest.approx(answer["x"], abs=1e-5)
+    for view in views:
+        assert dict(both(tmp_path / f"{view}.png"))["x"] == pytest.approx(answer["x"], abs=1e-5)
     evaluate(run, annotation=tmp_path / "list.txt", num_workers=0, mirrored=True)
     with open(run / "predictions.csv", newline="") as file:
         row = list(csv.reader(file))[1]

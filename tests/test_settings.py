@@ -5,6 +5,7 @@ Every mistake is one sentence that names it.
 
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -477,6 +478,12 @@ def test_words_hold_through_several_legs(tmp_path):
     _, config = continued(tmp_path, edited, config=config)
     values, _ = continued(tmp_path, edited, config=config)  # an edit outlives its leg as well
     assert (values["Init_lr"], values["UnFreeze_Epoch"]) == (0.04, 9)
+
+
+def test_config_holds_what_json_does_not_have():
+    settings = {"mean": np.array([0.5, 0.25]), "place": Path("data"), "epochs": 3, "names": None}
+    expected = {"mean": [0.5, 0.25], "place": "data", "epochs": 3, "names": None}
+    assert as_json(settings) == expected
 
 
 def test_arrays_as_constants(tmp_path):

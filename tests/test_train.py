@@ -264,6 +264,7 @@ def test_bfloat16_on_cpu(tmp_path):
         not same(weights(a), weights(b))
         and weights(a)["classifier.1.weight"].dtype == torch.float32
     )
+    assert "scale" not in history(a)[0]  # a scaler is for float16 alone
 
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor wants a C++ compiler")

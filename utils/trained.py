@@ -31,6 +31,7 @@ USED = {
     "input_shape": None,
     "resize": "crop",
     "val_crop": 1.0,
+    "augmentation": "flip",
     "mean": MEAN,
     "std": STD,
     "Cuda": False,
@@ -68,7 +69,10 @@ class Classifier:
         self.network = build(self.settings, len(self.class_names)).eval()
         self.load(weights or Path(self.folder, "best_epoch_weights.pth"))
         self.network = lay_out(self.network, "cuda" if self.Cuda else "cpu")
-        self.model = Mirrored(self.network).eval() if mirrored else self.network
+        self.model = self.network
+        if mirrored:
+            upside_down = self.settings["augmentation"] == "flips"
+            self.model = Mirrored(self.network, upside_down).eval()
 
     def load(self, path):
         """Load weights for the whole network from a file."""
@@ -166,14 +170,21 @@ class Classifier:
 
 
 class Mirrored(torch.nn.Module):
-    """A network that takes the mean of its logits for a picture and for the mirror image."""
+    """A network that takes the mean of its logits for a picture and for its mirror images.
 
-    def __init__(self, network):
+    upside_down: also for the mirror images of the picture upside down, as 'flips' trains with.
+    """
+
+    def __init__(self, network, upside_down=False):
         super().__init__()
         self.network = network
+        self.upside_down = upside_down
 
     def forward(self, pictures):
-        return (self.network(pictures) + self.network(pictures.flip(3))) / 2
+        views = [pictures, pictures.flip(3)]
+        if self.upside_down:
+            views += [view.flip(2) for view in views]
+        return torch.stack([self.network(view) for view in views]).mean(0)
 
 
 class Pictures(DataGenerator):

@@ -149,6 +149,8 @@ def changes_of(name):
         old = ast.get_source_segment(source, node)
         options = ["None"] if statement else [f"({ast.unparse(other)})" for other in changed(node)]
         for number, new in enumerate(options):
+            if new == f"({ast.unparse(node)})":  # two equal arguments, exchanged
+                continue
             after = source[len(before) + len(old) :]
             words = f"{' '.join(old.split())[:70]}  →  {new[:70]}"
             place = name, node.lineno, node.col_offset, number

@@ -124,21 +124,23 @@ def test_groups_keep_their_ratio_and_decay():
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_every_optimizer_decays_and_matches_the_plain_one(kind, channels_last):
+@pytest.mark.parametrize("momentum", [0.8, 0.0])
+def test_every_optimizer_decays_and_matches_the_plain_one(kind, channels_last, momentum):
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)
     ).to(memory_format=layout)
     start = [p.detach().clone() for p in model.parameters()]
-    optimizer = get_optimizer(model, {"2"}, kind, 0.8, 0.1)
+    optimizer = get_optimizer(model, {"2"}, kind, momentum, 0.1)
     plain = [torch.nn.Parameter(p.clone()) for p in start]
+    betas = momentum, 0.999
     other = {
         "sgd": lambda ps: torch.optim.SGD(
-            ps, lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.1
+            ps, lr=0.1, momentum=momentum, nesterov=momentum > 0, weight_decay=0.1
         ),
-        "adam": lambda ps: torch.optim.Adam(ps, lr=0.1, betas=(0.8, 0.999), weight_decay=0.1),
-        "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.1, betas=(0.8, 0.999), weight_decay=0.1),
+        "adam": lambda ps: torch.optim.Adam(ps, lr=0.1, betas=betas, weight_decay=0.1),
+        "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.1, betas=betas, weight_decay=0.1),
     }[kind]([{"params": plain[::2]}, {"params": plain[1::2], "weight_decay": 0.0}])
     set_optimizer_lr(optimizer, lambda epoch: 0.1, 0)
     for _ in range(3):

@@ -24,10 +24,10 @@ from nets import (
     build,
     head_layers,
     is_transformer,
-    lay_out,
     load_file,
     load_pretrained,
     profile,
+    to_device,
 )
 from utils.checkpoint import Checkpoint, state_parts
 from utils.dataloader import DataGenerator, detection_collate, own_data
@@ -38,13 +38,15 @@ from utils.optimizer import (
     fit_lr,
     get_lr_scheduler,
     get_optimizer,
+    is_frozen,
     set_optimizer_lr,
 )
 from utils.plumbing import lists, processes
 from utils.plumbing.command_line import command_line
-from utils.plumbing.console import say, say_note, show_errors_as_sentences
+from utils.plumbing.console import prepare_program, say, say_note
 from utils.plumbing.processes import count_workers, on_rank_0, prepare_worker, rank, world_size
 from utils.plumbing.run import begin_run, new_run, print_header, write_config
+from utils.plumbing.sample import find_lists
 from utils.plumbing.settings import (
     check_launch,
     check_phases,
@@ -52,9 +54,8 @@ from utils.plumbing.settings import (
     describe_few_steps,
     too_small,
 )
-from utils.plumbing.shapes import find_lists
 from utils.recipe import CLASS_WEIGHTS, Recipe, balanced_weights
-from utils.rehearsal import first_batch, rehearse, save_first_batch
+from utils.rehearsal import check_batch, choose_precision, first_batch, save_first_batch
 from utils.resume import check_class_names, check_goes_on, continued_run, print_continued
 from utils.sampler import EpochSampler
 
@@ -62,10 +63,10 @@ from utils.sampler import EpochSampler
 Cuda = torch.cuda.is_available()  # train on the GPU
 distributed = "LOCAL_RANK" in os.environ  # several processes; torchrun sets LOCAL_RANK
 sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
-fp16 = "auto"  # mixed precision: True, False, a type such as 'bfloat16', or 'auto': the fastest
+fp16 = "auto"  # mixed precision: True, False, a type such as 'bfloat16', or 'auto': what is fast
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = "auto"  # loader processes for each training process; 'auto': what suits the device
-cache_mb = 500  # keep decoded pictures in memory if the whole list fits into these MB; 0 = off
+cache_mb = 500  # each process keeps a list's pictures in memory if all fit into these MB; 0 = off
 seed = 11  # of weights, order and augmentation
 
 # The data: lines of 'class_id;path', written by python -m utils.annotation
@@ -89,7 +90,7 @@ pretrained = False  # start from torchvision's weights (downloaded once)
 model_path = ""  # or from a weights file; '' for none
 
 # The phases: with Freeze_Train, epochs up to Freeze_Epoch train the head alone
-Init_Epoch = 0  # epoch to start at
+Init_Epoch = 0  # epochs that count as trained already
 Freeze_Epoch = 2  # last epoch of the frozen phase
 Freeze_batch_size = 32  # pictures a step over all processes, frozen
 UnFreeze_Epoch = 3  # last epoch of all: the number of epochs
@@ -110,9 +111,9 @@ backbone_lr_scale = 1.0  # the backbone's share of the learning rate, for fine-t
 label_smoothing = 0.0  # share of the target spread over all classes
 mixup_alpha = 0.0  # blend pairs of pictures, Beta(alpha, alpha); 0 = off
 cutmix_alpha = 0.0  # paste a rectangle of another picture, Beta(alpha, alpha); 0 = off
-class_weights = "none"  # 'none', 'balanced' by frequency, or 'sqrt': by its square root
+class_weights = "none"  # 'none', 'balanced' by 1 / frequency, or 'sqrt': by its square root
 ema_decay = 0.0  # exponential moving average of the weights, validated and saved; 0 = off
-clip_ratio = 0.5  # longest gradient of a layer, as a share of its weight norm; 0 = off
+clip_ratio = 0.5  # largest gradient norm of a layer, as a share of its weight norm; 0 = off
 clip_grad_norm = 0.0  # largest norm of all gradients together; 0 = off
 best_by = "top1"  # metric that picks the best epoch: 'top1', 'top5', 'recall' (mean), 'val_loss'
 early_stop = 0  # stop after this many epochs without a better one; 0 = off
@@ -124,8 +125,7 @@ save_minutes = 5  # also save inside long epochs: a crash loses no more than tha
 resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 
 if __name__ == "__main__":
-    show_errors_as_sentences()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    prepare_program()
     settings, recorded = command_line(globals())  # which sets the constants above
     check_launch(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
@@ -182,9 +182,8 @@ if __name__ == "__main__":
         load_file(model, model_path, class_names, settings)
     parameters, flops = profile(model, backbone, input_shape, num_classes)
     check_phases(settings, num_train, num_val)
-    if sync_bn:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = lay_out(model, "cuda" if Cuda else "cpu")
+    device = "cuda" if Cuda else "cpu"
+    model = to_device(model, device)
     optimizer = get_optimizer(
         model, head_layers(model), optimizer_type, momentum, weight_decay, backbone_lr_scale
     )
@@ -203,18 +202,21 @@ if __name__ == "__main__":
             "device": processes.describe_device(Cuda),
         },
     )
-    frozen = Freeze_Train and Init_Epoch < Freeze_Epoch
+    frozen = is_frozen(settings, Init_Epoch)
     batch = first_batch(train_data, Freeze_batch_size if frozen else Unfreeze_batch_size, seed)
     say_note(train_data.describe_cut())
     say_note(describe_few_steps(settings, num_train))
-    fp16 = rehearse(batch, model, recipe, num_classes)
+    check_batch(batch, model, settings, num_classes)
+    fp16 = on_rank_0(choose_precision, settings, model, batch)
     settings["fp16"] = fp16
+    if sync_bn:  # only now: rank 0 tries precisions alone, and these layers wait for all processes
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if run:
         print_continued(run, config, state, settings, is_transformer(model))
-    scaler = torch.amp.GradScaler("cuda" if Cuda else "cpu") if fp16 == "float16" else None
+    scaler = torch.amp.GradScaler(device) if fp16 == "float16" else None
 
     # The run
-    save_dir = run or on_rank_0(new_run, save_dir)
+    save_dir = run or on_rank_0(new_run, save_dir)  # from here on the run's folder, as documented
     loss_history = None  # rank 0 alone has one
     if rank() == 0:
         loss_history = LossHistory(save_dir, best_by=best_by)
@@ -239,7 +241,7 @@ if __name__ == "__main__":
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
         if early_stop and on_rank_0(epochs_since_best, loss_history) >= early_stop:
             break
-        unfreeze = not Freeze_Train or epoch >= Freeze_Epoch
+        unfreeze = not is_frozen(settings, epoch)
         if unfreeze != UnFreeze_flag:
             batch_size = Unfreeze_batch_size if unfreeze else Freeze_batch_size
             Init_lr_fit, Min_lr_fit = fit_lr(
@@ -274,10 +276,12 @@ if __name__ == "__main__":
                     model_train = model_train.cuda()
             elif distributed:
                 model_train = torch.nn.parallel.DistributedDataParallel(model_train, **wrapping)
-                # add gradients up in one order from the first step on, also after resuming
+                # DDP regroups gradients after its first step, and then adds them up in another
+                # order: do it now, so that a resumed run adds as the other did
                 model_train.reducer._push_all_rebuilt_params()
             if distributed:
-                model_train.broadcast_buffers = False  # fit_one_epoch does so before it validates
+                # BatchNorm's statistics come from rank 0 before validation, not before each step
+                model_train.broadcast_buffers = False
 
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
             val_sampler = EpochSampler(num_val, batch_size, rank(), world_size(), shuffle=False)
@@ -293,8 +297,8 @@ if __name__ == "__main__":
                                  **options)  # fmt: skip
             UnFreeze_flag = unfreeze
 
-        # As documented. fit_one_epoch does both again, at the step where it begins and at every
-        # step: another order is EpochSampler.order's, another rate is lr_scheduler_func's.
+        # The documented calls. fit_one_epoch repeats them: the epoch with the step to begin at, the
+        # rate at every step. To change either, change EpochSampler.order or the curve.
         if distributed:
             train_sampler.set_epoch(epoch)
         set_optimizer_lr(optimizer, lr_scheduler_func, epoch)

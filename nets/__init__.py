@@ -34,23 +34,33 @@ class Freezable:
     A network may say itself which of its modules are heads: head_names = ["head", …].
     """
 
-    frozen = False
+    frozen = ()  # names of the parameters that freeze_backbone holds still
 
-    def freeze_backbone(self, frozen=True):
+    def freeze_backbone(self):
         """Train the head alone, and hold the backbone's BatchNorm statistics and dropout still."""
-        self.requires_grad_(not frozen)
-        for name in head_layers(self):
-            self.get_submodule(name).requires_grad_()
-        self.frozen = frozen
+        self.Unfreeze_backbone()
+        heads = head_layers(self)
+        self.frozen = [
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and name.rpartition(".")[0] not in heads
+        ]
+        for name in self.frozen:
+            self.get_parameter(name).requires_grad_(False)
         self.train(self.training)
 
     def Unfreeze_backbone(self):
-        """Make everything trainable again."""
-        self.freeze_backbone(False)
+        """Make trainable again what freeze_backbone has held still."""
+        for name in self.frozen:
+            self.get_parameter(name).requires_grad_()
+        self.frozen = ()
+        self.train(self.training)
 
     def train(self, mode=True):
-        """Switch modes as usual, but leave all layers in evaluation mode while frozen."""
+        """Switch modes as usual, but leave all but the head in evaluation mode while frozen."""
         super().train(mode and not self.frozen)
+        for name in head_names(self):
+            self.get_submodule(name).train(mode)
         self.training = mode
         return self
 
@@ -135,26 +145,31 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
     UserError: an unknown name, or a size that the network cannot take.
     """
     name = network_name(backbone)
-    options = {"num_classes": num_classes}
     if name in OWN:
-        options["input_shape"] = tuple(input_shape)
         builder = getattr(importlib.import_module(f"nets.{name}"), name)
+        options = {"input_shape": tuple(input_shape)}
     else:
         check_shape(name, input_shape)
         builder = models.get_model_builder(name)
-    if name in ("googlenet", "inception_v3"):
-        # transform_input: their published weights take pictures from -1 to 1
-        options.update(aux_logits=False, transform_input=True, init_weights=True)
-    elif name.startswith("vit_"):
-        options["image_size"] = input_shape[0]
-    elif name == "maxvit_t":
-        options["input_size"] = tuple(input_shape)
-    model = builder(**options)
+        options = torchvision_options(name, input_shape)
+    model = builder(num_classes=num_classes, **options)
     if not isinstance(model, Freezable):
         model.__class__ = freezable(type(model))
     if pretrained:
         load_pretrained(model, backbone)
     return model
+
+
+def torchvision_options(name, input_shape):
+    """Return what a builder of torchvision's is given besides num_classes."""
+    if name in ("googlenet", "inception_v3"):
+        # transform_input: their published weights take pictures from -1 to 1
+        return {"aux_logits": False, "transform_input": True, "init_weights": True}
+    if name.startswith("vit_"):
+        return {"image_size": input_shape[0]}
+    if name == "maxvit_t":
+        return {"input_size": tuple(input_shape)}
+    return {}
 
 
 def build(settings, num_classes):
@@ -179,7 +194,7 @@ def load_file(model, path, class_names=None, settings=None):
     _weights.load_file(model, path, class_names, settings)
 
 
-def lay_out(model, device):
+def to_device(model, device):
     """Return the model on `device` in channels_last memory, which is nearly always faster."""
     return model.to(device, memory_format=torch.channels_last)
 

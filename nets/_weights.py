@@ -54,9 +54,9 @@ def load_pretrained(model, name, settings=None):
     Collective: a machine's first process downloads them for all.
     """
     if processes.local_rank() == 0:
-        published(name)
+        download(name)
     processes.barrier()
-    state, weights = published(name)
+    state, weights = download(name)
     source = f"torchvision's weights of {name}"
     load_matching(model, state, source)
     if settings:
@@ -64,7 +64,7 @@ def load_pretrained(model, name, settings=None):
         compare_normalization(source, {"mean": preset.mean, "std": preset.std}, settings)
 
 
-def published(name):
+def download(name):
     """Return (state_dict, entry) of the weights that torchvision publishes for a network.
 
     UserError: there are none, or they are not in torch.hub's cache and cannot be downloaded.
@@ -212,9 +212,9 @@ def load_safetensors(path, name):
     """Return {name: tensor} of a .safetensors file."""
     check_regular(path, name)
     try:
-        from safetensors.torch import load_file
+        import safetensors.torch
 
-        return load_file(path)
+        return safetensors.torch.load_file(path)
     except Exception as error:  # a broken file can raise nearly anything
         raise UserError(
             f"{name}: {str(path)!r} cannot be read ({error}). It may be cut short, or safetensors "

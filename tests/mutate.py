@@ -50,6 +50,7 @@ NEAREST = {
     "utils/plumbing/lists.py": "lists data",
     "utils/plumbing/processes.py": "numbers guest launch_errors data faults",
     "utils/plumbing/run.py": "runs checkpoint",
+    "utils/plumbing/sample.py": "lists data",
     "utils/plumbing/settings.py": "settings",
     "utils/plumbing/shapes.py": "data lists",
     "utils/plumbing/shrink.py": "shrink annotation",

@@ -170,12 +170,12 @@ def test_the_best_weights_are_a_copy(tmp_path):
     checkpoint = checkpoint_in(tmp_path)
     model = checkpoint.parts["model"]
     row = {"epoch": 1, "top1": 0.9, "val_loss": 1.0, "train_loss": 1.0, "train_top1": 0.5}
-    assert checkpoint.commit(row, model, 10, 3)
+    assert checkpoint.commit(row, 10, 3)
     first = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
-    assert not checkpoint.commit({**row, "epoch": 2, "top1": 0.1}, model, 10, 3)
+    assert not checkpoint.commit({**row, "epoch": 2, "top1": 0.1}, 10, 3)
     assert same(load_checkpoint(tmp_path)["best"], first)
     assert same(weights(tmp_path, "best_epoch_weights.pth"), first)
     assert same(weights(tmp_path), model.state_dict())
@@ -456,7 +456,7 @@ def saved(tmp_path_factory):
     checkpoint = checkpoint_in(folder, ema=0.9)
     take_step(checkpoint)
     row = {"epoch": 1, "top1": 0.5, "train_loss": 1.0, "val_loss": 1.0, "images_per_second": 1.0}
-    checkpoint.commit(row, checkpoint.parts["ema"].module, 10, 10)
+    checkpoint.commit(row, 10, 10)
     save(checkpoint, 1, 3, 1.0)
     return folder
 

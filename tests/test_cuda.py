@@ -160,6 +160,15 @@ def test_torchrun_with_sync_bn_learns_what_one_gpu_learns(tmp_path):
         )
 
 
+def test_the_first_process_tries_precisions_alone(tmp_path):
+    """Layers that wait for all processes come afterwards."""
+    folder = project(tmp_path, fp16="'auto'", sync_bn=True, UnFreeze_Epoch=1)
+    with machine(2):
+        out, _ = train(folder, launcher=launcher(2), timeout=200)
+    assert "images/s)" in out.partition("precision ")[2].partition("\n")[0]
+    assert history(run_of(folder))[0]["scored"] == 20
+
+
 ALL_ON = dict(
     Freeze_Train=True,
     Freeze_Epoch=1,

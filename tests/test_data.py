@@ -32,7 +32,8 @@ from utils.pictures import centre_box, normalize, random_box, read_crop
 from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS
 from utils.plumbing.processes import count_workers, prepare_worker
-from utils.plumbing.shapes import SHAPES, draw_set, find_lists
+from utils.plumbing.sample import SAMPLE, find_lists
+from utils.plumbing.shapes import SHAPES, draw_set
 from utils.sampler import EpochSampler
 from utils.steps import Steps
 
@@ -894,7 +895,7 @@ def test_sample_set(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.plumbing.shapes.TEST", 20)
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        draw_set(tmp_path / folder)
+        draw_set(tmp_path / folder, SAMPLE)
     files = sorted(
         p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
     )
@@ -908,7 +909,7 @@ def test_sample_set(tmp_path, monkeypatch):
 def test_the_sample_cannot_be_drawn(tmp_path, monkeypatch, place):
     """One sentence, and nothing left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.plumbing.shapes.PROJECT", tmp_path)
+    monkeypatch.setattr("utils.plumbing.sample.PROJECT", tmp_path)
 
     def fail(*where, **options):
         number = errno.ENOSPC if place == "a full disk" else errno.EROFS
@@ -928,9 +929,9 @@ def test_the_sample_cannot_be_drawn(tmp_path, monkeypatch, place):
 def test_the_sample_may_be_drawn_by_two_at_once(tmp_path, monkeypatch):
     """The later one takes what the earlier has moved into place."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.plumbing.shapes.PROJECT", tmp_path)
+    monkeypatch.setattr("utils.plumbing.sample.PROJECT", tmp_path)
 
-    def draw(folder):
+    def draw(folder, place):
         Path("model_data/shapes").mkdir()
         Path("model_data/shapes/train.txt").write_text("the other one's")
 
@@ -943,7 +944,7 @@ def test_the_sample_may_be_drawn_by_two_at_once(tmp_path, monkeypatch):
 def test_the_sample_is_no_task_for_a_linear_classifier(tmp_path):
     from sklearn.linear_model import LogisticRegression
 
-    draw_set(tmp_path)
+    draw_set(tmp_path, SAMPLE)
 
     def load(split):
         rows = [
@@ -966,7 +967,7 @@ def test_few_of_the_sample_are_no_task_for_a_linear_classifier(tmp_path, monkeyp
     """Ridge regression on greys of 8 by 8, of few: what the long proof shows of them all."""
     monkeypatch.setattr("utils.plumbing.shapes.TRAIN", 600)
     monkeypatch.setattr("utils.plumbing.shapes.TEST", 200)
-    draw_set(tmp_path)
+    draw_set(tmp_path, SAMPLE)
     sets = []
     for split in ("train", "test"):
         lines = (tmp_path / f"{split}.txt").read_text().splitlines()

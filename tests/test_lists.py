@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.dataloader import DataGenerator
-from utils.plumbing import lists, shapes
+from utils.plumbing import lists, sample, shapes
 from utils.plumbing.errors import UserError
 from utils.plumbing.settings import describe_few_steps
 
@@ -240,22 +240,22 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
 
 def test_shapes_are_drawn_where_train_stands_alone(tmp_path, monkeypatch):
     """In another folder an absent list is a mistake."""
-    monkeypatch.setattr(shapes, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(sample, "PROJECT", tmp_path / "project")
     monkeypatch.setattr(shapes, "draw_set", None)
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="cls_train.txt does not exist in .*cd .*project"):
-        shapes.find_lists(dict(zip(NAMES, lists.DEFAULT_PATHS)))
+        sample.find_lists(dict(zip(NAMES, lists.DEFAULT_PATHS)))
     assert os.listdir() == ["project"]
 
 
 def test_no_shapes_are_drawn_for_a_run_that_had_its_own_lists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shapes, "PROJECT", tmp_path)
-    monkeypatch.setattr(shapes, "draw_set", lambda folder: pytest.fail("drawn"))
+    monkeypatch.setattr(sample, "PROJECT", tmp_path)
+    monkeypatch.setattr(shapes, "draw_set", lambda *words: pytest.fail("drawn"))
     settings = dict(zip(NAMES, lists.DEFAULT_PATHS))
     with pytest.raises(UserError, match="classes_path: 'model_data/cls_classes.txt' .* not exist"):
-        shapes.find_lists(settings, {"settings": settings})
+        sample.find_lists(settings, {"settings": settings})
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,14 @@ def test_too_few_steps_are_noted(number, epochs, batch_size, accumulate, needed)
 
 def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shapes, "PROJECT", tmp_path)
+    monkeypatch.setattr(sample, "PROJECT", tmp_path)
     monkeypatch.setattr(
-        "utils.plumbing.shapes.draw_set", lambda folder: Path(folder, "train.txt").touch()
+        "utils.plumbing.shapes.draw_set", lambda folder, place: Path(folder, "train.txt").touch()
     )
     Path("model_data/.shapes.abcd.draft").mkdir(parents=True)
     os.utime("model_data/.shapes.abcd.draft", (0, 0))
     assert (
-        shapes.find_lists(dict(zip(NAMES, lists.DEFAULT_PATHS)))[1] == "model_data/shapes/train.txt"
+        sample.find_lists(dict(zip(NAMES, lists.DEFAULT_PATHS)))[1] == "model_data/shapes/train.txt"
     )
     assert os.listdir("model_data") == ["shapes"] and os.listdir("model_data/shapes") == [
         "train.txt"

@@ -51,7 +51,8 @@ def test_every_torchvision_network(name, no_memory):
     assert {k.rpartition(".")[0] for k in new_head} == head_layers(model)
     assert trainable >= new_head and {k.rpartition(".")[0] for k in trainable} == head_layers(model)
     model.train()
-    assert model.training and not any(m.training for m in model.modules() if m is not model)
+    modes = {name: module.training for name, module in model.named_modules() if name}
+    assert model.training and {name for name in modes if modes[name]} == head_layers(model)
     model.Unfreeze_backbone()
     assert all(p.requires_grad for p in model.parameters()) and all(
         m.training for m in model.modules()
@@ -90,6 +91,53 @@ def test_frozen_statistics_stay_still():
     model.Unfreeze_backbone()
     model(torch.randn(4, 3, 32, 32))
     assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
+
+
+def own_network(monkeypatch, folder, name, source):
+    """Build the network of a file in `folder`, as if it stood in nets/."""
+    monkeypatch.setattr(nets, "__path__", [*nets.__path__, str(folder)])
+    monkeypatch.setattr(nets, "OWN", [name])
+    (folder / f"{name}.py").write_text(source)
+    return get_model(name, 3, [8, 8])
+
+
+FIXED = """from torch import nn
+
+
+class Net(nn.Sequential):
+    head_names = ["2"]
+
+
+def {name}(num_classes, input_shape):
+    head = nn.Sequential(nn.BatchNorm1d(192), nn.Dropout(0.5), nn.Linear(192, num_classes))
+    table = nn.Linear(192, 192)
+    table.weight.requires_grad_(False)
+    return Net(nn.Flatten(), table, head)
+"""
+
+
+def test_what_a_network_has_fixed_stays_fixed(tmp_path, monkeypatch):
+    """And while the backbone is frozen, a head of several layers trains as ever."""
+    model = own_network(monkeypatch, tmp_path, "fixed", FIXED.format(name="fixed"))
+    for _ in range(2):
+        model.Unfreeze_backbone()
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained == ["1.bias", "2.0.weight", "2.0.bias", "2.2.weight", "2.2.bias"]
+        model.freeze_backbone()
+        model.freeze_backbone()
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained == ["2.0.weight", "2.0.bias", "2.2.weight", "2.2.bias"]
+    pictures = torch.randn(16, 3, 8, 8)
+    model.train()(pictures)
+    assert model[2][1].training and not model[1].training and model[2][0].num_batches_tracked == 1
+    model.eval()(pictures)
+    assert not model[2][1].training and model[2][0].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "googlenet", "maxvit_t"])
+def test_an_own_network_may_have_any_name(tmp_path, monkeypatch, name):
+    model = own_network(monkeypatch, tmp_path, name, FIXED.format(name=name))
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -374,7 +422,8 @@ def test_a_whole_network_can_be_pickled(name, tmp_path):
     assert type(loaded) is type(model) and list(loaded.state_dict()) == list(model.state_dict())
     assert torch.equal(loaded.eval()(pictures), expected)
     loaded.train()
-    assert loaded.frozen and not loaded.get_submodule(next(iter(head_layers(loaded)))).training
+    modes = {name: module.training for name, module in loaded.named_modules() if name}
+    assert loaded.frozen and {name for name in modes if modes[name]} == head_layers(loaded)
     loaded.Unfreeze_backbone()
     assert all(p.requires_grad for p in loaded.parameters())
     code = (
@@ -430,7 +479,7 @@ def test_a_transformer_of_ones_own():
 def test_laying_out_changes_nothing_else():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    model = nets.lay_out(nn.Conv2d(3, 4, 3), "cpu")
+    model = nets.to_device(nn.Conv2d(3, 4, 3), "cpu")
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.get_float32_matmul_precision() == "highest"
     torch.set_float32_matmul_precision(before)

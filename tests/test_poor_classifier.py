@@ -415,7 +415,7 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     pixels[40:, 60:] = 255
     Image.fromarray(pixels).save(tmp_path / "corner.png")
     classify = predict.Classifier(run)
-    heat = explain.look(classify, *classify.read(tmp_path / "corner.png"))
+    heat = explain.grad_cam(classify, *classify.read(tmp_path / "corner.png"), class_id=1)
     assert heat.shape == (32, 32) and heat.min() >= 0 and heat.max() == 1
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[20:, 20:] = True
@@ -423,7 +423,7 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     assert heat[inside].mean() > 5 * heat[~inside].mean()
     dark = predict.Classifier(run)
     dark.settings.update(mean=[1.0] * 3, std=[0.02] * 3)  # nothing is above the mean
-    heat = explain.look(dark, *dark.read(tmp_path / "corner.png"))
+    heat = explain.grad_cam(dark, *dark.read(tmp_path / "corner.png"), class_id=0)
     assert heat[:16, :16].min() > 0.9 and heat[24:, 24:].max() < 0.1
     prediction, image = explain.explain(classify, tmp_path / "corner.png")
     assert prediction[0][0] == "white" and image.size == (1024, 512)

@@ -11,7 +11,7 @@ from tests.helpers import hooked, make_data, make_project, run_of, train
 from utils import rehearsal
 from utils.plumbing.errors import UserError
 from utils.recipe import Recipe, check_targets
-from utils.rehearsal import choose_precision, first_batch, rehearse
+from utils.rehearsal import check_batch, choose_precision, first_batch
 
 SETTINGS = {"Cuda": False, "distributed": False, "fp16": "auto", "best_by": "top1"}
 
@@ -60,7 +60,8 @@ def test_no_trace_is_left(able_cpu, closure):
     recipe.extra_loss = (lambda *words: own(*words)) if closure else own
     before = copy.deepcopy((model.state_dict(), own.state_dict()))
     stream, mode = torch.get_rng_state(), [m.training for m in model.modules()]
-    assert rehearse(batch, model, recipe, 3) in ("float32", "bfloat16")
+    check_batch(batch, model, recipe.settings, 3)
+    assert choose_precision(recipe.settings, model, batch) in ("float32", "bfloat16")
     after = model.state_dict(), own.state_dict()
     for old, new in zip(before, after):
         assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
@@ -88,19 +89,21 @@ def test_the_first_batch_moves_no_random_stream(monkeypatch):
     assert share.tolist() == targets[1::2].tolist()  # this process's
 
 
-def test_no_trial_without_the_instructions(monkeypatch):
+def test_no_trial_without_the_instructions(monkeypatch, capsys):
     monkeypatch.setattr(rehearsal, "compare_speed", lambda *words, **more: pytest.fail("tried"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True})
     model, recipe, batch = get_parts()
-    assert choose_precision(recipe.settings, model, batch) == ("float32", "")
+    assert choose_precision(recipe.settings, model, batch) == "float32"
+    assert capsys.readouterr().out == "  precision    float32\n"
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
-def test_a_trial_with_the_instructions(monkeypatch, name):
+def test_a_trial_with_the_instructions(monkeypatch, capsys, name):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
     monkeypatch.setattr(rehearsal, "compare_speed", lambda *words, **more: ("bfloat16", "tried"))
     model, recipe, batch = get_parts()
-    assert choose_precision(recipe.settings, model, batch) == ("bfloat16", "tried")
+    assert choose_precision(recipe.settings, model, batch) == "bfloat16"
+    assert capsys.readouterr().out == "  precision    bfloat16 (tried)\n"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_a_trial_with_the_instructions(monkeypatch, name):
 )
 def test_a_setting_is_obeyed(fp16, Cuda, expected):
     model, recipe, batch = get_parts(fp16=fp16, Cuda=Cuda)
-    assert choose_precision(recipe.settings, model, batch) == (expected, "")
+    assert choose_precision(recipe.settings, model, batch) == expected
 
 
 def clock_of(monkeypatch, seconds):
@@ -141,11 +144,13 @@ def clock_of(monkeypatch, seconds):
         (5.0, 50.0, "float32", 2),
     ],
 )
-def test_the_faster_type_is_taken_within_bounds(able_cpu, monkeypatch, single, half, chosen, most):
+def test_the_faster_type_is_taken_within_bounds(
+    able_cpu, monkeypatch, capsys, single, half, chosen, most
+):
     made = clock_of(monkeypatch, {"float32": single, "bfloat16": half})
     model, recipe, batch = get_parts()
-    precision, reason = choose_precision(recipe.settings, model, batch)
-    assert precision == chosen and len(made) <= most and "float32" in reason
+    assert choose_precision(recipe.settings, model, batch) == chosen
+    assert len(made) <= most and "float32 " in capsys.readouterr().out.partition("(")[2]
     assert len(made) * (single + half) / 2 <= 3 + single + half
 
 
@@ -158,7 +163,7 @@ def test_the_best_of_several_steps_counts(able_cpu, monkeypatch):
 
     monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
     model, recipe, batch = get_parts()
-    assert choose_precision(recipe.settings, model, batch)[0] == "bfloat16"
+    assert choose_precision(recipe.settings, model, batch) == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +188,46 @@ def test_what_a_gpu_trains_in(monkeypatch, supported, gpus, distributed, half, c
     ticks = iter(range(100))
     monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: 0.2 * next(ticks))
     model, recipe, batch = get_parts(Cuda=True, distributed=distributed)
-    assert choose_precision(recipe.settings, model, batch)[0] == chosen
+    assert choose_precision(recipe.settings, model, batch) == chosen
+
+
+def test_a_trial_computes_as_training_does(able_cpu, monkeypatch):
+    """With cuDNN, which a context of torch's switches off unless it is told otherwise."""
+    enabled = []
+    original = rehearsal.Trial.seconds_per_step
+
+    def step(trial):
+        enabled.append(torch.backends.cudnn.enabled and torch.backends.cudnn.benchmark)
+        return original(trial)
+
+    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
+    model, recipe, batch = get_parts()
+    choose_precision(recipe.settings, model, batch)
+    assert len(enabled) >= 4 and all(enabled)
+
+
+@pytest.mark.parametrize("half, chosen", [(0.1, "bfloat16"), (0.08, "float16")])
+def test_what_a_gpu_does_once_does_not_count(monkeypatch, half, chosen):
+    """The first steps of a type load libraries and choose kernels, for longer than the trial."""
+    now, made = [0.0], []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(rehearsal, "kept_random_stream", lambda Cuda: torch.no_grad())
+    monkeypatch.setattr(
+        rehearsal.Trial, "__init__", lambda trial, *words: setattr(trial, "precision", words[-1])
+    )
+    monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: now[0])
+
+    def step(trial):
+        seconds = {"bfloat16": 0.1, "float16": half}[trial.precision]
+        seconds += {0: 4.0, 1: 1.0}.get(len(made), 0.0)
+        made.append(trial.precision)
+        now[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
+    model, recipe, batch = get_parts(Cuda=True)
+    assert choose_precision(recipe.settings, model, batch) == chosen and len(made) >= 6
 
 
 OTHERS = {
@@ -209,9 +253,9 @@ def test_recipes_for_class_ids_refuse_other_targets(kind, settings):
 
 def test_almost_black_pictures_get_a_note(capsys):
     model, recipe, (images, targets, _) = get_parts(fp16=False)
-    rehearse((images // 16, targets, []), model, recipe, 3)
+    check_batch((images // 16, targets, []), model, recipe.settings, 3)
     assert "almost black" in capsys.readouterr().out
-    rehearse((images, targets, []), model, recipe, 3)
+    check_batch((images, targets, []), model, recipe.settings, 3)
     assert "almost black" not in capsys.readouterr().out
 
 
@@ -241,9 +285,10 @@ utils.rehearsal.choose_on_cpu = lambda *words: ("{}", "tried")
     assert "precision    bfloat16\n" in out
 
 
-def test_a_clock_is_read(able_cpu):
+def test_a_clock_is_read(able_cpu, capsys):
     model, recipe, batch = get_parts()
-    speed = choose_precision(recipe.settings, model, batch)[1]
+    choose_precision(recipe.settings, model, batch)
+    speed = capsys.readouterr().out.partition("(")[2]
     assert speed.startswith("float32 ") and not any(
         math.isinf(float(word)) for word in speed.split() if word.isdigit()
     )

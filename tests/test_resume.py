@@ -268,6 +268,14 @@ def killed_run(folder):
     return run_of(folder)
 
 
+def test_a_signal_is_obeyed_after_its_step(tmp_path):
+    """A step may take long: one process has nobody to agree with, and makes no further one."""
+    make_data(make_project(tmp_path), train=40, test=6)
+    code = "before('torch.optim:SGD.step', send_sigterm, 3)\n"
+    out, _ = train(tmp_path, script=hooked(tmp_path, code), code=128 + signal.SIGTERM)
+    assert "SIGTERM: saved at epoch 1, step 3" in out
+
+
 def test_a_resumed_run_keeps_its_settings(tmp_path):
     folder = make_project(tmp_path, resume=True)
     make_data(folder, train=24, test=6)

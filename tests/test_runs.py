@@ -77,6 +77,19 @@ def test_a_start_that_has_saved_nothing_is_passed_over(tmp_path, monkeypatch):
     assert run.find_run(False, str(tmp_path)) == str(failed)
 
 
+def test_a_named_launch_goes_on_with_what_was_trained(tmp_path, monkeypatch):
+    """A group with an --rdzv_id may have been restarted; its own run comes first, if it has one."""
+    trained = finished_run(tmp_path / "trained", 1, launch="before")
+    finished_run(tmp_path / "failed", 2, saved=False, launch="before")
+    monkeypatch.setattr(processes, "launch_id", "x")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert run.find_run(True, str(tmp_path)) == str(trained)
+    assert run.find_run(False, str(tmp_path)) is None
+    own = finished_run(tmp_path / "own", 3, saved=False, launch="x")
+    for resume in (True, False):
+        assert run.find_run(resume, str(tmp_path)) == str(own)
+
+
 def test_each_start_counts_on(tmp_path):
     finished_run(tmp_path / "zzz", 7)
     mine = run.new_run(str(tmp_path))

@@ -200,8 +200,10 @@ def test_several_gpus_of_one_process(monkeypatch):
     for gpus in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         rules.check_settings(settings_with(Cuda=True, compile=gpus == 1))
-    with pytest.raises(UserError, match="torchrun"):
-        rules.check_settings(settings_with(Cuda=True, compile=True))
+        rules.check_settings(settings_with(Cuda=True, fp16="bfloat16" if gpus == 1 else "float16"))
+    for changes in ({"compile": True}, {"fp16": "bfloat16"}):
+        with pytest.raises(UserError, match=f"{next(iter(changes))} = .* needs torchrun"):
+            rules.check_settings(settings_with(Cuda=True, **changes))
 
 
 def test_command_line():

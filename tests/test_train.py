@@ -344,7 +344,7 @@ def test_sample_data(tmp_path):
         backbone="'shufflenet_v2_x0_5'",
     )
     out, _ = train(folder)
-    assert out.count("drawing 5000 + 600 sample pictures") == 1
+    assert out.count("drawing 5000 + 600 pictures") == 1
     assert len(list((folder / "model_data/shapes/train").rglob("*.png"))) == 5000
     assert history(run_of(folder))[0]["scored"] == 600
     edit(folder, train_annotation_path="'mine.txt'")

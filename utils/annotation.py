@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from utils.plumbing.advice import advise
-from utils.plumbing.console import say, show_errors_as_sentences
+from utils.plumbing.console import prepare_program, say
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import make_folder, save_text
 from utils.plumbing.folders import find_splits, quote, split_by_chance, walk
@@ -198,7 +198,7 @@ def print_next_steps(paths, names, lists, is_shrunk):
 
 
 def main(arguments=None):
-    show_errors_as_sentences()
+    prepare_program()
     options = read_arguments(arguments)
     paths = [f"{options.out}_{part}.txt" for part in ("classes", "train", "test", "holdout")]
     make_folder(Path(options.out).parent, "name another place with --out")

@@ -1,6 +1,5 @@
 """All that resuming needs, in one file that is an epoch's commit; what people read follows it."""
 
-import atexit
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ class Position:
 
 
 class Checkpoint(Steps):
-    """A run's state: saved, loaded and published.
+    """A run's state: saved, loaded and published, also where Steps decides so between two steps.
 
     parts: {name: object with state_dict() and load_state_dict(), or None} of model, optimizer,
     scaler, ema and history. scored_on: {name: value} of all that a score depends on; when one has
@@ -52,7 +51,6 @@ class Checkpoint(Steps):
     """
 
     def __init__(self, run, parts, save_minutes=0, scored_on=None):
-        atexit.register(processes.stop_workers)  # Python would wait for workers that ignore SIGTERM
         super().__init__(run)
         self.parts = parts
         self.save_minutes = save_minutes
@@ -121,7 +119,7 @@ class Checkpoint(Steps):
         return next(self.parts["model"].parameters()).device
 
     def is_idle(self):
-        """Return whether what trains has done all that it was given."""
+        """Return whether the GPU's queue is empty; always True on a CPU."""
         device = self.device()
         return device.type != "cuda" or torch.cuda.current_stream(device).query()
 
@@ -149,15 +147,15 @@ class Checkpoint(Steps):
         processes.barrier()
         self.saved_at = time.monotonic()
 
-    def commit(self, metrics, validated, save_period, last_epoch):
+    def commit(self, metrics, save_period, last_epoch):
         """Record an epoch, write the checkpoint, then the files for people. Collective.
 
-        validated: the model that the metrics are of. Return whether it is the best so far (rank 0).
+        Return whether it is the best so far (rank 0).
         """
         best = rank() == 0 and self.parts["history"].append_loss(metrics)
         if best:
             self.best_is_new = True
-            weights = validated.state_dict()
+            weights = published_model(self.parts).state_dict()
             self.best = {
                 name: value.detach().to("cpu", copy=True) for name, value in weights.items()
             }
@@ -232,7 +230,7 @@ def check_finite(state):
         values = values or {}
         tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
         finite = all(tensor.isfinite().all() for tensor in tensors)
-        if not finite or values.get("finite") == 0:  # which counts the losses that were finite
+        if not finite or values.get("pictures") == 0:  # no batch had a finite loss
             raise UserError(
                 f"the {what} not finite any more after epoch {state['epoch']}, "
                 f"step {state['step']}: {NOT_FINITE}"

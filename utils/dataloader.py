@@ -59,9 +59,10 @@ def own_data(settings):
 
     settings: train.py's. A data set has a length, and items that stay the same: (a Pillow image, or
     a uint8 array or tensor (H, W) or (H, W, 3) of any size; a label as task.read_label takes it).
-    An exception of formats.BROKEN counts as an unreadable picture; any other ends the program. What
-    changes by epoch depends on the epoch that DataGenerator's items are asked for: an attribute
-    that is changed while training does not reach the worker processes, which have their own copy.
+    An exception of formats.BROKEN counts as an unreadable picture; any other ends the program. It
+    is asked by index alone: what shall change with the epoch belongs into
+    DataGenerator.__getitem__, which knows it. An attribute that is set during training does not
+    reach the worker processes, which have their own copy.
     """
     return None
 
@@ -71,7 +72,8 @@ class DataGenerator(Dataset):
 
     An item is asked for by (epoch, place, index), or by an index where nothing is random. It is
     (uint8 (H, W, 3), target, [(index, reason)] of what was unreadable).
-    random: augment, and replace an unreadable picture by another one; else both are None.
+    random: augment, and replace an unreadable picture by another one; otherwise an unreadable
+    picture's image and target are None.
     settings: train.py's; DEFAULTS hold where one is missing.
     cache_mb (of 10⁶ bytes): what was read is kept in memory, if all of it fits and a picture's crop
     is the same in every epoch.
@@ -87,9 +89,9 @@ class DataGenerator(Dataset):
         cache_mb=0,
     ):
         self.source = annotation_lines
-        if isinstance(annotation_lines, list):
-            if all(isinstance(line, str) for line in annotation_lines):
-                self.source = AnnotationLines(annotation_lines)
+        is_list = isinstance(annotation_lines, list)
+        if is_list and all(isinstance(line, str) for line in annotation_lines):
+            self.source = AnnotationLines(annotation_lines)
         self.input_shape = tuple(input_shape)
         self.random = random
         self.num_classes = num_classes
@@ -99,6 +101,7 @@ class DataGenerator(Dataset):
         size = len(self) * math.prod(self.input_shape) * 3
         self.in_memory = not self.random_crops and size <= cache_mb * 1e6
         self.memory = None  # the PictureMemory, when the first picture has been read
+        self.named_unreadable = set()  # indices of pictures that training has named already
         self.transforms = []
         if random and augmentation in POLICIES:
             self.transforms.append(POLICIES[augmentation]())

@@ -30,7 +30,7 @@ from utils.plumbing.console import ProgressLine
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import make_folder, save_file, save_image
 from utils.plumbing.settings import check_value
-from utils.trained import Classifier, command
+from utils.trained import Classifier, begin_command
 
 OUTPUTS = (
     "predictions.csv",
@@ -51,19 +51,19 @@ def evaluate(
     mirrored=False,
 ):
     """Score a run, print and write everything; return {**metrics, "scored": number of pictures}."""
-    run = Classifier(run, weights, mirrored)
+    classifier = Classifier(run, weights, mirrored)
     if batch_size is None:
-        batch_size = run.settings["Unfreeze_batch_size"]
+        batch_size = classifier.settings["Unfreeze_batch_size"]
     check_value("Unfreeze_batch_size", batch_size)
     check_value("num_workers", num_workers or 0)
-    out = make_folder(out or run.folder, "name another folder with --out")
+    out = make_folder(out or classifier.folder, "name another folder with --out")
     for name in OUTPUTS:
         if (out / name).is_dir():
             raise UserError(f"{out / name} is a folder where a file is to be written: move it away")
-    data = run.dataset(find_test_pictures(run, annotation))
-    names = run.class_names
+    data = classifier.dataset(find_test_pictures(classifier, annotation))
+    names = classifier.class_names
 
-    metrics, indices, targets, predictions = score(run, data, batch_size, num_workers)
+    metrics, indices, targets, predictions = score(classifier, data, batch_size, num_workers)
     rows, files = task.whole_set_tables(targets, predictions, names)
     if rows:
         print_table(rows)
@@ -80,24 +80,24 @@ def evaluate(
     return {**metrics, "scored": len(indices)}
 
 
-def find_test_pictures(run, annotation=None):
+def find_test_pictures(classifier, annotation=None):
     """Return what a DataGenerator takes: the checked lines of a list, or a fork's own data.
 
     annotation: the list's path; None: the run's test list. UserError: none that fits the run. Of
     files that only the run names no word is shown, as somebody else's run may name any file.
     """
-    own = None if annotation else own_data(run.settings)
+    own = None if annotation else own_data(classifier.settings)
     if own:
-        check_class_ids(run, own[0], "own_data")
+        check_class_ids(classifier, own[0], "own_data")
         return own[2]
-    path = annotation or run.settings["test_annotation_path"]
-    classes_path = run.settings["classes_path"]
+    path = annotation or classifier.settings["test_annotation_path"]
+    classes_path = classifier.settings["classes_path"]
     try:
-        names = run.class_names
+        names = classifier.class_names
         if os.path.exists(classes_path):
             names, _ = lists.get_classes(classes_path)
         lines = lists.read_lines("annotation", path)
-        pictures, _ = lists.check_lines(lines, path, len(run.class_names), run.folder)
+        pictures, _ = lists.check_lines(lines, path, len(classifier.class_names), classifier.folder)
     except UserError:
         if annotation:
             raise
@@ -105,26 +105,28 @@ def find_test_pictures(run, annotation=None):
             f"the run's classes_path ({classes_path}) or test_annotation_path ({path}) does not "
             f"fit the run: --annotation {path} tells why"
         ) from None
-    check_class_ids(run, names, classes_path, annotation)
+    check_class_ids(classifier, names, classes_path, annotation)
     return pictures
 
 
-def check_class_ids(run, names, source, annotation=None):
+def check_class_ids(classifier, names, source, annotation=None):
     """Raise a UserError where class ids of today mean other classes than in training.
 
     It is only a warning for a list that the user names, which may be an older one.
     """
-    if all(was == now for was, now in zip(run.class_names, names)):
+    if all(was == now for was, now in zip(classifier.class_names, names)):
         return
-    change = f"the classes of {run.folder} are not those of {source}, so class ids mean others"
+    change = (
+        f"the classes of {classifier.folder} are not those of {source}, so class ids mean others"
+    )
     if not annotation:
         raise UserError(f"{change}: --annotation names a list with the run's ids")
     print(f"WARNING: {printable(change)}; {printable(annotation)} is read with the run's classes")
 
 
-def score(run, data, batch_size, num_workers=None):
+def score(classifier, data, batch_size, num_workers=None):
     """Return (metrics, indices of the pictures that were read, their targets, predictions)."""
-    settings = run.settings
+    settings = classifier.settings
     criterion = task.get_criterion(settings)
     sums = Counter()
     all_targets, predictions, unreadable = [], [], []
@@ -133,7 +135,7 @@ def score(run, data, batch_size, num_workers=None):
     def describe():
         return ", ".join(task.metric_texts(task.metrics_from(sums, settings), data.num_classes))
 
-    for step, batch in enumerate(run.score(data, batch_size, num_workers), 1):
+    for step, batch in enumerate(classifier.score(data, batch_size, num_workers), 1):
         logits, targets, unread = batch
         for index, reason in unread:
             unreadable.append(index)
@@ -143,7 +145,7 @@ def score(run, data, batch_size, num_workers=None):
         loss = criterion(logits, targets)
         sums.update(task.batch_sums(loss, logits, targets, settings))  # a Counter's update adds
         all_targets.append(targets.cpu())
-        predictions += task.top_predictions(logits, run.class_names)
+        predictions += task.top_predictions(logits, classifier.class_names)
         progress.show(step, batch_size, describe)
     progress.clear()
     if not predictions:
@@ -226,7 +228,7 @@ def cell(value):
 
 
 def main(arguments=None):
-    parser = command("evaluate", __doc__)
+    parser = begin_command("evaluate", __doc__)
     parser.add_argument("--annotation", help="list of 'class_id;path' lines (the run's test list)")
     parser.add_argument("--out", help="folder to write into (the run's)")
     parser.add_argument("--batch-size", type=int, help="pictures a step (the run's)")

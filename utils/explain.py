@@ -21,35 +21,42 @@ from utils import task
 from utils.fit import network_inputs
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import make_folder, save_image
-from utils.trained import Classifier, add_pictures, command, describe_prediction, find_pictures
+from utils.trained import (
+    Classifier,
+    add_pictures,
+    begin_command,
+    describe_prediction,
+    find_pictures,
+)
 
 SIZE = (1024, 512)  # of what is drawn, in pixels: two pictures side by side fit into it
 
 
-def explain(run, picture):
+def explain(classifier, picture):
     """Return (prediction, image) of a picture; ValueError: there is none, with the reason.
 
     image: the picture, and beside it the same under its heat, from blue to red.
     """
-    prediction = run(picture)
-    images, targets = run.read(picture)
-    heat = Image.fromarray((255 * look(run, images, targets)).byte().numpy())
+    prediction = classifier(picture)
+    class_id = classifier.class_names.index(prediction[0][0])
+    images, targets = classifier.read(picture)
+    heat = Image.fromarray((255 * grad_cam(classifier, images, targets, class_id)).byte().numpy())
     colours = ImageOps.colorize(heat, "blue", "red", mid="lime")
     original = Image.fromarray(images[0].permute(1, 2, 0).numpy())
     both = np.hstack([original, Image.blend(original, colours, 0.5)])
     return prediction, ImageOps.contain(Image.fromarray(both), SIZE)
 
 
-def look(run, images, targets):
-    """Return where a network looks in uint8 (1, 3, H, W): float (H, W) from 0 to 1, on the CPU.
+def grad_cam(classifier, images, targets, class_id):
+    """Return what speaks for a class in uint8 (1, 3, H, W): float (H, W) from 0 to 1, on the CPU.
 
     Grad-CAM (Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
-    Localization", 2017): the channels of the last map, weighted by the mean gradient of the highest
+    Localization", 2017): the channels of the last map, weighted by the mean gradient of the class'
     logit; what speaks against the class is cut off.
     """
-    inputs, _ = network_inputs(run.network, images, targets, run.settings)
-    logits, features = last_map(run.network, inputs, images.shape)
-    [gradient] = torch.autograd.grad(logits.max(), features)
+    inputs, _ = network_inputs(classifier.network, images, targets, classifier.settings)
+    logits, features = last_map(classifier.network, inputs, images.shape)
+    [gradient] = torch.autograd.grad(logits[0, class_id], features)
     weights = gradient.mean((2, 3), keepdim=True)
     heat = (weights * features).sum(1, keepdim=True).relu()
     heat = F.interpolate(heat, images.shape[2:], mode="bilinear")[0, 0]
@@ -60,8 +67,8 @@ def look(run, images, targets):
 def last_map(network, inputs, shape):
     """Return (logits, map): the last output (1, C, h, w) of a module that still has places.
 
-    shape: the pictures', (1, 3, H, W). UserError: the last one with several values a channel is no
-    map, as in a ViT, or there is none.
+    shape: the pictures', (1, 3, H, W). UserError: the last output with more than one value a
+    channel is no map, as in a ViT, or there is none.
     """
     outputs = []
 
@@ -90,16 +97,16 @@ def is_map(output, shape):
 
 
 def main(arguments=None):
-    parser = command("explain", __doc__)
+    parser = begin_command("explain", __doc__)
     add_pictures(parser)
     parser.add_argument("--out", help="folder to write into (the run's)")
     options = parser.parse_args(arguments)
-    run = Classifier(options.run, options.weights, options.mirrored)
-    out = make_folder(options.out or run.folder, "name another folder with --out")
+    classifier = Classifier(options.run, options.weights, options.mirrored)
+    out = make_folder(options.out or classifier.folder, "name another folder with --out")
     failed = False
     for number, path in enumerate(find_pictures(options.pictures), 1):
         try:
-            prediction, image = explain(run, path)
+            prediction, image = explain(classifier, path)
         except ValueError as error:
             failed = True
             print(printable(f"{path}: {error}"), file=sys.stderr)

@@ -29,7 +29,7 @@ from utils import task
 from utils.pictures import normalize
 from utils.plumbing.errors import printable
 from utils.plumbing.files import save_file
-from utils.trained import Classifier, command
+from utils.trained import Classifier, begin_command
 
 INPUT = (
     "RGB, upright (EXIF orientation applied); of it with resize 'crop' the largest box in the "
@@ -85,22 +85,22 @@ def to_onnx(program, example, sizes, texts):
 
 def export(run, weights=None, mirrored=False):
     """Write RUN/model.pt2, and RUN/model.onnx where its packages are; return the paths."""
-    run = Classifier(run, weights, mirrored)
+    classifier = Classifier(run, weights, mirrored)
     writers = {"model.pt2": to_torch}
     if find_spec("onnx") and find_spec("onnxscript"):
         writers["model.onnx"] = to_onnx
-    model = run.model.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
-    program = Program(model, run.settings).eval()
-    example = (torch.zeros(2, 3, *run.settings["input_shape"], dtype=torch.uint8),)
+    model = classifier.model.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
+    program = Program(model, classifier.settings).eval()
+    example = (torch.zeros(2, 3, *classifier.settings["input_shape"], dtype=torch.uint8),)
     sizes = ({0: torch.export.Dim("batch")},)
     texts = {
-        "class_names.json": json.dumps(run.class_names),
-        "pictures.json": describe_input(run.settings),
+        "class_names.json": json.dumps(classifier.class_names),
+        "pictures.json": describe_input(classifier.settings),
     }
     paths = []
     for name, write in writers.items():
         content = write(program, example, sizes, texts)
-        path = Path(run.folder, name)
+        path = Path(classifier.folder, name)
         save_file(path, content)
         paths.append(path)
         print(f"wrote {printable(path)} ({len(content) / 1e6:.1f} MB)")
@@ -109,7 +109,7 @@ def export(run, weights=None, mirrored=False):
 
 
 def main(arguments=None):
-    parser = command("export", __doc__)
+    parser = begin_command("export", __doc__)
     export(**vars(parser.parse_args(arguments)))
 
 

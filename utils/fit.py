@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from utils.checkpoint import Checkpoint, Position, state_parts
+from utils.checkpoint import Checkpoint, Position, published_model, state_parts
 from utils.loss_history import describe_epoch, describe_waiting
 from utils.optimizer import check_trained, optimizer_step, set_optimizer_lr
 from utils.pictures import normalize
@@ -20,7 +20,6 @@ from utils.task import batch_sums, logits_from, metric_texts, metrics_from
 
 VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs
 LOOK_EVERY = 20  # steps between looks at the loss on a GPU, which has to finish its queue for it
-named_unreadable = set()  # (data set, index) of pictures that were named already
 
 
 def fit_one_epoch(
@@ -52,9 +51,9 @@ def fit_one_epoch(
     local_rank is not used.
     checkpoint, a Checkpoint, continues an interrupted epoch where it stopped. lr_scheduler_func:
     the rate follows it at every step, at epoch + step / epoch_step; without it the rate stays as it
-    is. Returns {metric: number}, the same on every process; its 'lr' is the documented one, that of
-    the epoch's first step. UserError: a loss or weights that are not finite, too many unreadable
-    pictures, a full disk.
+    is. Returns {metric: number}, the same on every process but for images_per_second; its 'lr' is
+    the documented one, that of the epoch's first step. UserError: a loss or weights that are not
+    finite, too many unreadable pictures, a full disk.
     """
     recipe = recipe or Recipe()
     settings = recipe.settings
@@ -104,9 +103,9 @@ def fit_one_epoch(
     totals = position.totals()
     unreadable = totals.pop("unreadable")
     check_unreadable(unreadable, gen.dataset)
-    validated_model = recipe.ema.module if recipe.ema else model
+    validated_model = published_model(checkpoint.parts)
     processes.sync_buffers(validated_model)
-    scoring_model = over_all_gpus(validated_model, model_train)
+    scoring_model = choose_scoring_model(validated_model, model_train)
     validated = validate(
         scoring_model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint
     )
@@ -124,7 +123,7 @@ def fit_one_epoch(
     for name, value in metrics_from(totals, settings).items():
         metrics[f"train_{name}"] = value
     metrics.update(validated)
-    is_best = checkpoint.commit(metrics, validated_model, save_period, UnFreeze_Epoch)
+    is_best = checkpoint.commit(metrics, save_period, UnFreeze_Epoch)
     say(f"{title}: {describe_epoch(metrics, validated, waiting, is_best, num_classes)}")
     return metrics
 
@@ -141,9 +140,10 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
         with model_train.no_sync() if reduce_later else contextlib.nullcontext():
             loss, sums = compute_loss(model_train, images, targets, Cuda, fp16, recipe)
             scaler.scale(loss / len(batches)).backward()
-        if scaler.is_enabled():  # it skips an overflow, which must not stay in the sums
-            sums["finite"] = loss.detach().isfinite().double()
-            sums["loss"].nan_to_num_(0, 0, 0)
+        if scaler.is_enabled():  # it skips a step that overflows: nothing of the batch counts
+            finite = loss.detach().isfinite()
+            for name, value in sums.items():
+                sums[name] = torch.where(finite, value.to(finite.device), 0)
         all_sums.append(sums)
     return all_sums
 
@@ -220,7 +220,7 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
     return {**validated, "scored": int(totals["pictures"]), "unreadable": unreadable}
 
 
-def over_all_gpus(model, model_train):
+def choose_scoring_model(model, model_train):
     """Return model_train where it is the network on several GPUs of this process, else model."""
     if isinstance(model_train, torch.nn.DataParallel) and model_train.module is model:
         return model_train
@@ -241,10 +241,10 @@ def count_unreadable(batches, data, position):
     """Name each unreadable picture once, and count it."""
     for _, _, unreadable in batches:
         for index, reason in unreadable:
-            if (data, index) not in named_unreadable:
+            if index not in data.named_unreadable:
                 name = printable(data.name(index))
                 say(f"\nunreadable picture: {name} ({printable(reason)})", everyone=True)
-            named_unreadable.add((data, index))
+            data.named_unreadable.add(index)
             position.unreadable += 1
     # of this process; those of all are checked at the epoch's end
     check_unreadable(position.unreadable, data)
@@ -266,8 +266,9 @@ def check_training(position, scaler, lr):
     A GPU has to finish its queue for it.
     """
     epoch, step = position.epoch + 1, position.step
-    # with a scaler the sum is of the finite losses; 0 / 0 is nan, where there was none
-    if not math.isfinite(position.sums["loss"] / position.sums.get("finite", 1)):
+    # with a scaler the sums are of the batches whose loss was finite; where there was none,
+    # 0 / 0 is nan
+    if not math.isfinite(position.sums["loss"] / position.sums["pictures"]):
         raise UserError(
             f"the loss is not finite by epoch {epoch}, step {step}, at lr {lr:.3g}: {NOT_FINITE}"
         )

@@ -26,7 +26,7 @@ class LossHistory:
         self.best_since = 0  # rows before this one were scored otherwise
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # its files are all that is missing then
+        except Exception:  # absent or broken: its files are all that is missing then
             SummaryWriter = NoWriter
         self.writer = SummaryWriter(log_dir)
 

@@ -81,9 +81,9 @@ def own_name(name):
 def fill_momentum(optimizer):
     """Give SGD's parameters momentum of zeros where they have none.
 
-    From zeros the first step's momentum is its gradient, as without them. But without them fused
-    SGD would take what the memory holds when the scaler skips a first step, and fail where a
-    parameter is first used in a later step than others.
+    Zeros change nothing in a first step. Without them fused SGD reads uninitialised memory when the
+    scaler skips a first step, and fails where a parameter is first used in a later step than
+    others.
     """
     for group in optimizer.param_groups:
         if not group.get("momentum"):
@@ -136,14 +136,15 @@ def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
     optimizer.zero_grad(set_to_none=True)
 
 
-# without it each step's graph would chain to the next behind DDP, which keeps the gradients' memory
+# DDP keeps the gradients' memory (gradient_as_bucket_view): with autograd on, each step's graph
+# would hold the one before
 @torch.no_grad()
 def clip_layers(parameters, ratio):
-    """Clip each weight tensor's gradient to `ratio` times the length of the tensor itself.
+    """Clip the norm of each weight tensor's gradient to `ratio` times the tensor's own norm.
 
     Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021, by
-    tensor. Biases and norm layers are left alone. A tensor counts as at least 0.01 an element long
-    (root mean square), so that zeros can learn.
+    tensor. Biases and norm layers are left alone. A tensor's norm counts as at least 0.01 an
+    element (root mean square), so that zeros can learn.
     """
     weights = [p for p in parameters if p.ndim > 1 and p.grad is not None]
     gradients = [p.grad for p in weights]
@@ -208,7 +209,7 @@ def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
     return partial(LR_DECAYS[lr_decay_type], lr, min_lr, total_iters)
 
 
-def pictures_per_step(transformer):
+def nominal_batch_size(transformer):
     """Return the number of pictures a step that Init_lr and Min_lr are for (the documented nbs)."""
     return 256 if transformer else 64
 
@@ -220,13 +221,18 @@ def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
     """
     optimizer = OPTIMIZERS[optimizer_type]
     low, high = optimizer.transformer_limits if transformer else optimizer.limits
-    scale = batch_size / pictures_per_step(transformer)
+    scale = batch_size / nominal_batch_size(transformer)
     Init_lr_fit = min(max(scale * Init_lr, low), high)
     Min_lr_fit = min(max(scale * Min_lr, low * 1e-2), high * 1e-2)
     return Init_lr_fit, Min_lr_fit
 
 
-def phases(settings):
+def is_frozen(settings, epoch):
+    """Return whether an epoch (0 …) trains the head alone."""
+    return settings["Freeze_Train"] and epoch < settings["Freeze_Epoch"]
+
+
+def batch_size_names(settings):
     """Return the names of the settings with the batch sizes that will be trained with, in order.
 
     They are 'Freeze_batch_size', 'Unfreeze_batch_size', or both.
@@ -251,8 +257,8 @@ def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
 
 def rate_at(settings, epoch, transformer):
     """Return the learning rate at an epoch (0 …), before layers' scales."""
-    frozen = settings.get("Freeze_Train") and epoch < settings["Freeze_Epoch"]
-    batch_size = settings["Freeze_batch_size" if frozen else "Unfreeze_batch_size"]
+    phase = "Freeze_batch_size" if is_frozen(settings, epoch) else "Unfreeze_batch_size"
+    batch_size = settings[phase]
     pictures = batch_size * settings.get("accumulate", 1)
     rates = settings["Init_lr"], settings["Min_lr"]
     fitted = fit_lr(pictures, *rates, settings["optimizer_type"], transformer)
@@ -264,13 +270,13 @@ def describe_rates(settings, transformer):
     """Return the header's text: the optimizer, each phase's rates, the limits that changed them."""
     optimizer_type = settings["optimizer_type"]
     texts = []
-    for name in phases(settings):
+    for name in batch_size_names(settings):
         batch_size = settings[name] * settings.get("accumulate", 1)
         rates = settings["Init_lr"], settings["Min_lr"]
         fitted = fit_lr(batch_size, *rates, optimizer_type, transformer)
         text = f"lr {fitted[0]:.3g} to {fitted[1]:.3g}"
         for rate, value in zip(("Init_lr", "Min_lr"), fitted):
-            scaled = batch_size / pictures_per_step(transformer) * settings[rate]
+            scaled = batch_size / nominal_batch_size(transformer) * settings[rate]
             if scaled != value:
                 text += (
                     f" ({rate} = {settings[rate]:.3g} gives {scaled:.3g}, "

@@ -19,7 +19,13 @@ import sys
 
 from utils import task
 from utils.plumbing.errors import printable
-from utils.trained import Classifier, add_pictures, command, describe_prediction, find_pictures
+from utils.trained import (
+    Classifier,
+    add_pictures,
+    begin_command,
+    describe_prediction,
+    find_pictures,
+)
 
 
 def print_prediction(path, prediction, as_json):
@@ -35,13 +41,13 @@ def print_prediction(path, prediction, as_json):
 
 
 def main(arguments=None):
-    parser = command("predict", __doc__)
+    parser = begin_command("predict", __doc__)
     add_pictures(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
-    run = Classifier(options.run, options.weights, options.mirrored)
+    classifier = Classifier(options.run, options.weights, options.mirrored)
     failed = False
-    for path, prediction in run.predictions(find_pictures(options.pictures)):
+    for path, prediction in classifier.predictions(find_pictures(options.pictures)):
         failed = failed or isinstance(prediction, str)
         print_prediction(path, prediction, options.json)
     raise SystemExit(int(failed))

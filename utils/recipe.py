@@ -1,4 +1,4 @@
-"""The recipes around the loss: mixing pictures, weighting classes, and averaging the weights."""
+"""The recipes around the loss: mixing, class weights, mixed precision, averaging the weights."""
 
 import contextlib
 import copy
@@ -58,7 +58,7 @@ def check_targets(targets, settings, num_classes):
         )
 
 
-def precision_name(fp16, Cuda):
+def precision_name(Cuda, fp16):
     """Return 'float32', 'float16' or 'bfloat16' for the setting fp16.
 
     Its documented True and False mean a type, too.
@@ -72,14 +72,14 @@ def precision_name(fp16, Cuda):
 
 def mixed_precision(Cuda, fp16):
     """Return the context that the network computes in; fp16: as in precision_name."""
-    name = precision_name(fp16, Cuda)
+    name = precision_name(Cuda, fp16)
     if name == "float32":
         return contextlib.nullcontext()
     return torch.autocast("cuda" if Cuda else "cpu", dtype=getattr(torch, name))
 
 
 def balanced_weights(class_ids, num_classes, power=1.0):
-    """Return float32 (classes,) weights ∝ 1 / number of pictures ** power; absent classes have 0.
+    """Return float32 (classes,) weights ∝ (number of pictures) ** -power; 0 for absent classes.
 
     class_ids: int64 (N,). The mean of the pictures' weights is 1. With power 1 they are
     scikit-learn's 'balanced'.

@@ -36,12 +36,8 @@ def first_batch(data, batch_size, seed):
         return detection_collate([data[item] for item in items])
 
 
-def rehearse(batch, model, recipe, num_classes):
-    """Check the settings by a batch, and return the name of the type to train in, which is printed.
-
-    UserError: settings that do not suit the batch.
-    """
-    settings = recipe.settings
+def check_batch(batch, model, settings, num_classes):
+    """Raise UserError for settings that do not suit a batch, and note nearly black pictures."""
     images, targets, _ = batch
     if images.amax((1, 2, 3)).median() <= 16:
         say(
@@ -50,9 +46,6 @@ def rehearse(batch, model, recipe, num_classes):
         )
     check_targets(targets, settings, num_classes)
     check_best_by(settings, model, batch)
-    precision, reason = processes.on_rank_0(choose_precision, settings, model, batch)
-    say_row("precision", f"{precision} ({reason})" if reason else precision)
-    return precision
 
 
 def check_best_by(settings, model, batch):
@@ -75,33 +68,35 @@ def check_best_by(settings, model, batch):
 
 
 def choose_precision(settings, model, batch):
-    """Return (name of the type to train in, why).
+    """Return the name of the type to train in, and print it with the reason.
 
     It is the setting fp16's, and for 'auto' the fastest that is known to be good.
     """
-    Cuda = settings["Cuda"]
-    fp16 = settings["fp16"]
-    if fp16 != "auto":
-        return precision_name(fp16, Cuda), ""
-    if Cuda:
-        return choose_on_cuda(settings, model, batch)
-    return choose_on_cpu(settings, model, batch)
+    reason = ""
+    if settings["fp16"] != "auto":
+        precision = precision_name(settings["Cuda"], settings["fp16"])
+    elif settings["Cuda"]:
+        precision, reason = choose_on_cuda(settings, model, batch)
+    else:
+        precision, reason = choose_on_cpu(settings, model, batch)
+    say_row("precision", f"{precision} ({reason})" if reason else precision)
+    return precision
 
 
 def choose_on_cuda(settings, model, batch):
-    """Choose bfloat16, which needs no scaler; float16 where it is FASTER.
+    """Choose (type, why): bfloat16, which needs no scaler; float16 where it is FASTER.
 
-    cuDNN's BatchNorm has no bfloat16.
+    It can be with BatchNorm, which cuDNN does not compute in bfloat16.
     """
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float16", ""
-    if torch.cuda.device_count() > 1 and not settings["distributed"]:
+    if processes.is_data_parallel(settings):
         return "float16", ""  # DataParallel's threads compute in autocast's default type
     return compare_speed(settings, model, batch, "bfloat16", "float16", seconds=1)
 
 
 def choose_on_cpu(settings, model, batch):
-    """Choose float32; bfloat16 where it is FASTER.
+    """Choose (type, why): float32; bfloat16 where it is FASTER.
 
     Some networks train three times as fast in it, others half as fast.
     """
@@ -115,16 +110,21 @@ def choose_on_cpu(settings, model, batch):
 def compare_speed(settings, model, batch, usual, other, seconds):
     """Return (`other` where it is FASTER than `usual`, else `usual`; and why).
 
-    They are trained with by turns, for so many seconds or one step each.
+    Each trains a copy of the network by turns, for `seconds` altogether, but one turn at least.
     """
     best = {usual: math.inf, other: math.inf}
-    begin = time.perf_counter()
     with (
         say_if_slow(f"trying {usual} and {other} for {seconds} s, or for one step each …"),
         kept_random_stream(settings["Cuda"]),
-        torch.backends.cudnn.flags(benchmark=True),
+        # the context would switch cuDNN off by default
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, benchmark=True),
     ):
+        begin = time.perf_counter()
         trials = {name: Trial(settings, model, batch, name) for name in best}
+        if settings["Cuda"]:  # not counted: libraries are loaded, and cuDNN tries its kernels
+            for trial in trials.values():
+                trial.seconds_per_step()
+            begin = time.perf_counter()
         for turn in range(5):  # the best of five short steps is steady enough
             for name, trial in trials.items():
                 best[name] = min(best[name], trial.seconds_per_step())

@@ -21,7 +21,7 @@ def continued_run(resume, save_dir):
     state = None
     if Path(run, LAST).exists():
         state = load_checkpoint(run)
-        config["settings"]["Init_Epoch"] = state["epoch"]
+        config["settings"]["Init_Epoch"] = state["epoch"]  # where train.py's loop begins
     elif trained_files(run):  # it would be lost
         raise cannot_continue(run, f"it holds {trained_files(run)[0]}, but its checkpoint is gone")
     clear_drafts(run)

@@ -67,19 +67,22 @@ class Steps:
             yield current
 
     def agree(self):
-        """Act on the largest request made one step ago, then send the next.
+        """Act on the largest request of all processes, which was made one step ago.
 
-        It travels while the step computes.
+        The next one travels while the step computes. One process alone acts at once.
         """
-        if self.work:
+        connected = processes.connected()
+        if not connected:
+            self.request = torch.tensor([self.next_request()])
+        elif self.work:
             self.work.wait()
         request = int(self.request)
         if request != GO_ON:
             self.save()
         if request > END:
             self.stop(request)
-        self.request = torch.tensor([self.next_request()])
-        if processes.connected():
+        if connected:
+            self.request = torch.tensor([self.next_request()])
             self.work = dist.all_reduce(self.request, dist.ReduceOp.MAX, async_op=True)
 
     def next_request(self):

@@ -85,6 +85,7 @@ def batch_sums(loss, logits, targets, settings):
     second, … fifth of the highest logits is the class.
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
+    # column 0 is the label itself, so its hits are the pictures of the class
     columns = torch.cat([labels[:, None], top_classes(logits, 5)], 1)
     hits = torch.zeros(logits.shape[1], columns.shape[1], dtype=torch.float64, device=logits.device)
     hits.index_add_(0, labels, (columns == labels[:, None]).double())

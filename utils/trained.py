@@ -9,28 +9,26 @@ from threading import get_ident
 import torch
 from torch.utils.data import DataLoader
 
-from nets import build, head_names, lay_out
+from nets import build, head_names, to_device
 from nets._weights import check_numbers, load_weights
 from utils import task
-from utils.dataloader import DataGenerator, detection_collate
+from utils.dataloader import CROPPING, DataGenerator, detection_collate
 from utils.fit import score_batch
 from utils.pictures import MEAN, STD
-from utils.plumbing.console import show_errors_as_sentences
+from utils.plumbing.console import prepare_program
 from utils.plumbing.errors import UserError
 from utils.plumbing.folders import pictures_below
-from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS
+from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, PROJECT
 from utils.plumbing.processes import cores, iterate, prepare_worker
 from utils.plumbing.run import read_config
 from utils.plumbing.settings import check_value
 from utils.recipe import precision_name
 
-PROJECT = Path(__file__).resolve().parent.parent
 # The settings that commands read, with a value for runs that lack one
 USED = {
     "backbone": None,
     "input_shape": None,
-    "resize": "crop",
-    "val_crop": 1.0,
+    **CROPPING,
     "augmentation": "flip",
     "mean": MEAN,
     "std": STD,
@@ -45,8 +43,8 @@ class Classifier:
     """Classifier(run)(picture) → [(class name, probability), …], the five best in order.
 
     It may be called from several threads. It has the run's folder, settings, class_names, and its
-    network in evaluation mode. model is what scores pictures: the network, or Mirrored. Both are on
-    the GPU where the run used one and there is one. fp16 is the name of the precision.
+    network in evaluation mode; model is what gives the logits: the network itself, or Mirrored.
+    Both are on the GPU where the run used one and there is one. fp16 is the name of the precision.
     """
 
     def __init__(self, run, weights=None, mirrored=False):
@@ -65,10 +63,10 @@ class Classifier:
         self.Cuda = trained_on_gpu and torch.cuda.is_available()
         self.fp16 = "float32"  # a GPU's precision on a CPU would give other scores
         if self.Cuda == trained_on_gpu and fp16 != "auto":
-            self.fp16 = precision_name(fp16, self.Cuda)
+            self.fp16 = precision_name(self.Cuda, fp16)
         self.network = build(self.settings, len(self.class_names)).eval()
         self.load(weights or Path(self.folder, "best_epoch_weights.pth"))
-        self.network = lay_out(self.network, "cuda" if self.Cuda else "cpu")
+        self.network = to_device(self.network, "cuda" if self.Cuda else "cpu")
         self.model = self.network
         if mirrored:
             upside_down = self.settings["augmentation"] == "flips"
@@ -228,10 +226,9 @@ def describe_prediction(prediction):
     return ", ".join(task.prediction_text(name, value) for name, value in prediction)
 
 
-def command(name, document):
+def begin_command(name, document):
     """Begin the program utils.<name>, a command on a run, and return its parser."""
-    show_errors_as_sentences()
-    torch.set_float32_matmul_precision("high")  # as training does
+    prepare_program()
     parser = ArgumentParser(
         f"python -m utils.{name}", description=document, formatter_class=RawDescriptionHelpFormatter
     )

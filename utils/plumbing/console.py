@@ -13,6 +13,8 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
 from utils.plumbing.errors import LOST, explain, printable
 from utils.plumbing.processes import (
     end,
@@ -142,12 +144,13 @@ def parent_command():
     return [os.fsdecode(word) for word in words.split(b"\0")[:-1]]
 
 
-def show_errors_as_sentences():
-    """Show errors that a user can mend as one sentence; Ctrl-C ends the program silently."""
+def prepare_program():
+    """Prepare train.py or a command: errors are sentences, Ctrl-C is silent, Pillow is quiet."""
     sys.excepthook = show_error
     own_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not under nohup
     if own_handler and not hasattr(builtins, "__IPYTHON__"):  # a session outlives what it runs
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     prepare_pillow()
     multiprocessing.util.get_temp_dir()  # shared with workers, which leave theirs when killed
     for stream in (sys.stdout, sys.stderr):

@@ -170,7 +170,8 @@ def split_by_chance(pairs, datasets, share, seed):
     """Return (training, test) of [(class name, path), …] below the folder `datasets`.
 
     Each picture's own number decides, so that the others stay where they are when some are added
-    or deleted. Of a class with two pictures or more at least one trains and one tests.
+    or deleted. Of a class with two pictures or more at least one trains and one tests, whatever
+    their numbers.
     """
     classes = defaultdict(list)
     for name, path in pairs:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ DEFAULT_PATHS = (
     "model_data/cls_train.txt",
     "model_data/cls_test.txt",
 )
+PROJECT = Path(__file__).resolve().parents[2]  # where train.py stands
 
 
 def split_line(line):
@@ -83,7 +85,7 @@ def get_classes(classes_path):
 
 
 def version(path):
-    """Return what changes when another file takes the place of this one, or None without one."""
+    """Return (inode, time of change) of a file, or None where there is none."""
     with suppress(OSError, ValueError):
         found = os.stat(path)
         return found.st_ino, found.st_mtime_ns

@@ -1,8 +1,9 @@
 """Ranks, what the processes of a launch tell each other, and how a process ends.
 
-All of it also works in one process.
+All of it also works in one process. Collective: every process of the launch has to call it.
 """
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -124,6 +125,12 @@ def connected():
     return dist.is_available() and dist.is_initialized()
 
 
+def is_data_parallel(settings):
+    """Return whether this process alone trains on several GPUs, by DataParallel."""
+    on_gpus = settings.get("Cuda") and not settings.get("distributed")
+    return bool(on_gpus) and torch.cuda.device_count() > 1
+
+
 def describe_device(Cuda):
     """Return the name of what trains, for the header."""
     if not Cuda:
@@ -210,6 +217,8 @@ def iterate(loader):
     It would raise at any instant, also while an error is shown. Without it a dead worker is found
     when its batch is missing, within five seconds.
     """
+    atexit.unregister(stop_workers)  # it would be registered once an epoch
+    atexit.register(stop_workers)
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     handler = number and signal.getsignal(number)
     batches = iter(loader)

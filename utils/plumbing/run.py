@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from utils.optimizer import phases
+from utils.optimizer import batch_size_names
 from utils.plumbing import processes
 from utils.plumbing.console import say, say_row
 from utils.plumbing.errors import UserError, printable
@@ -33,8 +33,8 @@ KINDS = {  # what config.json must hold
     "finished": bool,
     "start": int,
 }
-MISSING = {"start": 0, "constants": {}, "words": {}}  # in older runs, which lack them
 HIGHEST_START = 10**9  # nobody starts as often
+MISSING = {"start": 0, "constants": {}, "words": {}}  # in older runs, which lack them
 
 
 def read_config(run):
@@ -133,20 +133,23 @@ def is_locked_now(number):
 
 def find_run(resume, save_dir):
     """Return the folder of the run to continue, locked, or None for a new one."""
-    restarted = is_restarted()
-    seconds = 30 if restarted else 0  # in which the processes of before the restart end
+    seconds = 30 if may_be_restarted() else 0  # in which the processes of before it end
     if isinstance(resume, str):
-        inside = Path(save_dir, resume)
-        run = resume if os.path.exists(resume) or not os.path.exists(inside) else str(inside)
+        run = resume
+        if not os.path.exists(run) and os.path.exists(Path(save_dir, run)):
+            run = str(Path(save_dir, run))
         read_config(run)
         lock(run, seconds)
         return run
-    if not resume and not restarted:
+    if not resume and not may_be_restarted():
         return None
-    empty = None  # a start that has saved nothing, where nothing else is there
-    for run in unfinished_runs(save_dir, any_launch=resume):
+    empty = None  # a start that has saved nothing: taken where there is no other
+    for config, run in runs_in(save_dir):
+        is_own = config.get("launch") == processes.launch_id
+        if config["finished"] or not (resume or is_own):
+            continue
         lock(run, seconds)
-        if restarted or trained_files(run):
+        if is_own or trained_files(run):
             return run
         empty = empty or run
     if resume and not empty:
@@ -154,19 +157,10 @@ def find_run(resume, save_dir):
     return empty
 
 
-def is_restarted():
-    """Return whether torchrun has restarted this group, or could have: it has an --rdzv_id."""
+def may_be_restarted():
+    """Return whether torchrun has restarted this group, or may have, as it has an --rdzv_id."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return restarts > 0 or os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
-
-
-def unfinished_runs(save_dir, any_launch):
-    """Return the folders of all unfinished runs, or of this launch's, the last start first."""
-    return [
-        run
-        for config, run in runs_in(save_dir)
-        if not config["finished"] and (any_launch or config.get("launch") == processes.launch_id)
-    ]
 
 
 def trained_files(run):
@@ -218,7 +212,9 @@ def print_header(settings, facts):
         epochs = f"all {settings['UnFreeze_Epoch']} are trained"
     if settings.get("Freeze_Train"):
         epochs += f", frozen to {settings['Freeze_Epoch']}"
-    sizes = ", then ".join(str(settings[name]) for name in phases(settings)) or "none is left"
+    sizes = (
+        ", then ".join(str(settings[name]) for name in batch_size_names(settings)) or "none is left"
+    )
     if world_size() > 1:
         sizes += f" over {world_size()} processes"
     if settings.get("accumulate", 1) > 1:

@@ -7,9 +7,14 @@ from typing import NamedTuple
 import torch
 
 from utils.dataloader import AUGMENTATIONS, RESIZES
-from utils.optimizer import LR_DECAYS, OPTIMIZERS, phases
+from utils.optimizer import LR_DECAYS, OPTIMIZERS, batch_size_names
 from utils.plumbing.errors import TOO_SMALL, UserError, did_you_mean, short_repr
-from utils.plumbing.processes import LAUNCH_SETTINGS, local_rank, world_size
+from utils.plumbing.processes import (
+    LAUNCH_SETTINGS,
+    is_data_parallel,
+    local_rank,
+    world_size,
+)
 from utils.recipe import CLASS_WEIGHTS
 
 
@@ -136,7 +141,10 @@ def is_of(value, kind):
 
 
 def check_value(name, value, default=None):
-    """Raise UserError unless a setting can have the value; `default` types a fork's own one."""
+    """Raise UserError unless a setting can have the value.
+
+    default: of a setting without a rule, which may have values of its type.
+    """
     rules = rules_of(name, default)
     if rules and not fits(value, rules):
         texts = [describe_rule(rule) for rule in rules]
@@ -195,14 +203,25 @@ def check_settings(settings, continued=False):
             "sync_bn = True works under torchrun on GPUs only (PyTorch's SyncBatchNorm has no CPU "
             "version): set sync_bn = False"
         )
-    several_gpus = settings.get("Cuda") and torch.cuda.device_count() > 1
-    if settings.get("compile") and several_gpus and not settings.get("distributed"):
-        raise UserError(
-            "compile = True on several GPUs needs torchrun --nproc_per_node=2 train.py "
-            "(DataParallel cannot copy a compiled network)"
-        )
-    for name in phases(settings):
+    if is_data_parallel(settings):
+        check_data_parallel(settings)
+    for name in batch_size_names(settings):
         check_divisible(name, settings[name])
+
+
+def check_data_parallel(settings):
+    """Raise UserError for what DataParallel cannot do."""
+    problem = None
+    if settings.get("compile"):
+        problem = "compile = True", "it cannot copy a compiled network"
+    elif settings.get("fp16") == "bfloat16":
+        problem = "fp16 = 'bfloat16'", "its threads would compute in float16"
+    if problem:
+        name, reason = problem
+        raise UserError(
+            f"{name} on several GPUs needs torchrun --nproc_per_node=2 train.py, as without it "
+            f"DataParallel trains, and {reason}"
+        )
 
 
 def check_epochs(settings, continued):
@@ -238,7 +257,7 @@ def too_small(num_train, num_val, name, batch_size):
 
 def check_phases(settings, num_train, num_val):
     """Raise ValueError unless each phase has a whole batch: now, not after hours of the first."""
-    for name in phases(settings):
+    for name in batch_size_names(settings):
         if num_train < settings[name] or not num_val:
             raise ValueError(too_small(num_train, num_val, name, settings[name]))
 

@@ -1,22 +1,17 @@
-"""Draw the pictures that train.py learns from where there are no lists: ten shapes on clutter.
+"""Draw the sample pictures that train.py learns from where there are no lists: shapes on clutter.
 
 The same seed gives the same bytes on any machine with the same version of Pillow.
 """
 
 import os
 import random
-import shlex
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from utils.plumbing.console import ProgressLine, say
-from utils.plumbing.errors import UserError
 from utils.plumbing.files import clear_drafts, draft, make_folder, not_written
-from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, read_text_file
 
-FOLDER = Path("model_data/shapes")
-PROJECT = Path(__file__).resolve().parents[2]  # where train.py stands
 SIZE, TRAIN, TEST = 64, 5000, 600
 SCALE = 3  # pictures are drawn three times as large and reduced, for smooth edges
 SIDE = SIZE * SCALE
@@ -107,8 +102,11 @@ def draw_shape(shape, rng):
     return image.reduce(SCALE)
 
 
-def draw_set(folder):
-    """Draw the training and test pictures, the class file and both lists into `folder`."""
+def draw_set(folder, place):
+    """Draw the training and test pictures, the class file and both lists into `folder`.
+
+    place: where the folder will be moved to, which the lists' paths begin with.
+    """
     names = [shape.__name__ for shape in SHAPES]
     Path(folder, "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     progress = ProgressLine("drawing", TRAIN + TEST)
@@ -121,51 +119,24 @@ def draw_set(folder):
             Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
             picture = draw_shape(SHAPES[label], random.Random(f"0 {split} {i}"))
             picture.save(Path(folder, path), compress_level=1)
-            lines += f"{label};{(FOLDER / path).as_posix()}\n"
+            lines += f"{label};{Path(place, path).as_posix()}\n"
             drawn += 1
-            progress.show(drawn, images=1, describe=FOLDER.as_posix)
+            progress.show(drawn, images=1, describe=lambda: str(place))
         Path(folder, f"{split}.txt").write_text(lines, encoding="utf-8")
     progress.clear()
 
 
-def draw_once():
-    """Draw the pictures into FOLDER, at once, so that an interrupted drawing leaves no half set.
+def draw_once(folder):
+    """Draw the pictures into a folder, so that an interrupted drawing leaves no half set.
 
     UserError: they cannot be written.
     """
+    say(f"drawing {TRAIN} + {TEST} pictures of {len(SHAPES)} shapes")
     try:
-        clear_drafts(make_folder(FOLDER.parent, "it is the place of the sample pictures"))
-        with draft(FOLDER, folder=True) as fresh:
-            draw_set(fresh)
-            os.rename(fresh, FOLDER)
+        clear_drafts(make_folder(folder.parent, "it is the place of the sample pictures"))
+        with draft(folder, folder=True) as fresh:
+            draw_set(fresh, folder)
+            os.rename(fresh, folder)
     except OSError as error:
-        if not FOLDER.exists():  # else another process was first
-            raise not_written(FOLDER, error) from error
-
-
-def find_lists(settings, config=None):
-    """Return the paths of the class file and both lists, as in train.py's settings, checked.
-
-    Where these are the untouched defaults and none of the files exists, the shapes are drawn, and
-    the settings name their lists from then on; but only in train.py's own folder, and not for a run
-    that had its own lists there (config: that of a continued run).
-    """
-    had_lists = config and config["settings"].get("classes_path") == DEFAULT_PATHS[0]
-    paths = tuple(settings[name] for name in PATH_SETTINGS)
-    drawn = tuple(str(FOLDER / name) for name in ("classes.txt", "train.txt", "test.txt"))
-    if had_lists or paths not in (DEFAULT_PATHS, drawn) or any(map(os.path.exists, paths)):
-        for name, path in zip(PATH_SETTINGS, paths):
-            read_text_file(name, path)
-        return paths
-    if not os.path.samefile(os.getcwd(), PROJECT):
-        raise UserError(
-            f"{paths[1]} does not exist in {os.getcwd()}: start train.py in its own folder "
-            f"(cd {shlex.quote(str(PROJECT))}), where the paths of its settings begin"
-        )
-    is_drawn = FOLDER.exists()
-    doing = "training on the" if is_drawn else f"drawing {TRAIN} + {TEST}"
-    say(f"{paths[1]} is absent in {os.getcwd()}: {doing} sample pictures in {FOLDER}")
-    if not is_drawn:
-        draw_once()
-    settings.update(zip(PATH_SETTINGS, drawn))
-    return drawn
+        if not folder.exists():  # else another process was first
+            raise not_written(folder, error) from error

@@ -1,0 +1,39 @@
+"""Which lists are trained on: those of the settings, or the sample pictures' for a first job."""
+
+import os
+import shlex
+from pathlib import Path
+
+from utils.plumbing.console import say
+from utils.plumbing.errors import UserError
+from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, PROJECT, read_text_file
+
+SAMPLE = Path("model_data/shapes")
+
+
+def find_lists(settings, config=None):
+    """Return the paths of the class file and both lists, as in train.py's settings, checked.
+
+    Where these are the untouched defaults and none of the files exists, sample pictures are drawn,
+    and the settings name their lists from then on; but only in train.py's own folder, and not for a
+    run that had its own lists there (config: that of a continued run).
+    """
+    had_lists = config and config["settings"].get("classes_path") == DEFAULT_PATHS[0]
+    paths = tuple(settings[name] for name in PATH_SETTINGS)
+    drawn = tuple(str(SAMPLE / name) for name in ("classes.txt", "train.txt", "test.txt"))
+    if had_lists or paths not in (DEFAULT_PATHS, drawn) or any(map(os.path.exists, paths)):
+        for name, path in zip(PATH_SETTINGS, paths):
+            read_text_file(name, path)
+        return paths
+    if not os.path.samefile(os.getcwd(), PROJECT):
+        raise UserError(
+            f"{paths[1]} does not exist in {os.getcwd()}: start train.py in its own folder "
+            f"(cd {shlex.quote(str(PROJECT))}), where the paths of its settings begin"
+        )
+    say(f"{paths[1]} is absent in {os.getcwd()}: training on the sample pictures in {SAMPLE}")
+    if not SAMPLE.exists():
+        from utils.plumbing import shapes  # of use in the first job alone
+
+        shapes.draw_once(SAMPLE)
+    settings.update(zip(PATH_SETTINGS, drawn))
+    return drawn

@@ -22,6 +22,7 @@ import train as train_module
 from tests.helpers import environment
 from utils.annotation import main as annotate
 from utils.plumbing import lists
+from utils.plumbing.advice import advise
 from utils.plumbing.command_line import command_line
 from utils.plumbing.errors import UserError, explain
 from utils.plumbing.folders import pictures_below
@@ -811,3 +812,14 @@ def test_ctrl_c_ends_a_check_at_once():
         assert time.monotonic() - begin < 60
         time.sleep(0.1)
     assert Path("out.txt").read_text() == "looking for pictures in ds\n"
+
+
+@pytest.mark.parametrize("shrunk", [False, True])
+@pytest.mark.parametrize("side", [300, 1000])
+def test_copies_of_large_photos_are_advised_once(tmp_path, side, shrunk):
+    paths = [tmp_path / f"{i}.jpg" for i in range(4)]
+    for path in paths:
+        Image.new("RGB", (side + 200, side)).save(path)
+    _, notes = advise([(path, "name") for path in paths], 2, shrunk)
+    assert f"{side + 200}×{side}" in notes[0]
+    assert any("--shrink" in note for note in notes) == (side == 1000 and not shrunk)

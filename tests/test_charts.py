@@ -49,8 +49,8 @@ def test_a_chart_names_its_axes_and_curves(written):
 
 
 def test_a_matrix_is_shaded_by_the_share_of_its_row():
-    counts = [[8, 2, 0], [0, 5, 15], [0, 0, 0]]
-    expected = [[0.8, 0.2, 0], [0, 0.25, 0.75], [0, 0, 0]]
+    counts = [[8, 2, 0, 0], [0, 5, 15, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    expected = [[0.8, 0.2, 0, 0], [0, 0.25, 0.75, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_allclose(cells(counts), expected, atol=0.01)
 
 
@@ -117,6 +117,8 @@ def test_pictures_stand_in_the_order_of_their_captions():
     height, width = sheet.shape[0] // 2, sheet.shape[1] // 8
     seen = [sheet[i // 8 * height + 52, i % 8 * width + 52, 0] for i in range(10)]
     assert seen == [25 * i for i in range(10)]
+    higher = draw_contact_sheet(pictures, ["one\ntwo"] * 10)  # two rows, each a line higher
+    assert higher.height - sheet.shape[0] == 2 * 18
 
 
 def test_the_most_confident_mistakes_come_first():

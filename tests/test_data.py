@@ -31,7 +31,7 @@ from utils.loss_history import LossHistory
 from utils.pictures import centre_box, normalize, random_box, read_crop
 from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS
-from utils.plumbing.processes import count_workers, prepare_worker
+from utils.plumbing.processes import count_workers, describe_device, prepare_worker
 from utils.plumbing.sample import SAMPLE, find_lists
 from utils.plumbing.shapes import SHAPES, draw_set
 from utils.sampler import EpochSampler
@@ -357,6 +357,12 @@ def test_number_of_workers(monkeypatch, setting, Cuda, in_memory, cores, process
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     if processes == 1:
         assert count_workers(setting, Cuda, in_memory) == expected
+
+
+@pytest.mark.parametrize("threads, text", [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
+def test_the_header_s_device(monkeypatch, threads, text):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert describe_device(False) == text
 
 
 class Slow(Items):

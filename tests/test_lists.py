@@ -223,6 +223,20 @@ def test_random_bytes_as_annotation(tmp_path_factory, data, classes):
         assert "\n" not in str(error)
 
 
+def test_pictures_in_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    """Entering is allowed, and so is reading: each file is asked for."""
+    (tmp_path / "there.jpg").touch()
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(lists.os, "listdir", refuse)
+    lines = [f"0;{tmp_path}/there.jpg\n"]
+    assert lists.check_lines(lines, "list", 1, "classes")[0] == [lines[0].strip()]
+    with pytest.raises(UserError, match="1 of 2 pictures do not exist .*list:2 .*absent.jpg"):
+        lists.check_lines([*lines, f"0;{tmp_path}/absent.jpg\n"], "list", 1, "classes")
+
+
 def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     """No timing here (the benchmark has it): that folders are listed, not every file asked for."""
     for i in range(50):

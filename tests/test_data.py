@@ -455,7 +455,8 @@ def test_what_is_kept_in_memory(lines):
 
 
 @pytest.mark.parametrize(
-    "context", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)]
+    "context",
+    ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("forkserver", "spawn"))],
 )
 def test_workers_share_what_they_have_read(tmp_path, context):
     """Each picture's file is read once, by whichever worker; the second epoch needs no file."""

@@ -52,7 +52,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("launch", marks=pytest.mark.slow)])
 def test_two_processes_agree_with_one(alone, launcher):
     folder, rows, end = alone
     edit(folder, save_dir=f"'{launcher}'")

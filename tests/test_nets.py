@@ -426,6 +426,8 @@ def test_a_whole_network_can_be_pickled(name, tmp_path):
     assert loaded.frozen and {name for name in modes if modes[name]} == head_layers(loaded)
     loaded.Unfreeze_backbone()
     assert all(p.requires_grad for p in loaded.parameters())
+    if name != "resnet9":
+        return
     code = (
         "import sys, torch\nmodel = torch.load(sys.argv[1], weights_only=False).module\n"
         "model.freeze_backbone()\nprint(sum(p.requires_grad for p in model.parameters()))"

@@ -294,8 +294,9 @@ def test_mirrored(made, tmp_path, augmentation):
     with open(run / "predictions.csv", newline="") as file:
         row = list(csv.reader(file))[1]
     assert dict(zip(row[2::2], map(float, row[3::2]))) == pytest.approx(answer, abs=1e-5)
-    program = torch.export.load(export.export(run, mirrored=True)[0]).module()
-    assert program(images[0])[0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    if augmentation == "flips":
+        program = torch.export.load(export.export(run, mirrored=True)[0]).module()
+        assert program(images[0])[0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     features = predict.Classifier(run).features(tmp_path / "picture.png")
     assert torch.equal(both.features(tmp_path / "picture.png"), features)
 

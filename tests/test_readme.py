@@ -1,6 +1,6 @@
 """Every command of README, as it stands there, in the order of its reader.
 
-Only what takes long is made short.
+Only what takes long is made short. Each program begins in a fresh Python the first time.
 """
 
 import os
@@ -14,7 +14,17 @@ import pytest
 import torch
 import torchvision
 
-from tests.helpers import ROOT, environment, free_port, make_project, picture, runs
+from tests.helpers import (
+    PYTHON,
+    ROOT,
+    begin,
+    ended,
+    environment,
+    free_port,
+    make_project,
+    picture,
+    runs,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^ *```\n(.*?)^ *```", README, re.M | re.S)
@@ -44,7 +54,10 @@ def short(word_list):
     return words
 
 
-def run(folder, text, extra=()):
+started = []  # the programs
+
+
+def run(folder, text):
     run_folder = (
         max(runs(folder), key=lambda path: path.stat().st_mtime)
         if (folder / "logs").exists()
@@ -58,30 +71,17 @@ def run(folder, text, extra=()):
             for word in shlex.split(text)
         ]
     )
-    launcher = {
-        "python": [sys.executable],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-    }[words[0]]
+    env = {**environment(), "TORCH_HOME": str(folder / "cache")}
+    program = words[2] if words[1] == "-m" else words[1]
+    options = {"env": env, "fresh": program not in started}
+    started.append(program)
     if words[0] == "torchrun":
-        words = [
-            "torchrun",
-            f"--master_port={free_port()}",
-            *(
-                word.replace("=8", "=2")
-                for word in words[1:]
-                if "nnodes" not in word and "node_rank" not in word and "master_addr" not in word
-            ),
-        ]
-    result = subprocess.run(
-        [*launcher, *words[1:], *extra],
-        cwd=folder,
-        env={**environment(), "TORCH_HOME": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
-    assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
+        options["launcher"] = [*PYTHON, "-m", "torch.distributed.run"]
+        one_machine = [word for word in words[1:] if not re.match("--(nnodes|node_|master)", word)]
+        words = [f"--master_port={free_port()}", *one_machine]
+        words = ["torchrun", *(word.replace("=8", "=2") for word in words)]
+    out, _ = ended(begin(folder, *words[1:], **options), timeout=170)
+    return out
 
 
 @pytest.fixture(scope="module")

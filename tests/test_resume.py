@@ -52,6 +52,9 @@ ALL_ON = dict(
 )
 
 
+RESTARTED = dict(train=104, test=30)
+
+
 def kill_group(process, number):
     try:
         os.killpg(process.pid, number)
@@ -165,7 +168,7 @@ def wait_for(process, text, timeout=300):
         (signal.SIGINT, 1),
         (signal.SIGHUP, 1),
         (signal.SIGTERM, 2),
-        (signal.SIGINT, 2),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
     ],
 )
 def test_signals_to_the_group(tmp_path, number, world):
@@ -346,7 +349,7 @@ def torchrun_kills(folder, reference_folder, kills, rng, seconds):
 @pytest.fixture(scope="module")
 def torchrun_reference(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("torchrun"), **ALL_ON)
-    make_data(folder, train=200, test=60)
+    make_data(folder, **RESTARTED)
     begin = time.monotonic()
     launch(folder)
     return folder, time.monotonic() - begin
@@ -355,10 +358,10 @@ def torchrun_reference(tmp_path_factory):
 def test_torchrun_restarts(torchrun_reference, tmp_path):
     """One worker dies in the second epoch; the group starts anew and ends as the reference."""
     folder = make_project(tmp_path, **ALL_ON)
-    make_data(folder, train=200, test=60)
+    make_data(folder, **RESTARTED)
     code = """
 if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("0", "1"):
-    before("torch.optim:SGD.step", die, 9)
+    before("torch.optim:SGD.step", die, 5)
 """
     launcher = [*torchrun(), "--max-restarts=3"]
     out, _ = train(folder, launcher=launcher, script=hooked(folder, code))
@@ -372,7 +375,7 @@ def test_torchrun_random_kills(torchrun_reference, tmp_path):
     while kills < 25:
         attempt += 1
         folder = make_project(tmp_path / str(attempt), **ALL_ON)
-        make_data(folder, train=200, test=60)
+        make_data(folder, **RESTARTED)
         kills += torchrun_kills(folder, torchrun_reference[0], 5, rng, torchrun_reference[1])
     print(f"{kills} kills survived under torchrun")
 

@@ -133,7 +133,8 @@ def is_locked_now(number):
 
 def find_run(resume, save_dir):
     """Return the folder of the run to continue, locked, or None for a new one."""
-    seconds = 30 if may_be_restarted() else 0  # in which the processes of before it end
+    restarted = may_be_restarted()
+    seconds = 30 if restarted else 0  # in which the processes of before it end
     if isinstance(resume, str):
         run = resume
         if not os.path.exists(run) and os.path.exists(Path(save_dir, run)):
@@ -141,11 +142,11 @@ def find_run(resume, save_dir):
         read_config(run)
         lock(run, seconds)
         return run
-    if not resume and not may_be_restarted():
+    if not resume and not restarted:
         return None
     empty = None  # a start that has saved nothing: taken where there is no other
     for config, run in runs_in(save_dir):
-        is_own = config.get("launch") == processes.launch_id
+        is_own = restarted and config.get("launch") == processes.launch_id
         if config["finished"] or not (resume or is_own):
             continue
         lock(run, seconds)

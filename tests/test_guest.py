@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.helpers import ROOT, environment, make_data, make_project
 from utils.plumbing.errors import UserError, explain
@@ -112,6 +113,21 @@ def test_an_error_of_one_s_own_keeps_its_traceback(error):
     assert explain(caught.value) is None
 
 
+def call(depth, function, *words):
+    """Call a function from so many functions inside each other."""
+    return call(depth - 1, function, *words) if depth else function(*words)
+
+
+@pytest.mark.parametrize("error", OWN_ERRORS, ids=repr)
+def test_where_an_error_was_raised_decides_and_not_who_called(error):
+    with pytest.raises(type(error)) as caught:
+        call(3, raise_here, error)
+    assert explain(caught.value) is None
+    with pytest.raises(RuntimeError) as caught:
+        call(3, torch.empty, 10**15)
+    assert "out of memory" in explain(caught.value)
+
+
 @pytest.mark.parametrize("word", ["gloo", "nccl", "CUDA out of memory", "shared memory"])
 def test_a_word_in_somebody_s_value_is_no_advice(word):
     for call in (int, lambda text: open(text + "/none"), lambda text: {}[text]):
@@ -121,8 +137,6 @@ def test_a_word_in_somebody_s_value_is_no_advice(word):
 
 
 def test_an_error_of_one_s_own_in_a_worker(tmp_path):
-    import torch
-
     class Data(torch.utils.data.Dataset):
         def __len__(self):
             return 2

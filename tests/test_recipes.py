@@ -26,7 +26,7 @@ from utils.fit import backward, compute_loss, optimizer_step, score_batch
 from utils.optimizer import check_trained, get_optimizer
 from utils.pictures import normalize
 from utils.plumbing.errors import UserError
-from utils.recipe import CLASS_WEIGHTS, EMA, Recipe, balanced_weights
+from utils.recipe import CLASS_WEIGHTS, EMA, Recipe, balanced_weights, mixed_precision
 from utils.task import metrics_from
 
 DEFAULTS = dict(
@@ -385,6 +385,13 @@ def test_what_is_trained_outside_of_the_network_is_refused():
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 4))]})
     with pytest.raises(UserError, match="neither saved nor the same in all processes"):
         check_trained(optimizer, model)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_mixed_precision_computes_in_the_type_that_it_names(name):
+    with mixed_precision(False, name):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == getattr(torch, name)
 
 
 def test_an_overflowing_loss_is_the_scalers_to_skip():

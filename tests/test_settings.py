@@ -581,6 +581,7 @@ def test_settings_of_ones_own(tmp_path, monkeypatch):
         "high": 1,
         "table": {},
     }
+    assert own_words("--size", "['aB', 'True']")["size"] == ["aB", "True"]
     found = own_words(
         "--gamma",
         3,

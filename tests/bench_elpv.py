@@ -77,10 +77,15 @@ def write_lists(project, held_out):
 
 
 def train_and_judge(project, settings):
-    """Return the figures of a training, with its last epoch's top-1 and mean recall on TEST."""
+    """Return the figures of a training, with its last epoch's top-1 and mean recall on TEST.
+
+    Each is there twice: of the pictures, and of them together with their mirror images.
+    """
     figures = train(project, **LISTS, **settings)
     top1, recall = judge(project, TEST)
-    return {**figures, "top1": top1, "best_top1": top1, "recall": recall}
+    figures.update(top1=top1, best_top1=top1, recall=recall)
+    figures["mirrored_top1"], figures["mirrored_recall"] = judge(project, TEST, "--mirrored")
+    return figures
 
 
 def main(words):
@@ -127,10 +132,19 @@ def main(words):
 
 def print_table(done):
     """Print Markdown: for each recipe figures of the last epoch, mean and range over the seeds."""
-    print("\n| | seeds | top-1 % | mean recall % | wall time, s |\n" + "|---" * 5 + "|")
+    titles = (
+        "",
+        "seeds",
+        "top-1 %",
+        "mean recall %",
+        "mirrored: top-1 %",
+        "mean recall %",
+        "time, s",
+    )
+    print(f"\n| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for system in dict.fromkeys(run["system"] for run in done):
         rows = [run for run in done if run["system"] == system]
-        top1 = spread([100 * run["top1"] for run in rows], 2)
-        recall = spread([100 * run["recall"] for run in rows], 2)
+        names = "top1", "recall", "mirrored_top1", "mirrored_recall"
+        shares = [spread([100 * run[name] for run in rows], 2) for name in names]
         wall = spread([run["wall"] for run in rows], 0)
-        print(f"| {system} | {len(rows)} | {top1} | {recall} | {wall} |")
+        print(f"| {' | '.join([system, str(len(rows)), *shares, wall])} |")

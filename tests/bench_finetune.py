@@ -71,12 +71,15 @@ def add_network(project):
     return file
 
 
-def judge(project, annotation):
-    """Return (top-1, mean recall) of the newest run's last epoch on all pictures of the list."""
+def judge(project, annotation, *words):
+    """Return (top-1, mean recall) of the newest run's last epoch on all pictures of the list.
+
+    words: further ones for utils.evaluate.
+    """
     run = runs(project)[-1]
     weights = run / "last_epoch_weights.pth"
     command = [sys.executable, "-m", "utils.evaluate", run, "--weights", weights]
-    timed([*command, "--annotation", annotation], project)
+    timed([*command, "--annotation", annotation, *words], project)
     right = defaultdict(list)
     with open(run / "predictions.csv", encoding="utf-8") as file:
         for row in csv.DictReader(file):

@@ -112,7 +112,7 @@ def test_each_file_is_listed_once(capsys):
         and listed()["1;ds/test/dog/0.png"] == 1
     )
     assert "left out (3): links to pictures that are listed already: " in capsys.readouterr().out
-    assert pictures_below("ds/train/cat") == [f"ds/train/cat/{i}.png" for i in range(5)] + [
+    assert pictures_below("ds/train/cat")[0] == [f"ds/train/cat/{i}.png" for i in range(5)] + [
         "ds/train/cat/a copy.png",
         "ds/train/cat/dog.png",
     ]
@@ -823,3 +823,12 @@ def test_copies_of_large_photos_are_advised_once(tmp_path, side, shrunk):
     _, notes = advise([(path, "name") for path in paths], 2, shrunk)
     assert f"{side + 200}×{side}" in notes[0]
     assert any("--shrink" in note for note in notes) == (side == 1000 and not shrunk)
+
+
+def test_the_advised_size_is_one_that_the_network_takes(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path in paths:
+        Image.new("RGB", (40, 6)).save(path)
+    pairs = [(path, "name") for path in paths] * 60
+    settings, _ = advise(pairs, 2, False)
+    assert settings["input_shape"] == '"[8,40]"'

@@ -155,10 +155,16 @@ def test_ids_that_mean_other_classes(folder, tmp_path, capsys):
             "--annotation",
         ):
             evaluate(tmp_path / "run", num_workers=0)
-    evaluate(
-        tmp_path / "run", annotation="model_data/cls_test.txt", num_workers=0
-    )  # that list may be an older one
+    write_list("older.txt", [0, 1, 2])
+    evaluate(tmp_path / "run", annotation="older.txt", num_workers=0)
     assert "WARNING: the classes of " in capsys.readouterr().out
+    # beside this one lies the class file that it was written with
+    evaluate(tmp_path / "run", annotation="model_data/cls_test.txt", num_workers=0)
+    assert "WARNING" not in capsys.readouterr().out
+    Path("new_classes.txt").write_text("class1\nclass2\n")
+    write_list("new_test.txt", [0, 1])
+    evaluate(tmp_path / "run", annotation="new_test.txt", num_workers=0)
+    assert re.search("WARNING: .* not those of new_classes.txt", capsys.readouterr().out)
     Path("classes.txt").write_text("class0\nclass1\nclass2\na later one\n")
     write_list("longer.txt", [0, 1, 2, 3])
     with pytest.raises(

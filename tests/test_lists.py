@@ -307,3 +307,23 @@ def test_names_that_are_none(names):
 
 def test_names_of_a_dictionary():
     assert lists.check_names({"cat": 0, "dog": 1}, "own_data") == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "beside, warned", [("a\nb\n", False), ("a\nb\nc\n", False), ("b\nc\n", True), (None, False)]
+)
+def test_lists_that_were_written_with_other_classes(tmp_path, monkeypatch, capsys, beside, warned):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Path(name).touch()
+    Path("cls_classes.txt").write_text("a\nb\n")
+    if beside:
+        Path("new_classes.txt").write_text(beside)
+    paths = "cls_classes.txt", "new_train.txt", "new_test.txt"
+    for path in paths[1:]:
+        Path(path).write_text("0;a.png\n1;b.png\n")
+    lines = Path(paths[1]).read_text().splitlines()
+    version = lists.version(paths[1])
+    lists.check_all(lines, lines, dict(zip(NAMES, paths)), ["a", "b"], version)
+    out = capsys.readouterr().out
+    assert out.count("new_classes.txt, which lies beside new_t") == 2 * warned

@@ -449,3 +449,12 @@ def test_names_of_any_length_are_drawn(length):
     assert shorten("abc", 100, 14) == "abc"
     short = shorten("a" * 200 + "b" * 200, 60, 14)
     assert len(short) < 20 and short.strip("ab") == "…" and short[0] == "a" and short[-1] == "b"
+
+
+def test_floats_are_no_picture(tmp_path):
+    """Nobody knows which number is white."""
+    (tmp_path / "floats.pfm").write_bytes(b"Pf\n2 1\n-1.0\n" + struct.pack("<2f", 0.2, 1.0))
+    with pytest.raises(OSError, match="32 bits"):
+        read_crop(tmp_path / "floats.pfm", (8, 8), whole)
+    (tmp_path / "deep.pgm").write_bytes(b"P5\n2 1\n65535\n\x80\0\xff\xff")
+    assert read_crop(tmp_path / "deep.pgm", (1, 2), whole)[0, :, 0].tolist() == [128, 255]

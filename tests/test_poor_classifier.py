@@ -557,3 +557,22 @@ def test_top5_of_few_classes_is_not_shown(tmp_path, made, capsys):
         assert ("top-5" in capsys.readouterr().out) == (number > 5)
     texts = metric_texts({"train_loss": 1.0, "top1": 0.5, "top5": 1.0}, 3)
     assert texts == ["train loss 1.0000", "top-1 50.00%"]
+
+
+def test_a_folder_s_files_that_are_not_read_are_told(made, tmp_path, capsys):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "one.jpg")
+    (tmp_path / "two.heic").write_text("of a phone")
+    with pytest.raises(SystemExit) as ended:
+        predict.main(["run", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0 and out.count("\n") == 1 and "one.jpg: name " in out
+    assert "left out (1): files (.heic) that are not read" in err
+
+
+def test_a_picture_for_which_no_class_is_named(made, tmp_path, capsys, monkeypatch):
+    """As another task may answer, with several labels a picture."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "one.jpg")
+    monkeypatch.setattr(task, "top_predictions", lambda logits, names: [[] for _ in logits])
+    with pytest.raises(SystemExit) as ended:
+        explain.main(["run", str(tmp_path / "one.jpg"), "--out", str(tmp_path)])
+    assert ended.value.code == 1 and "one.jpg: no class is named" in capsys.readouterr().err

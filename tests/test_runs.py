@@ -1,5 +1,6 @@
 """Which run is continued, whose it is, and what its folder may do."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from tests.helpers import (
     weights,
     write_network,
 )
-from utils.plumbing import console, processes, run
+from utils.plumbing import console, files, processes, run
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import clear_drafts, content_sum, draft, save_tensors, save_text
 
@@ -429,3 +431,34 @@ def test_other_content_is_told(tmp_path):
     paths[1].write_bytes(bytes(15_000) + b"1" + bytes(14_999))
     found.add(content_sum(paths))
     assert len(found) == 5
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_lock_on_windows(tmp_path, monkeypatch, held):
+    class Msvcrt:
+        LK_NBLCK = 2
+
+        @staticmethod
+        def locking(number, mode, size):
+            assert (mode, size) == (2, 1) and os.fstat(number)
+            if held:
+                raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run, "fcntl", None)
+    monkeypatch.setattr(run, "msvcrt", Msvcrt, raising=False)
+    with pytest.raises(UserError, match="by another") if held else contextlib.nullcontext():
+        run.lock(str(tmp_path))
+
+
+def test_a_file_that_another_program_holds_open_on_windows(tmp_path, monkeypatch):
+    failures = iter([True, True, False])
+
+    def replace(fresh, path, original=os.replace):
+        if next(failures):
+            raise PermissionError(13, "The process cannot access the file")
+        original(fresh, path)
+
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt", replace=replace))
+    (tmp_path / "fresh").write_text("new")
+    files.move(tmp_path / "fresh", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "new"

@@ -91,11 +91,12 @@ def find_test_pictures(classifier, annotation=None):
         check_class_ids(classifier, own[0], "own_data")
         return own[2]
     path = annotation or classifier.settings["test_annotation_path"]
-    classes_path = classifier.settings["classes_path"]
+    classes_path, names = lists.classes_beside(path) if annotation else (None, None)
     try:
-        names = classifier.class_names
-        if os.path.exists(classes_path):
-            names, _ = lists.get_classes(classes_path)
+        if not names:
+            classes_path, names = classifier.settings["classes_path"], classifier.class_names
+            if os.path.exists(classes_path):
+                names, _ = lists.get_classes(classes_path)
         lines = lists.read_lines("annotation", path)
         pictures, _ = lists.check_lines(lines, path, len(classifier.class_names), classifier.folder)
     except UserError:

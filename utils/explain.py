@@ -38,6 +38,8 @@ def explain(classifier, picture):
     image: the picture, and beside it the same under its heat, from blue to red.
     """
     prediction = classifier(picture)
+    if not prediction:
+        raise ValueError("no class is named, so there is nothing to show")
     class_id = classifier.class_names.index(prediction[0][0])
     images, targets = classifier.read(picture)
     heat = Image.fromarray((255 * grad_cam(classifier, images, targets, class_id)).byte().numpy())

@@ -16,7 +16,7 @@ from utils.dataloader import CROPPING, DataGenerator, detection_collate
 from utils.fit import score_batch
 from utils.pictures import MEAN, STD
 from utils.plumbing.console import prepare_program
-from utils.plumbing.errors import UserError
+from utils.plumbing.errors import UserError, printable
 from utils.plumbing.folders import pictures_below
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, PROJECT
 from utils.plumbing.processes import cores, iterate, prepare_worker
@@ -216,8 +216,10 @@ def find_pictures(words):
         raise UserError("standard input names no picture")
     pictures = []
     for path in paths:
-        inside = pictures_below(path) if os.path.isdir(path) else []
+        inside, left_out = pictures_below(path) if os.path.isdir(path) else ([], {})
         pictures += inside or [path]
+        for reason, paths_out in left_out.items():
+            print(printable(f"left out ({len(paths_out)}): {reason}"), file=sys.stderr)
     return pictures
 
 

@@ -30,7 +30,7 @@ def advise(pairs, num_classes, is_shrunk):
         notes.append("--shrink 512 makes copies of large photos, which train many times faster")
     is_small = min(height, width) < SMALL
     if is_small and len(pairs) > FEW * num_classes:
-        height, width = min(height, 224), min(width, 224)
+        height, width = np.clip((height, width), 8, 224)  # resnet9 takes 8 pixels or more
         epochs = count_epochs(len(pairs), 32, steps=1000)
         return {"input_shape": f'"[{height},{width}]"', "UnFreeze_Epoch": epochs}, notes
     side = SMALL if is_small else 224

@@ -6,6 +6,7 @@ import multiprocessing.util
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -132,7 +133,7 @@ def command_to_continue(run):
     end = ["--resume", str(run)]
     if words[-2:] != end:
         words = [*words, *end]
-    return shlex.join(words)
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def parent_command():

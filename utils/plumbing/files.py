@@ -59,9 +59,19 @@ def save_file(path, data):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(fresh, path)
+            move(fresh, path)
     except OSError as error:
         raise not_written(path, error) from error
+
+
+def move(fresh, path):
+    """Move a file into place. Windows refuses while another program has the old one open."""
+    for _ in range(100 if os.name == "nt" else 0):
+        with contextlib.suppress(PermissionError):
+            os.replace(fresh, path)
+            return
+        time.sleep(0.1)
+    os.replace(fresh, path)
 
 
 def not_written(path, error):

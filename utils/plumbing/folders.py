@@ -106,8 +106,9 @@ def walk(root):
 
 
 def pictures_below(folder):
-    """Return the sorted paths of the pictures in `folder` and its folders, links among them."""
-    return sorted(picture.path for picture in walk(folder)[0])
+    """Return the sorted paths of the pictures in `folder` and its folders, and walk's left_out."""
+    pictures, left_out = walk(folder)
+    return sorted(picture.path for picture in pictures), left_out
 
 
 def role_of(name):

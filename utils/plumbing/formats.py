@@ -68,7 +68,8 @@ def deep_grey_to_rgb(image):
 
     OSError: greys of 32 bits, as nobody can see which number is white.
     """
-    is_32_bits = image.mode in ("I", "F") and image.format != "PPM"  # 16 bits are read into 32
+    # Pillow reads a PPM's 16 bits into 32
+    is_32_bits = image.mode == "F" or (image.mode == "I" and image.format != "PPM")
     if is_32_bits:
         raise OSError("its greys have 32 bits: save it with 8 or 16 bits a pixel")
     grey = np.asarray(image, np.float32) / 257

@@ -113,6 +113,25 @@ def check_names(names, source):
     return list(map(str, names))
 
 
+def classes_beside(list_path):
+    """Return (path, names) of the class file that utils.annotation wrote with a list, or Nones."""
+    path = re.sub(r"_(train|test|holdout)\.txt$", "_classes.txt", str(list_path))
+    if path != str(list_path):
+        with suppress(UserError):
+            return path, get_classes(path)[0]
+    return None, None
+
+
+def warn_of_other_classes(list_path, class_names, classes_path):
+    """Warn where a list was written together with other classes than those of classes_path."""
+    path, names = classes_beside(list_path)
+    if names and names[: len(class_names)] != class_names[: len(names)]:
+        say(
+            f"WARNING: {path}, which lies beside {list_path}, has other classes than "
+            f"{classes_path}: the list's class ids may mean those"
+        )
+
+
 def check_all(train_lines, val_lines, settings, class_names, train_version):
     """Return the training and the test list as check_lines does, after every check of them.
 
@@ -127,6 +146,8 @@ def check_all(train_lines, val_lines, settings, class_names, train_version):
     train_lines, train = check_lines(train_lines, train_path, len(class_names), classes_path)
     val_lines, val = check_lines(val_lines, val_path, len(class_names), classes_path)
     check_both(train, val, train_path, class_names)
+    for path in (train_path, val_path):
+        warn_of_other_classes(path, class_names, classes_path)
     return train_lines, val_lines
 
 

@@ -16,6 +16,7 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+    import msvcrt
 
 from utils.optimizer import batch_size_names
 from utils.plumbing import processes
@@ -111,7 +112,7 @@ def lock(run, seconds=0):
             f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})"
         ) from None
     end = time.monotonic() + seconds
-    while fcntl and not is_locked_now(number):
+    while not is_locked_now(number):
         if time.monotonic() >= end:
             raise UserError(
                 f"{run} is being trained by another process, and cannot be continued before that "
@@ -123,7 +124,10 @@ def lock(run, seconds=0):
 def is_locked_now(number):
     """Lock an open file, and return whether that was possible. Closing it would end the lock."""
     try:
-        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:  # a file system without locks

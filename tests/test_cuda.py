@@ -32,7 +32,7 @@ from tests.helpers import (
     weights,
     write_network,
 )
-from utils.fit import backward, optimizer_step
+from utils.fit import backward, optimizer_step, seed_step
 from utils.optimizer import get_optimizer
 from utils.pictures import normalize
 from utils.recipe import EMA, Recipe
@@ -466,6 +466,41 @@ def test_no_step_waits_for_the_gpu():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert sums["pictures"] == 64
+
+
+def test_a_batch_that_does_not_count_makes_no_step_wait():
+    with machine():
+        model = get_model("resnet18", 10, [32, 32]).cuda()
+    recipe = Recipe(default_settings(), model, 10)
+    scaler = torch.amp.GradScaler("cuda")
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8).pin_memory()
+    parts = [(images, torch.zeros(4, dtype=torch.int64).pin_memory(), [])] * 2
+    factors = iter([torch.tensor(float("inf")), torch.tensor(0.0)] * 2)
+    recipe.extra_loss = lambda inputs, logits, targets: next(factors)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            sums = backward(model, parts, True, True, scaler, recipe)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert [int(batch["pictures"]) for batch in sums] == [0, 4]
+        assert [int(batch["hits"].sum(0)[0]) for batch in sums] == [0, 4]
+
+
+def test_each_gpu_of_a_process_draws_its_own(monkeypatch):
+    with machine(2):
+        torch.zeros(1).cuda()
+
+    def seeds(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        seed_step(3, 1, 2, True)
+        return [generator.initial_seed() for generator in torch.cuda.default_generators]
+
+    alone = seeds()
+    assert len(set(alone)) == len(alone) == torch.cuda.device_count() and alone == seeds()
+    other = seeds(RANK="1", LOCAL_RANK="1")
+    assert not {*alone} & {*other}
 
 
 class Launches(TorchDispatchMode):

@@ -486,6 +486,12 @@ def test_without_workers_and_without_room_nothing_is_shared(lines, monkeypatch):
     data.share_memory()
     assert data.memory.images.is_shared() and data.in_memory
     usage = shutil.disk_usage("/")
+    size = len(lines) * 24 * 24 * 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5 * size))
+    for processes, is_room in ((1, True), (2, True), (3, False)):  # they ask at the same time
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert data.memory.has_room_to_share() == is_room
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=24 * 24 * 3 * 20))
     data = data_of(lines, (24, 24), random=False, cache_mb=1)
     data.share_memory()

@@ -230,6 +230,27 @@ def test_what_a_gpu_does_once_does_not_count(monkeypatch, half, chosen):
     assert choose_precision(recipe.settings, model, batch) == chosen and len(made) >= 6
 
 
+def test_a_trial_that_has_no_memory_ends_no_training(monkeypatch):
+    """It holds copies of the network, which training does not need."""
+
+    def fail(*words, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(rehearsal, "compare_speed", fail)
+    model, recipe, batch = get_parts(Cuda=True)
+    assert choose_precision(recipe.settings, model, batch) == "bfloat16"
+
+
+def test_a_trial_with_one_picture_a_process(able_cpu):
+    """Which BatchNorm refuses and SyncBatchNorm does not."""
+    recipe = Recipe(SETTINGS)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    batch = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([1]), []
+    assert choose_precision(recipe.settings, model, batch) in ("float32", "bfloat16")
+
+
 OTHERS = {
     "numbers": torch.tensor([0.5, 1.5]),
     "columns": torch.tensor([[0, 1], [1, 0]]),

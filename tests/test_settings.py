@@ -456,6 +456,16 @@ def test_a_chosen_precision_stays(tmp_path, words):
     assert continued(tmp_path, FILE, *words, config=config)[0]["fp16"] == "auto"
 
 
+@pytest.mark.parametrize("able, kept", [({"avx512_bf16": True}, "bfloat16"), ({}, "auto")])
+def test_a_precision_is_chosen_anew_where_the_machine_emulates_it(
+    tmp_path, monkeypatch, able, kept
+):
+    _, config = continued(tmp_path, FILE)
+    config["settings"]["fp16"] = "bfloat16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert continued(tmp_path, FILE, config=config)[0]["fp16"] == kept
+
+
 def test_constants_that_come_and_go(tmp_path):
     _, config = continued(tmp_path, FILE, "--UnFreeze_Epoch", 12, "--Init_lr", 0.02)
     more = FILE + "more = UnFreeze_Epoch + 1\n"  # a constant that the run has not

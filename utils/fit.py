@@ -143,7 +143,10 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
         if scaler.is_enabled():  # it skips a step that overflows: nothing of the batch counts
             finite = loss.detach().isfinite()
             for name, value in sums.items():
-                sums[name] = torch.where(finite, value.to(finite.device), 0)
+                if value.device == finite.device:
+                    sums[name] = torch.where(finite, value, 0)
+                else:  # what the CPU knows: its .to() would wait for the GPU
+                    sums[name] = value * finite
         all_sums.append(sums)
     return all_sums
 
@@ -187,8 +190,9 @@ def seed_step(seed, epoch, step, Cuda):
     """Seed what is random in a step by these numbers and the rank alone."""
     step_seed = random.Random(f"{seed} {epoch} {step} {rank()}").getrandbits(63)
     torch.default_generator.manual_seed(step_seed)  # torch.manual_seed would take 0.2 ms
-    if Cuda:
-        torch.cuda.manual_seed_all(step_seed)
+    if Cuda:  # another seed for each of DataParallel's GPUs, as for each process
+        for number, generator in enumerate(torch.cuda.default_generators):
+            generator.manual_seed(step_seed + number - processes.local_rank())
 
 
 def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint):

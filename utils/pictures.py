@@ -24,6 +24,7 @@ from utils.plumbing.formats import (
     seen_size,
     upright,
 )
+from utils.plumbing.processes import local_world_size
 
 # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
 decode_jpeg = getattr(getattr(torchvision, "io", None), "decode_jpeg", None)
@@ -170,10 +171,14 @@ class PictureMemory:
         self.filled = torch.zeros(number, dtype=torch.uint8)
 
     def has_room_to_share(self):
-        """Return whether shared memory has room for twice the pictures: batches need it as well."""
+        """Return whether shared memory has room for twice the pictures of this machine's processes.
+
+        They ask at the same time, and batches need it as well.
+        """
         if not os.path.isdir("/dev/shm"):
             return True
-        return 2 * self.images.numel() < shutil.disk_usage("/dev/shm").free
+        needed = 2 * self.images.numel() * local_world_size()
+        return needed < shutil.disk_usage("/dev/shm").free
 
     def share(self):
         """Move all to memory that worker processes fill and read together."""

@@ -24,8 +24,6 @@ from utils.sampler import EpochSampler
 from utils.task import batch_sums, metrics_from, target_text
 
 FASTER = 1.1  # what a type of fewer digits, or one that needs a scaler, must gain to be chosen
-# names in torch.cpu.get_capabilities(); without these bfloat16 is emulated, 10 times slower
-BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def first_batch(data, batch_size, seed):
@@ -88,11 +86,12 @@ def choose_on_cuda(settings, model, batch):
 
     It can be with BatchNorm, which cuDNN does not compute in bfloat16.
     """
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
+    if not processes.computes_bfloat16(settings):
         return "float16", ""
-    if processes.is_data_parallel(settings):
-        return "float16", ""  # DataParallel's threads compute in autocast's default type
-    return compare_speed(settings, model, batch, "bfloat16", "float16", seconds=1)
+    try:
+        return compare_speed(settings, model, batch, "bfloat16", "float16", seconds=1)
+    except torch.OutOfMemoryError:  # of the copies that are tried: training may fit
+        return "bfloat16", "no memory to try float16"
 
 
 def choose_on_cpu(settings, model, batch):
@@ -100,8 +99,7 @@ def choose_on_cpu(settings, model, batch):
 
     Some networks train three times as fast in it, others half as fast.
     """
-    able = torch.cpu.get_capabilities()
-    if not any(able.get(name) for name in BFLOAT16_INSTRUCTIONS):
+    if not processes.computes_bfloat16(settings):
         return "float32", ""
     few = [part[:8] for part in batch[:2]]
     return compare_speed(settings, model, few, "float32", "bfloat16", seconds=3)
@@ -113,6 +111,8 @@ def compare_speed(settings, model, batch, usual, other, seconds):
     Each trains a copy of the network by turns, for `seconds` altogether, but one turn at least.
     """
     best = {usual: math.inf, other: math.inf}
+    if len(batch[0]) == 1:  # BatchNorm refuses one picture, and SyncBatchNorm does not
+        batch = [part.repeat_interleave(2, 0) for part in batch[:2]]
     with (
         say_if_slow(f"trying {usual} and {other} for {seconds} s, or for one step each …"),
         kept_random_stream(settings["Cuda"]),

@@ -10,7 +10,7 @@ import os
 from typing import NamedTuple
 
 from utils.plumbing.errors import UserError, did_you_mean, short_repr
-from utils.plumbing.processes import LAUNCH_SETTINGS
+from utils.plumbing.processes import LAUNCH_SETTINGS, computes_bfloat16
 from utils.plumbing.settings import RULES, check_value, fits, rules_of
 
 BEGINNING = ("pretrained", "model_path", "Init_Epoch", "save_dir")  # used only where a run begins
@@ -78,11 +78,13 @@ def words_of_run(config, known):
 def kept_settings(run, script):
     """Return those of a run's settings that nothing changes.
 
-    Among them is the precision that 'auto' has chosen, on the same kind of device.
+    Among them is the precision that 'auto' has chosen, where this machine computes in it.
     """
     kept = {name: run[name] for name in BEGINNING if name in run}
     if script.get("fp16") == "auto" and script.get("Cuda") == run.get("Cuda"):
-        kept["fp16"] = run.get("fp16", "auto")
+        chosen = run.get("fp16", "auto")
+        if chosen != "bfloat16" or computes_bfloat16(script):
+            kept["fp16"] = chosen
     return kept
 
 

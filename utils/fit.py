@@ -52,8 +52,8 @@ def fit_one_epoch(
     checkpoint, a Checkpoint, continues an interrupted epoch where it stopped. lr_scheduler_func:
     the rate follows it at every step, at epoch + step / epoch_step; without it the rate stays as it
     is. Returns {metric: number}, the same on every process but for images_per_second; its 'lr' is
-    the documented one, that of the epoch's first step. UserError: a loss or weights that are not
-    finite, too many unreadable pictures, a full disk.
+    the documented one, which the optimizer has at the call. UserError: a loss or weights that are
+    not finite, too many unreadable pictures, a full disk.
     """
     recipe = recipe or Recipe()
     settings = recipe.settings
@@ -64,7 +64,7 @@ def fit_one_epoch(
         parts = state_parts(model, optimizer, scaler, recipe.ema, loss_history)
         checkpoint = Checkpoint(save_dir, parts)
     check_trained(optimizer, model)
-    first_lr = lr_scheduler_func(epoch) if lr_scheduler_func else current_lr(optimizer)
+    first_lr = current_lr(optimizer)
 
     begin = time.monotonic()
     position = checkpoint.begin(epoch, order_of(gen))

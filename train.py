@@ -32,7 +32,7 @@ from nets import (
 from utils.checkpoint import Checkpoint, state_parts
 from utils.dataloader import DataGenerator, detection_collate, own_data
 from utils.fit import fit_one_epoch
-from utils.loss_history import LossHistory, epochs_since_best
+from utils.loss_history import LossHistory, stops_early
 from utils.optimizer import (
     describe_rates,
     fit_lr,
@@ -134,7 +134,7 @@ if __name__ == "__main__":
     if run:  # it goes on with its own settings
         settings, recorded = command_line(globals(), config=config)
         check_goes_on(run, config, state, settings)
-    check_settings(settings, continued=run is not None)
+    check_settings(settings, continued=state is not None)
 
     # The data
     own = own_data(settings)
@@ -239,7 +239,7 @@ if __name__ == "__main__":
 
     UnFreeze_flag = None  # no phase is set up yet
     for epoch in range(Init_Epoch, UnFreeze_Epoch):
-        if early_stop and on_rank_0(epochs_since_best, loss_history) >= early_stop:
+        if on_rank_0(stops_early, loss_history, early_stop):
             break
         unfreeze = not is_frozen(settings, epoch)
         if unfreeze != UnFreeze_flag:
@@ -310,7 +310,7 @@ if __name__ == "__main__":
     if rank() == 0:
         loss_history.writer.close()
         # an early stop is no end: the run can be continued
-        config["finished"] = loss_history.rows[-1]["epoch"] == UnFreeze_Epoch
+        config["finished"] = loss_history.last_epoch() == UnFreeze_Epoch
         write_config(save_dir, config)
         say(f"best {loss_history.describe_best()} in {save_dir}")
     processes.finish()

@@ -119,6 +119,11 @@ def environment():
         "TORCHELASTIC_RESTART_COUNT",
         "TORCHELASTIC_RUN_ID",
         "PYTHONUNBUFFERED",
+        "PYTHONWARNINGS",
+        "PYTHONSAFEPATH",
+        "TORCH_LOGS",
+        "TORCH_CPP_LOG_LEVEL",
+        "FORCE_COLOR",
     )
     stand_in = [
         p
@@ -128,6 +133,7 @@ def environment():
     return {
         **{k: v for k, v in os.environ.items() if k not in drop},
         "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(stand_in),
     }
 
@@ -160,7 +166,7 @@ def begin(folder, *words, launcher=PYTHON, env=None, fresh=False, **options):
     return subprocess.Popen(words, cwd=folder, env=env, start_new_session=True, **options)
 
 
-def ended(process, code=0, timeout=300, text=None):
+def ended(process, code=0, timeout=900, text=None):
     """Wait for a process's end; returns (stdout, stderr) after checking the exit code."""
     try:
         out, err = process.communicate(text, timeout=timeout)
@@ -176,7 +182,7 @@ def start(folder, *words, script="train.py", **options):
     return begin(folder, script, *words, **options)
 
 
-def train(folder, *words, code=0, timeout=300, **options):
+def train(folder, *words, code=0, timeout=900, **options):
     """Run training to its end; returns (stdout, stderr) after checking the exit code."""
     return ended(start(folder, *words, **options), code, timeout)
 
@@ -237,6 +243,8 @@ def start_group(folder, *words, processes=2, **options):
         "TORCHELASTIC_RESTART_COUNT": 0,
         "TORCHELASTIC_RUN_ID": "none",
     }
+    if sys.platform == "linux":
+        shared["GLOO_SOCKET_IFNAME"] = "lo"  # whatever this machine's name leads to
     group = []
     for rank in range(processes):
         own = {"RANK": rank, "LOCAL_RANK": rank, **shared}
@@ -246,7 +254,7 @@ def start_group(folder, *words, processes=2, **options):
     return group
 
 
-def launch(folder, *words, code=0, timeout=300, **options):
+def launch(folder, *words, code=0, timeout=900, **options):
     """Run training in several connected processes to its end, and end them all where one fails.
 
     Returns (stdout, stderr) of all after checking the exit code, which is the first one's that

@@ -307,7 +307,8 @@ def test_names_in_any_script(monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["annotation", "evaluate", "predict", "explain", "export"])
-def test_help(module, capsys):
+def test_help(module, capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
     main = __import__(f"utils.{module}", fromlist=["main"]).main
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers import (
     environment,
+    free_port,
     history,
     hooked,
     make_data,
@@ -23,7 +24,7 @@ from tests.helpers import (
     train,
     weights,
 )
-from tests.slurm import descendants, free_ports, kill_tree
+from tests.slurm import descendants, kill_tree
 
 pytestmark = pytest.mark.slow
 EPOCHS = 8
@@ -70,7 +71,7 @@ class Nodes:
         if not folders:
             make_data(make_project(folder, UnFreeze_Epoch=EPOCHS))
         self.script = hooked(folder, IMPATIENT) if impatient else "train.py"
-        self.folders, self.port, self.agents = folders or [folder, folder], free_ports(1)[0], {}
+        self.folders, self.port, self.agents = folders or [folder, folder], free_port(), {}
 
     def __enter__(self):
         self.start(0)

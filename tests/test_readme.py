@@ -80,7 +80,7 @@ def run(folder, text):
         one_machine = [word for word in words[1:] if not re.match("--(nnodes|node_|master)", word)]
         words = [f"--master_port={free_port()}", *one_machine]
         words = ["torchrun", *(word.replace("=8", "=2") for word in words)]
-    out, _ = ended(begin(folder, *words[1:], **options), timeout=170)
+    out, _ = ended(begin(folder, *words[1:], **options), timeout=900)
     return out
 
 

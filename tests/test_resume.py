@@ -250,17 +250,18 @@ def test_the_printed_command_continues_the_run(tmp_path, launcher):
     (run,) = (folder / "my runs").iterdir()
     assert command.endswith(f" --num_workers 1 --Cuda=False --resume 'my runs/{run.name}'")
     assert shlex.split(command)[: len(launcher)] == list(launcher)
-    command = f"{command} --UnFreeze_Epoch 4 --model_path nothing.pth --pretrained True"
+    last = torch.load(run / "last_checkpoint.pth", weights_only=True)["epoch"] + 2
+    command = f"{command} --UnFreeze_Epoch {last} --model_path nothing.pth --pretrained True"
     result = subprocess.run(
         command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert "UnFreeze_Epoch: 20 → 4" in result.stdout and "nothing" not in result.stdout
+    assert f"UnFreeze_Epoch: 20 → {last}" in result.stdout and "nothing" not in result.stdout
     assert "pretrained" not in result.stdout
     config = json.loads((run / "config.json").read_text())
     assert config["settings"]["input_shape"] == [40, 40] and config["settings"]["num_workers"] == 1
     assert config["settings"]["save_dir"] == "my runs"
-    assert len(history(run)) == 4
+    assert len(history(run)) == last
 
 
 def killed_run(folder):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.helpers import (
+    ROOT,
     edit,
     environment,
     history,
@@ -27,6 +28,7 @@ from tests.helpers import (
     weights,
     write_network,
 )
+from utils.loss_history import LossHistory, stops_early
 from utils.plumbing import console, files, processes, run
 from utils.plumbing.errors import UserError
 from utils.plumbing.files import clear_drafts, content_sum, draft, save_tensors, save_text
@@ -203,6 +205,44 @@ def test_drafts_of_killed_programs_are_cleared(tmp_path):
         clear_drafts(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {file.name, made.name}
     assert not list(tmp_path.iterdir())
+
+
+def test_an_early_stop_says_why(tmp_path, capsys):
+    history = LossHistory(tmp_path)
+    assert not stops_early(history, 1) and history.last_epoch() == 0
+    for epoch, top1 in ((1, 0.5), (2, 0.9), (3, 0.8), (4, 0.7)):
+        history.append_loss({"epoch": epoch, "top1": top1, "val_loss": 1.0})
+    assert not stops_early(history, 0) and not stops_early(history, 3)
+    assert capsys.readouterr().out == "" and history.last_epoch() == 4
+    assert stops_early(history, 2)
+    assert "early_stop = 2: no better epoch since epoch 2" in capsys.readouterr().out
+
+
+def test_a_run_that_is_passed_over_is_not_held(tmp_path):
+    trained = finished_run(tmp_path / "trained", 1)
+    for number in (2, 3):
+        finished_run(tmp_path / f"empty{number}", number, saved=False)
+    code = "import sys\nfrom utils.plumbing import run\nrun.lock(sys.argv[1])\nprint('held')\n"
+    assert run.find_run(True, str(tmp_path)) == str(trained)
+    for name, held in (("empty2", True), ("empty3", True), ("trained", False)):
+        result = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / name],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert ("held" in result.stdout) == held, result.stderr
+
+
+def test_an_epoch_that_is_none_is_told_before_training(tmp_path):
+    """A run that began at a later epoch, and has saved nothing."""
+    make_data(make_project(tmp_path), train=16, test=6)
+    words = ("--Init_Epoch", 2, "--UnFreeze_Epoch", 5)
+    dies = hooked(tmp_path, "before('torch.optim:SGD.step', die, 1)")
+    train(tmp_path, *words, script=dies, code=-signal.SIGKILL)
+    _, err = train(tmp_path, "--resume", True, "--UnFreeze_Epoch", 2, code=1)
+    assert "Init_Epoch = 2 must be below UnFreeze_Epoch = 2" in err
 
 
 def test_early_stop_and_what_follows(tmp_path):

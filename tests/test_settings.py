@@ -466,6 +466,31 @@ def test_a_precision_is_chosen_anew_where_the_machine_emulates_it(
     assert continued(tmp_path, FILE, config=config)[0]["fp16"] == kept
 
 
+def test_auto_is_asked_anew_where_a_type_was_told(tmp_path):
+    """And not where it has chosen one, by a constant or by a word."""
+    _, told = continued(tmp_path, FILE, "--fp16", False)
+    told["settings"]["fp16"] = "float32"  # as training records it
+    assert continued(tmp_path, FILE, "--fp16", "auto", config=told)[0]["fp16"] == "auto"
+    constant = FILE.replace('fp16 = "auto"', "fp16 = False")
+    _, told = continued(tmp_path, constant)
+    assert continued(tmp_path, FILE, config=told)[0]["fp16"] == "auto"  # the constant was edited
+    _, chosen = continued(tmp_path, constant, "--fp16", "auto")
+    chosen["settings"]["fp16"] = "float32"
+    assert continued(tmp_path, constant, config=chosen)[0]["fp16"] == "float32"
+
+
+def test_a_run_that_has_saved_nothing_begins_with_what_is_given_now(tmp_path):
+    _, config = continued(tmp_path, FILE, "--model_path", "a.pth", "--save_dir", "mine")
+    config["trained"] = False
+    values, _ = continued(tmp_path, FILE, config=config)
+    assert values["model_path"] == "a.pth" and values["save_dir"] == "mine"
+    words = ("--model_path", "b.pth", "--save_dir", "other")
+    values, _ = continued(tmp_path, FILE, *words, config=config)
+    assert values["model_path"] == "b.pth" and values["save_dir"] == "mine"
+    edited = FILE.replace("pretrained = False", "pretrained = True")
+    assert continued(tmp_path, edited, config=config)[0]["pretrained"] is True
+
+
 def test_constants_that_come_and_go(tmp_path):
     _, config = continued(tmp_path, FILE, "--UnFreeze_Epoch", 12, "--Init_lr", 0.02)
     more = FILE + "more = UnFreeze_Epoch + 1\n"  # a constant that the run has not

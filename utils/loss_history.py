@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from utils.plumbing.charts import draw_line_chart
+from utils.plumbing.console import say
 from utils.plumbing.files import save_image, save_text
 from utils.task import epoch_order, metric_text, metric_texts
 
@@ -42,6 +43,10 @@ class LossHistory:
         comparable = self.rows[self.best_since :]
         rows = [row for row in comparable if math.isfinite(row.get(self.best_by, math.nan))]
         return max(rows, key=self.order, default=None)
+
+    def last_epoch(self):
+        """Return the number of the last epoch, 0 where there is none."""
+        return self.rows[-1]["epoch"] if self.rows else 0
 
     def describe_best(self):
         """Return the best epoch as the last line of a training names it."""
@@ -86,10 +91,16 @@ class LossHistory:
         self.best_since = int(state["best_since"])
 
 
-def epochs_since_best(history):
-    """Return the number of epochs that a LossHistory has since its best one."""
+def stops_early(history, early_stop):
+    """Return whether a LossHistory has so many epochs since its best one, and say so."""
     best = history.best()
-    return history.rows[-1]["epoch"] - best["epoch"] if best else 0
+    if not early_stop or not best or history.last_epoch() - best["epoch"] < early_stop:
+        return False
+    say(
+        f"early_stop = {early_stop}: no better epoch since epoch {best['epoch']}, so the training "
+        f"ends here (--early_stop 0 trains on, --resume False begins a new run)"
+    )
+    return True
 
 
 def describe_epoch(metrics, validated, waiting, is_best, num_classes):

@@ -24,6 +24,7 @@ def continued_run(resume, save_dir):
         config["settings"]["Init_Epoch"] = state["epoch"]  # where train.py's loop begins
     elif trained_files(run):  # it would be lost
         raise cannot_continue(run, f"it holds {trained_files(run)[0]}, but its checkpoint is gone")
+    config["trained"] = state is not None
     clear_drafts(run)
     return run, config, state
 
@@ -84,9 +85,10 @@ def print_continued(run, config, state, settings, transformer):
         place = f"epoch {state['epoch'] + 1}, step {state['step'] + 1}"
     say(f"continuing {run} at {place}")
     before, now = config["settings"], as_json(settings)
-    for name in now:
-        if name in before and name != "resume" and now[name] != before[name]:
-            say(f"  changed since: {name}: {short_repr(before[name])} → {short_repr(now[name])}")
+    for name in {**before, **now}:
+        old, new = before.get(name, "absent"), now.get(name, "absent")
+        if old != new and name != "resume":
+            say(f"  changed since: {name}: {short_repr(old)} → {short_repr(new)}")
     if state and state["epoch"] < settings["UnFreeze_Epoch"]:
         print_jump(before, settings, state, transformer)
 

@@ -55,12 +55,12 @@ def command_line(script, arguments=None, config=None):
     """
     known = constants(script["__file__"])
     words = parse(arguments, script, known)
-    kept = {}
     if config:
         words = {**words_of_run(config, known), **words}
-        kept = kept_settings(config["settings"], script)
     given = {name: value_of(name, word, script[name]) for name, word in words.items()}
-    set_constants(script, known, {**given, **kept})
+    if config:
+        given.update(kept_settings(config, {**script, **given}))
+    set_constants(script, known, given)
     sources = {name: constant.source for name, constant in known.items()}
     return {name: script[name] for name in known}, {"constants": sources, "words": words}
 
@@ -75,13 +75,18 @@ def words_of_run(config, known):
     return words
 
 
-def kept_settings(run, script):
+def kept_settings(config, script):
     """Return those of a run's settings that nothing changes.
 
-    Among them is the precision that 'auto' has chosen, where this machine computes in it.
+    Among them is the precision that 'auto' has chosen, where this machine computes in it. A run
+    that has saved nothing begins now: only its folder stays.
     """
-    kept = {name: run[name] for name in BEGINNING if name in run}
-    if script.get("fp16") == "auto" and script.get("Cuda") == run.get("Cuda"):
+    run = config["settings"]
+    names = BEGINNING if config.get("trained", True) else ("save_dir",)
+    kept = {name: run[name] for name in names if name in run}
+    asked = config["words"].get("fp16", config["constants"].get("fp16", "auto"))
+    was_chosen = str(asked).strip("'\"") == "auto"
+    if was_chosen and script.get("fp16") == "auto" and script.get("Cuda") == run.get("Cuda"):
         chosen = run.get("fp16", "auto")
         if chosen != "bfloat16" or computes_bfloat16(script):
             kept["fp16"] = chosen

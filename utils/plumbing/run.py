@@ -103,7 +103,10 @@ def start_number(run):
 
 
 def lock(run, seconds=0):
-    """Hold the run for this process's life. UserError where another one does after `seconds`."""
+    """Hold the run while this process lives, or until the file number returned is closed.
+
+    UserError where another one holds it after `seconds`.
+    """
     try:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         number = os.open(Path(run, ".lock"), flags, 0o666)
@@ -119,6 +122,7 @@ def lock(run, seconds=0):
                 f"has ended (resume = False begins a new run)"
             )
         time.sleep(0.5)
+    return number
 
 
 def is_locked_now(number):
@@ -148,18 +152,23 @@ def find_run(resume, save_dir):
         return run
     if not resume and not restarted:
         return None
-    empty = None  # a start that has saved nothing: taken where there is no other
+    empty = None  # a start that has saved nothing, and its lock: taken where there is no other
     for config, run in runs_in(save_dir):
         is_own = restarted and config.get("launch") == processes.launch_id
         if config["finished"] or not (resume or is_own):
             continue
-        lock(run, seconds)
+        number = lock(run, seconds)
         if is_own or trained_files(run):
+            if empty:
+                os.close(empty[1])
             return run
-        empty = empty or run
+        if empty:
+            os.close(number)
+        else:
+            empty = run, number
     if resume and not empty:
         say(f"resume = True: there is no unfinished run in {save_dir!r}, starting a new one")
-    return empty
+    return empty and empty[0]
 
 
 def may_be_restarted():

@@ -501,6 +501,8 @@ def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
     before = {"list": "6 pictures", "fp16": "float32", "mean": [0.5]}
     checkpoint = checkpoint_in(tmp_path, ema=0.9, scored_on=before)
     checkpoint.load(load_checkpoint(saved), 10, 10)
+    kept = weights(tmp_path, "best_until_ep001.pth")  # what was best is not lost
+    assert same(kept, load_checkpoint(saved)["best"])
     save(checkpoint, 1)
     for now, named in (
         (before, None),

@@ -89,13 +89,20 @@ class Checkpoint(Steps):
             ) from None
 
     def compare_scores(self, before):
-        """Seek the best epoch anew where something that a score depends on has changed."""
+        """Seek the best epoch anew where something that a score depends on has changed.
+
+        The weights that were best until then are kept under another name.
+        """
         names = {**before, **self.scored_on}
         changed = [name for name in names if before.get(name) != self.scored_on.get(name)]
         if not changed:
             return
+        history = self.parts["history"]
+        if self.best is not None:
+            name = f"best_until_ep{history.last_epoch():03d}.pth"
+            save_tensors(Path(self.run, name), self.best)
         self.best = None
-        self.parts["history"].seek_best_anew()
+        history.seek_best_anew()
         say(f"  the best epoch is sought anew, changed: {', '.join(changed)}")
 
     def begin(self, epoch, order):

@@ -219,7 +219,8 @@ def find_pictures(words):
         inside, left_out = pictures_below(path) if os.path.isdir(path) else ([], {})
         pictures += inside or [path]
         for reason, paths_out in left_out.items():
-            print(printable(f"left out ({len(paths_out)}): {reason}"), file=sys.stderr)
+            text = f"{path}: left out ({len(paths_out)}): {reason}"
+            print(printable(text), file=sys.stderr)
     return pictures
 
 

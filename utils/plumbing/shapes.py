@@ -105,7 +105,7 @@ def draw_shape(shape, rng):
 def draw_set(folder, place):
     """Draw the training and test pictures, the class file and both lists into `folder`.
 
-    place: where the folder will be moved to, which the lists' paths begin with.
+    place: the Path where the folder will be moved to, which the lists' paths begin with.
     """
     names = [shape.__name__ for shape in SHAPES]
     Path(folder, "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
@@ -119,9 +119,9 @@ def draw_set(folder, place):
             Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
             picture = draw_shape(SHAPES[label], random.Random(f"0 {split} {i}"))
             picture.save(Path(folder, path), compress_level=1)
-            lines += f"{label};{Path(place, path).as_posix()}\n"
+            lines += f"{label};{(place / path).as_posix()}\n"
             drawn += 1
-            progress.show(drawn, images=1, describe=lambda: str(place))
+            progress.show(drawn, images=1, describe=place.as_posix)
         Path(folder, f"{split}.txt").write_text(lines, encoding="utf-8")
     progress.clear()
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from utils.pictures import decode_jpeg
 from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import clear_drafts, draft, make_folder, not_written
+from utils.plumbing.files import clear_drafts, draft, make_folder, move, not_written
 from utils.plumbing.formats import REDUCIBLE, failure_reason, open_picture, upright
 from utils.plumbing.processes import cores, iterate, prepare_worker
 
@@ -144,7 +144,7 @@ def save_copy(image, copy, folder, time_ns):
         with draft(folder / "copy") as fresh:
             image.save(fresh, "JPEG", quality=95, subsampling=0)
             os.utime(fresh, ns=(time_ns, time_ns))
-            os.replace(fresh, copy)
+            move(fresh, copy)
     except OSError as error:
         raise not_written(copy, error) from None
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unicodedata import normalize
 
 import pytest
@@ -21,7 +22,7 @@ from PIL import Image
 import train as train_module
 from tests.helpers import environment
 from utils.annotation import main as annotate
-from utils.plumbing import lists
+from utils.plumbing import console, lists
 from utils.plumbing.advice import advise
 from utils.plumbing.command_line import command_line
 from utils.plumbing.errors import UserError, explain
@@ -731,6 +732,13 @@ ADAM = "--optimizer_type adam --Init_lr 4e-3 --Unfreeze_batch_size"
         (4, (1000, 1200), 224, f"{ADAM} 8 --UnFreeze_Epoch 100", "--shrink 512"),
         (50, (28, 28), 96, f"{ADAM} 16 --UnFreeze_Epoch 84", "28×28"),
         (320, (48, 30), None, '--input_shape "[30,48]" --UnFreeze_Epoch 50', "48×30"),
+        (
+            320,
+            (512, 32),
+            None,
+            '--input_shape "[32,224]" --UnFreeze_Epoch 50 --resize squeeze',
+            "[32, 224] cuts 56% of it away",
+        ),
     ],
 )
 def test_what_is_to_be_pasted(count, size, side, words, note, capsys):
@@ -759,6 +767,32 @@ def test_lists_elsewhere_are_named_to_be_pasted(capsys):
             "--test_annotation_path 'other lists/a_test.txt'"
         )
     )
+
+
+def test_what_is_pasted_on_windows(capsys, monkeypatch):
+    """Its shell knows no single quotes, and takes a backslash as it is."""
+    monkeypatch.setattr(console, "os", SimpleNamespace(name="nt"))
+    assert console.shell_words(["other lists/a", "model_data\\mine"]) == (
+        '"other lists/a" model_data\\mine'
+    )
+
+
+@pytest.mark.parametrize("text", ["", "a\na\n"])
+def test_a_broken_class_file_can_be_overwritten(text):
+    numbered("ds/cat", "ds/dog")
+    Path("model_data").mkdir()
+    Path("model_data/cls_classes.txt").write_text(text)
+    with pytest.raises(UserError, match="--force overwrites it"):
+        annotate(["ds"])
+    annotate(["ds", "--force"])
+    assert Path("model_data/cls_classes.txt").read_text() == "cat\ndog\n"
+
+
+def test_a_list_that_cannot_be_removed_is_one_sentence():
+    numbered("ds/cat", "ds/dog")
+    Path("model_data/cls_test.txt/inside").mkdir(parents=True)
+    with pytest.raises(UserError, match="cls_test.txt could not be written"):
+        annotate(["ds"])
 
 
 def test_an_unreadable_header_is_no_hindrance(capsys):

@@ -122,6 +122,16 @@ def test_what_is_wrong_is_said_before_any_work(folder, monkeypatch, options, sen
     assert "\n" not in str(caught.value) and "model_path" not in str(caught.value)
 
 
+def test_pictures_that_another_program_holds_open_on_windows(folder, tmp_path, monkeypatch):
+    def refuse(self, missing_ok=False):
+        raise PermissionError(13, "The process cannot access the file")
+
+    write_list(tmp_path / "list.txt", [0, 1, 2] * 6)  # not all of them right
+    monkeypatch.setattr(Path, "unlink", refuse)
+    evaluate("run", annotation=tmp_path / "list.txt", out=tmp_path, num_workers=0)
+    assert (tmp_path / "mistakes.png").exists() and predicted(tmp_path)
+
+
 def test_no_mistakes(folder, tmp_path):
     """leave no picture of them, nor an older one."""
     run = make_run(tmp_path / "run", ["a"], classes_path="none.txt")

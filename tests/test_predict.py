@@ -1,5 +1,7 @@
 """utils.predict on folders, lists and odd names, on a run whose weights are as they begin."""
 
+import codecs
+import io
 import json
 import multiprocessing
 import os
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 
 from tests import helpers
 from tests.helpers import HOOKS, ROOT, environment, make_run, picture, weights
-from utils import dataloader, predict
+from utils import dataloader, predict, trained
 from utils.plumbing.errors import UserError, explain
 
 
@@ -110,6 +113,24 @@ def test_what_is_no_picture_is_said(call):
     )
     code, out, err = call("run", "empty/none", "--json")
     assert code == 1 and set(json.loads(out)) == {"picture", "error"} and not err
+
+
+def test_a_list_that_an_editor_or_windows_has_written(monkeypatch):
+    """begins with a byte-order mark; or is in the console's encoding, not the file system's."""
+    words = SimpleNamespace(buffer=io.BytesIO(b"\xef\xbb\xbfa.jpg\r\nb.jpg\r\n"))
+    monkeypatch.setattr(sys, "stdin", words)
+    assert trained.find_pictures(["-"]) == ["a.jpg", "b.jpg"]
+
+    def decode(line):
+        return line.decode("utf-8")
+
+    def oem(name):
+        return codecs.lookup("cp850") if name == "oem" else None
+
+    codecs.register(oem)
+    monkeypatch.setattr(trained, "os", SimpleNamespace(fsdecode=decode))
+    assert trained.decode_path(b"caf\x82.jpg") == "café.jpg"
+    assert trained.decode_path("café.jpg".encode()) == "café.jpg"
 
 
 def test_a_list_on_standard_input(folder, call):

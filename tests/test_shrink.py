@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.helpers import environment
 from tests.test_data import photo
 from utils.annotation import main as annotate
 from utils.plumbing.errors import UserError
+from utils.plumbing.shrink import shrink_all
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +197,20 @@ def test_what_a_killed_pass_leaves_is_cleared():
         os.utime(path, (0, 0))
     annotate(["photos", "--shrink", "64"])
     assert sorted(os.listdir("photos-shrunk-64")) == ["cat", "dog"]
+
+
+def test_the_top_of_a_drive_has_no_place_beside_it():
+    with pytest.raises(UserError, match="'/' is the top of a drive"):
+        shrink_all([], "/", 64)
+
+
+def test_a_comment_that_is_too_long_for_a_jpeg():
+    large()
+    text = PngInfo()
+    text.add_text("comment", "x" * 70_000, zip=True)
+    save("photos/cat/long.png", photo(400, 300), pnginfo=text)
+    annotate(["photos", "--shrink", "64"])
+    assert "photos-shrunk-64/cat/long.png.jpg" in listed()
 
 
 def test_another_size_has_another_folder():

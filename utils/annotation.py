@@ -9,14 +9,13 @@ Where there are train, val and test, val validates and test gets a list of its o
 
 import argparse
 import os
-import shlex
 from collections import Counter
 from pathlib import Path
 
 from utils.plumbing.advice import advise
-from utils.plumbing.console import prepare_program, say
+from utils.plumbing.console import prepare_program, say, shell_words
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import make_folder, save_text
+from utils.plumbing.files import discard, make_folder, save_text
 from utils.plumbing.folders import find_splits, quote, split_by_chance, walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, class_name, get_classes, hint
 from utils.plumbing.shrink import check_pictures, shrink_all
@@ -92,7 +91,10 @@ def check_order(names, path):
     """Raise UserError where a class file has other class ids, which trained weights depend on."""
     if not os.path.exists(path):
         return
-    old, _ = get_classes(path)
+    try:
+        old, _ = get_classes(path)
+    except UserError as error:
+        raise UserError(f"{error}; here --force overwrites it") from None
     if names[: len(old)] != old:
         raise UserError(
             f"{path} has other classes or another order, and trained weights depend on it: "
@@ -118,7 +120,7 @@ def write_together(paths, names, lists):
     """
     numbers = {name: number for number, name in enumerate(names)}
     for list_path in paths[1:]:
-        Path(list_path).unlink(missing_ok=True)
+        discard(list_path)
     save_text(paths[0], "\n".join(names) + "\n")
     for list_path, pairs in reversed(list(zip(paths[1:], lists))):
         if pairs:
@@ -183,13 +185,14 @@ def print_next_steps(paths, names, lists, is_shrunk):
     if lists[2]:
         say(
             f"{len(lists[2])} pictures are kept for the end; after training: "
-            f"python -m utils.evaluate RUN --annotation {shlex.quote(paths[3])}"
+            f"python -m utils.evaluate RUN --annotation {shell_words(paths[3:])}"
         )
     settings, notes = advise([(path, name) for name, path in lists[0]], len(names), is_shrunk)
     for note in notes:
         say(note)
     if tuple(paths[:3]) != DEFAULT_PATHS:
-        settings.update(zip(PATH_SETTINGS, map(shlex.quote, paths)))
+        for name, path in zip(PATH_SETTINGS, paths):
+            settings[name] = shell_words([path])
     options = [f"--{name} {value}" for name, value in settings.items()]
     say(
         f"{len(names)} classes, {len(lists[0])} training and {len(lists[1])} test pictures; "

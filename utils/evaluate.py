@@ -28,7 +28,7 @@ from utils.plumbing import lists
 from utils.plumbing.charts import draw_contact_sheet, drawable_text
 from utils.plumbing.console import ProgressLine
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import make_folder, save_file, save_image
+from utils.plumbing.files import discard, make_folder, save_file, save_image
 from utils.plumbing.settings import check_value
 from utils.trained import Classifier, begin_command
 
@@ -203,10 +203,11 @@ def draw_mistakes(data, indices, mistakes):
 
 def save_outputs(out, files):
     """Write {name: rows or picture} into a folder."""
-    (out / "mistakes.png").unlink(missing_ok=True)  # it may be of weights that made some
     for name, content in files.items():
         save = save_csv if name.endswith(".csv") else save_image
         save(out / name, content)
+    if "mistakes.png" not in files:  # it may be of weights that made some
+        discard(out / "mistakes.png")
     print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
 
 

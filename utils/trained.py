@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from codecs import BOM_UTF8
 from pathlib import Path
 from threading import get_ident
 
@@ -208,8 +209,8 @@ def find_pictures(words):
     paths = []
     for word in words:
         if word == "-":
-            lines = sys.stdin.buffer.read().splitlines()
-            paths += [os.fsdecode(line) for line in lines if line]
+            lines = sys.stdin.buffer.read().removeprefix(BOM_UTF8).splitlines()
+            paths += [decode_path(line) for line in lines if line]
         else:
             paths.append(word)
     if not paths:
@@ -222,6 +223,14 @@ def find_pictures(words):
             text = f"{path}: left out ({len(paths_out)}): {reason}"
             print(printable(text), file=sys.stderr)
     return pictures
+
+
+def decode_path(line):
+    """Return a path that stands on standard input, as bytes."""
+    try:
+        return os.fsdecode(line)
+    except UnicodeDecodeError:  # on Windows alone, whose console writes another encoding
+        return line.decode("oem", "replace")
 
 
 def describe_prediction(prediction):

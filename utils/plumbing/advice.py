@@ -30,21 +30,23 @@ def advise(pairs, num_classes, is_shrunk):
         notes.append("--shrink 512 makes copies of large photos, which train many times faster")
     is_small = min(height, width) < SMALL
     if is_small and len(pairs) > FEW * num_classes:
-        height, width = np.clip((height, width), 8, 224)  # resnet9 takes 8 pixels or more
+        # resnet9 takes 8 pixels or more
+        height, width = (min(max(side, 8), 224) for side in (height, width))
         epochs = count_epochs(len(pairs), 32, steps=1000)
-        return {"input_shape": f'"[{height},{width}]"', "UnFreeze_Epoch": epochs}, notes
-    side = SMALL if is_small else 224
-    batch_size = min(16 if len(pairs) >= 64 else 8, len(pairs))
-    settings = {
-        "pretrained": True,
-        "backbone": "resnet18",
-        "input_shape": f'"[{side},{side}]"',
-        "optimizer_type": "adam",
-        "Init_lr": "4e-3",
-        "Unfreeze_batch_size": batch_size,
-        "UnFreeze_Epoch": count_epochs(len(pairs), batch_size, steps=500),
-    }
-    if cut := describe_cut(sizes, [side, side]):
+        settings = {"input_shape": f'"[{height},{width}]"', "UnFreeze_Epoch": epochs}
+    else:
+        height = width = SMALL if is_small else 224
+        batch_size = min(16 if len(pairs) >= 64 else 8, len(pairs))
+        settings = {
+            "pretrained": True,
+            "backbone": "resnet18",
+            "input_shape": f'"[{height},{width}]"',
+            "optimizer_type": "adam",
+            "Init_lr": "4e-3",
+            "Unfreeze_batch_size": batch_size,
+            "UnFreeze_Epoch": count_epochs(len(pairs), batch_size, steps=500),
+        }
+    if cut := describe_cut(sizes, [height, width]):
         settings["resize"] = "squeeze"
         notes.append(cut)
     return settings, notes

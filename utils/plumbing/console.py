@@ -133,6 +133,11 @@ def command_to_continue(run):
     end = ["--resume", str(run)]
     if words[-2:] != end:
         words = [*words, *end]
+    return shell_words(words)
+
+
+def shell_words(words):
+    """Return words as they are pasted into a shell, with the quotes that this system's needs."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

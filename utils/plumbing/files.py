@@ -43,6 +43,14 @@ def remove(path):
             os.unlink(path)
 
 
+def discard(path):
+    """Remove a file, if it is there. UserError: it cannot be removed, as on Windows an open one."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
 def clear_drafts(folder):
     """Remove drafts of killed programs from a folder: those not written to for ten minutes."""
     for path in Path(folder).glob(".*.draft"):

@@ -1,10 +1,9 @@
 """Which lists are trained on: those of the settings, or the sample pictures' for a first job."""
 
 import os
-import shlex
 from pathlib import Path
 
-from utils.plumbing.console import say
+from utils.plumbing.console import say, shell_words
 from utils.plumbing.errors import UserError
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, PROJECT, read_text_file
 
@@ -28,7 +27,7 @@ def find_lists(settings, config=None):
     if not os.path.samefile(os.getcwd(), PROJECT):
         raise UserError(
             f"{paths[1]} does not exist in {os.getcwd()}: start train.py in its own folder "
-            f"(cd {shlex.quote(str(PROJECT))}), where the paths of its settings begin"
+            f"(cd {shell_words([str(PROJECT)])}), where the paths of its settings begin"
         )
     say(f"{paths[1]} is absent in {os.getcwd()}: training on the sample pictures in {SAMPLE}")
     if not SAMPLE.exists():

@@ -142,7 +142,8 @@ def save_copy(image, copy, folder, time_ns):
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with draft(folder / "copy") as fresh:
-            image.save(fresh, "JPEG", quality=95, subsampling=0)
+            # without the picture's own comment, which may be too long for a JPEG
+            image.save(fresh, "JPEG", quality=95, subsampling=0, comment=b"")
             os.utime(fresh, ns=(time_ns, time_ns))
             move(fresh, copy)
     except OSError as error:
@@ -161,6 +162,11 @@ def shrink_all(paths, datasets, size):
     that are new or changed are made.
     """
     base = Path(datasets) if Path(datasets).name not in ("", "..") else Path(datasets).resolve()
+    if not base.name:
+        raise UserError(
+            f"{datasets!r} is the top of a drive, and copies lie beside the data set: move its "
+            f"folders into one, and name that"
+        )
     folder = make_folder(
         base.with_name(f"{base.name}-shrunk-{size}"),
         f"link {base} from a folder with room, and name the link",

@@ -102,7 +102,7 @@ def head_names(model):
 
 def network_name(backbone):
     """Return the torchvision (or own) name of `backbone`. UserError: there is no such network."""
-    name = DOCUMENTED_NAMES.get(backbone, backbone)
+    name = backbone if backbone in OWN else DOCUMENTED_NAMES.get(backbone, backbone)
     known = models.list_models(module=models) + OWN
     if name not in known:
         advice = did_you_mean(backbone, known + list(DOCUMENTED_NAMES))
@@ -196,7 +196,11 @@ def load_file(model, path, class_names=None, settings=None):
 
 def to_device(model, device):
     """Return the model on `device` in channels_last memory, which is nearly always faster."""
-    return model.to(device, memory_format=torch.channels_last)
+    model = model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:  # torch's own way fails where another tensor has five axes
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def profile(model, backbone, input_shape, num_classes):

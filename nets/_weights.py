@@ -40,10 +40,10 @@ def load_file(model, path, class_names=None, settings=None):
     """
     state = load_weights(path)
     classes, trained = read_run(path)
-    if class_names and classes and classes != class_names:
-        state = {name: state[name] for name in without_head(model, state)}
+    has_others = class_names and classes and classes != class_names
+    if has_others:
         say(f"{path}: the head is left out, as its classes were {short_repr(classes)}")
-    load_matching(model, state, path)
+    load_matching(model, state, path, with_head=not has_others)
     if settings:
         compare_normalization(path, trained, settings)
 
@@ -88,7 +88,7 @@ def download(name):
     return state, weights
 
 
-def load_matching(model, state, source):
+def load_matching(model, state, source, with_head=True):
     """Load what matches by name and shape, print how much, and return the names of the floats left.
 
     state: {name: tensor}, in which other people's names are translated. UserError: nothing of
@@ -100,6 +100,8 @@ def load_matching(model, state, source):
             f"{source}: none of the {len(state)} tensors fits this network by name and shape; set "
             f"backbone to the network that the weights are of (nets/README.md lists known names)"
         )
+    if not with_head:
+        translated = {name: translated[name] for name in without_head(model, translated)}
     ours = model.state_dict()  # torchvision's has version marks, which a plain dictionary lacks
     matching = {}
     for name, value in translated.items():

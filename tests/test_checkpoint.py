@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from nets import get_model, head_layers
@@ -179,6 +180,14 @@ def test_the_best_weights_are_a_copy(tmp_path):
     assert same(load_checkpoint(tmp_path)["best"], first)
     assert same(weights(tmp_path, "best_epoch_weights.pth"), first)
     assert same(weights(tmp_path), model.state_dict())
+
+
+def test_the_best_weights_load_into_torchvision(tmp_path):
+    """MNASNet is the one that loads nothing without the mark of its version."""
+    row = {"epoch": 1, "top1": 0.9, "val_loss": 1.0, "train_loss": 1.0, "train_top1": 0.5}
+    checkpoint_in(tmp_path, "mnasnet0_5").commit(row, 10, 3)
+    state = torch.load(tmp_path / "best_epoch_weights.pth")
+    torchvision.models.mnasnet0_5(num_classes=3).load_state_dict(state)
 
 
 def test_a_folder_at_the_checkpoints_place(tmp_path):

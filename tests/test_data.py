@@ -621,6 +621,13 @@ def test_class_ids():
     assert ids.tolist() == [1, 0] and ids.dtype == np.int64
 
 
+def test_the_class_of_an_unreadable_picture_is_unknown():
+    items = Items([(np.zeros((9, 9), np.uint8), 0), OSError("cut short")])
+    data = data_of(items, (8, 8))
+    with pytest.raises(UserError, match="picture 1 of the data set cannot be read .*cut short"):
+        data.class_ids()
+
+
 @pytest.mark.parametrize("target", [[0, 1], 0.5])
 def test_class_weights_of_other_targets_are_refused(target, monkeypatch):
     monkeypatch.setattr("utils.dataloader.read_label", lambda label, num_classes: target)

@@ -512,6 +512,15 @@ def test_several_at_once_all_succeed(folder, tmp_path):
     assert len(predicted(run)) == 19 and not list(run.glob(".*.draft"))
 
 
+def test_a_network_that_loads_only_marked_weights(tmp_path):
+    """MNASNet: with weights from a plain dictionary, and with those that training saves."""
+    run = make_run(tmp_path / "run", ["a", "b"], backbone="mnasnet0_5")
+    state = weights(run, "best_epoch_weights.pth")
+    torch.save(dict(state), Path(run, "best_epoch_weights.pth"))
+    loaded = predict.Classifier(run).network.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
 def test_a_run_by_its_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "logs/2026_01_01", ["a"], classes_path="none.txt")

@@ -16,6 +16,7 @@ from nets._weights import load_file, load_matching, load_weights
 from tests.helpers import ROOT, environment, write_network
 from utils.optimizer import fit_lr
 from utils.plumbing.errors import UserError
+from utils.recipe import EMA
 
 ALL = models.list_models(module=models)
 SMALLEST = {"inception_v3": 80, "maxvit_t": 224, "vit_h_14": 56}
@@ -134,10 +135,16 @@ def test_what_a_network_has_fixed_stays_fixed(tmp_path, monkeypatch):
     assert not model[2][1].training and model[2][0].num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("name", ["vit_tiny", "googlenet", "maxvit_t"])
+def test_a_network_with_tensors_of_five_axes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(1, 1, 3))
+    assert nets.to_device(model, "cpu") is model
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "googlenet", "maxvit_t", "mobilenetv2"])
 def test_an_own_network_may_have_any_name(tmp_path, monkeypatch, name):
     model = own_network(monkeypatch, tmp_path, name, FIXED.format(name=name))
-    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    assert type(model).__name__ == "Net" and model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -292,6 +299,9 @@ def test_whose_head(tmp_path, capsys):
     ) and "the head is taken as it is" in loaded(None)
     for others in (["b", "a", "c"], ["x", "y", "z"]):
         assert "the head is left out, as its classes were ['a', 'b', 'c']" in loaded(others)
+    torch.save({"ema": EMA(source, 0.9).state_dict()}, tmp_path / "w.pth")
+    out = loaded(["x", "y", "z"])  # also where its names have others' prefix
+    assert "the head is left out" in out and "'module.'" in out
     for broken in ("{", "[]", '{"classes": 3}', "[" * 100_000):
         (tmp_path / "config.json").write_text(broken)
         assert "the head is taken as it is" in loaded(["a", "b", "c"])

@@ -252,6 +252,16 @@ def test_ema_with_its_ramp():
         torch.testing.assert_close(ours[name], value)
 
 
+def test_shared_weights_are_averaged_once():
+    model = nn.ModuleList([nn.Linear(1, 1)] * 2)
+    nn.init.zeros_(model[0].weight)
+    ema = EMA(model, 0.5)
+    ema.n_averaged += 1000
+    nn.init.ones_(model[0].weight)
+    ema.update_parameters(model)
+    assert ema.module[1].weight.item() == 0.5
+
+
 def test_a_long_ema_of_a_short_training_has_forgotten_the_first_weights():
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, 1000.0)

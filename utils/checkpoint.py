@@ -162,10 +162,9 @@ class Checkpoint(Steps):
         best = rank() == 0 and self.parts["history"].append_loss(metrics)
         if best:
             self.best_is_new = True
-            weights = published_model(self.parts).state_dict()
-            self.best = {
-                name: value.detach().to("cpu", copy=True) for name, value in weights.items()
-            }
+            self.best = published_model(self.parts).state_dict()  # with its versions' marks
+            for name, value in list(self.best.items()):
+                self.best[name] = value.to("cpu", copy=True)
         self.position = Position(metrics["epoch"], order=self.position.order)
         self.save()
         self.publish(save_period, last_epoch)

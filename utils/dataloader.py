@@ -152,10 +152,20 @@ class DataGenerator(Dataset):
         transforms = ("transforms", "target_transform")
         is_changed = any(getattr(self.source, name, None) for name in transforms)
         if labels is None or is_changed:
-            labels = (self.source[index][1] for index in range(len(self)))
+            labels = map(self.label, range(len(self)))
         targets = np.array([self.target(index, label) for index, label in enumerate(labels)])
         check_targets(torch.from_numpy(targets), self.settings, self.num_classes)
         return targets
+
+    def label(self, index):
+        """Return the label of a picture. UserError: it cannot be read, so its class is unknown."""
+        try:
+            return self.source[index][1]
+        except BROKEN as error:
+            raise UserError(
+                f"{self.name(index)} cannot be read ({failure_reason(error)}), and class weights "
+                f"need the class of each: leave it out"
+            ) from None
 
     @cached_property
     def fingerprint(self):

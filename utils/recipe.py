@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from itertools import chain
 
 import numpy as np
 import torch
@@ -116,7 +117,9 @@ class EMA(nn.Module):
         number = int(self.n_averaged)
         decay = min(self.decay, (1 + number) / (10 + number))
         averages, values = [], []
-        for average, value in zip(self.module.state_dict().values(), model.state_dict().values()):
+        ours = chain(self.module.parameters(), self.module.buffers())  # each once, also if shared
+        theirs = chain(model.parameters(), model.buffers())
+        for average, value in zip(ours, theirs):
             if average.is_floating_point():
                 averages.append(average)
                 values.append(value)

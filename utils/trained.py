@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from codecs import BOM_UTF8
+from collections import OrderedDict
 from pathlib import Path
 from threading import get_ident
 
@@ -78,12 +79,15 @@ class Classifier:
         try:
             state = load_weights(path, "weights")
             check_numbers(self.network.state_dict(), state, f"weights: {path}")
-            self.network.load_state_dict(state)
+            marked = OrderedDict(state)  # MNASNet loads nothing without its version's mark
+            marked._metadata = {"": self.network.state_dict()._metadata[""]}
+            self.network.load_state_dict(marked)
         except RuntimeError as error:
             backbone, input_shape = self.settings["backbone"], self.settings["input_shape"]
             raise UserError(
                 f"weights: {path} holds the weights of another network than {backbone} with "
-                f"{len(self.class_names)} classes at {input_shape}"
+                f"{len(self.class_names)} classes at {input_shape}, or has other names for them "
+                f"(such as 'module.…')"
             ) from error
 
     def __call__(self, picture):

@@ -164,7 +164,7 @@ if __name__ == "__main__":
         val_lines, input_shape, False, num_classes, settings=settings, cache_mb=cache_mb
     )
     del train_lines, val_lines  # the data sets have packed copies
-    lists.check_same_everywhere(train_data, val_data)
+    lists.check_same_everywhere(settings, train_data, val_data)
     num_workers = count_workers(num_workers, Cuda, train_data.in_memory)
     settings["num_workers"] = num_workers
     if num_workers:

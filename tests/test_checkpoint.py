@@ -167,6 +167,37 @@ def test_nohup_stays_in_force(tmp_path):
     assert len(history(run_of(tmp_path))) == 3
 
 
+SPAWNED = """
+import multiprocessing
+
+if multiprocessing.current_process().name != "MainProcess":  # a worker that is imported: Ctrl-C to the group comes now
+    os.kill(os.getpid(), signal.SIGINT)
+else:
+    multiprocessing.set_start_method("spawn")
+    before("torch.optim:SGD.step", lambda *words: os.killpg(0, signal.SIGHUP), 2)
+"""
+
+
+def test_signals_to_spawned_workers(tmp_path):
+    """The terminal sends them to the whole group; macOS and Windows spawn."""
+    make_data(make_project(tmp_path, UnFreeze_Epoch=1, num_workers=1), train=24, test=6)
+    script = hooked(tmp_path, SPAWNED)
+    out, _ = train(tmp_path, script=script, code=128 + signal.SIGHUP, fresh=True)
+    assert "SIGHUP: saved at epoch 1, step 2" in out
+
+
+def test_resumed_in_validation_by_a_coarse_clock(tmp_path):
+    """Windows': no time seems to pass where no step is left, and nothing is divided by it."""
+    make_data(make_project(tmp_path, UnFreeze_Epoch=1), train=24, test=6)
+    code = "before('utils.fit:validate', lambda *words: os.kill(os.getpid(), signal.SIGTERM), 1)\n"
+    train(tmp_path, script=hooked(tmp_path, code), code=128 + signal.SIGTERM)
+    still = (
+        "import types, utils.fit\nutils.fit.time = types.SimpleNamespace(monotonic=lambda: 0.0)\n"
+    )
+    train(tmp_path, "--resume", True, script=hooked(tmp_path, still))
+    assert history(run_of(tmp_path))[0]["images_per_second"] == 0
+
+
 def test_the_best_weights_are_a_copy(tmp_path):
     checkpoint = checkpoint_in(tmp_path)
     model = checkpoint.parts["model"]

@@ -1,5 +1,6 @@
 """Class names and annotation lines: what is wrong with them becomes one sentence that names it."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -327,3 +328,26 @@ def test_lists_that_were_written_with_other_classes(tmp_path, monkeypatch, capsy
     lists.check_all(lines, lines, dict(zip(NAMES, paths)), ["a", "b"], version)
     out = capsys.readouterr().out
     assert out.count("new_classes.txt, which lies beside new_t") == 2 * warned
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"Init_lr": 0.02}, "Init_lr differs between the processes .0.01 and 0.02"),
+        ({"mine": 3}, "mine differs between the processes .2 and 3"),
+        ({"num_workers": 7, "Cuda": True, "cache_mb": 1, "fp16": "float32"}, None),
+        ({"classes_path": "elsewhere.txt", "save_dir": "there"}, None),
+    ],
+)
+def test_machines_with_other_settings(monkeypatch, change, named):
+    """What is edited in one machine's train.py alone would train a wrong network in silence."""
+    settings = {"Init_lr": 0.01, "mine": 2, "num_workers": 1, "Cuda": False, "cache_mb": 5}
+    settings.update(fp16="auto", classes_path="c.txt", save_dir="logs")
+    data = DataGenerator(["0;a.png"], (8, 8), num_classes=2)
+
+    def gather(own):
+        return [own, {**own, **{name: str(change[name]) for name in own if name in change}}]
+
+    monkeypatch.setattr(lists, "gather_objects", gather)
+    with pytest.raises(UserError, match=named) if named else contextlib.nullcontext():
+        lists.check_same_everywhere(settings, data, data)

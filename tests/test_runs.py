@@ -77,7 +77,7 @@ def test_a_start_that_has_saved_nothing_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(
         processes, "launch_id", "me"
     )  # but a group that is started anew goes on in its folder
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert run.find_run(False, str(tmp_path)) == str(failed)
 
 
@@ -92,6 +92,21 @@ def test_a_named_launch_goes_on_with_what_was_trained(tmp_path, monkeypatch):
     own = finished_run(tmp_path / "own", 3, saved=False, launch="x")
     for resume in (True, False):
         assert run.find_run(resume, str(tmp_path)) == str(own)
+
+
+def test_a_restarted_launch_goes_on_with_its_own_run(tmp_path, monkeypatch):
+    """Also where another one was started since, and not at all where its own has finished."""
+    own = finished_run(tmp_path / "own", 1, launch="me")
+    process = holder(finished_run(tmp_path / "other", 2, launch="someone"))
+    monkeypatch.setattr(processes, "launch_id", "me")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run.find_run(True, str(tmp_path)) == str(own)
+    run.write_config(own, {**run.read_config(own), "finished": True})
+    for resume in (True, False):
+        with pytest.raises(UserError, match="own of this launch has finished"):
+            run.find_run(resume, str(tmp_path))
+    process.stdin.close()
+    process.wait()
 
 
 def test_each_start_counts_on(tmp_path):
@@ -131,7 +146,7 @@ def test_only_its_own_launch_continues_a_run_without_resume(tmp_path, monkeypatc
     )
     monkeypatch.setattr(processes, "launch_id", "me")
     assert run.find_run(False, str(tmp_path)) is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert run.find_run(False, str(tmp_path)) == str(mine)
     monkeypatch.setattr(processes, "launch_id", "nobody")
     assert run.find_run(False, str(tmp_path)) is None and other.exists()
@@ -160,7 +175,7 @@ def test_a_run_in_training_is_not_passed_over(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="busy is being trained by another process"):
             run.find_run(resume, str(tmp_path))
     monkeypatch.setattr(processes, "launch_id", "me")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     process.stdin.close()  # the process of before the restart ends while the new one waits
     assert run.find_run(False, str(tmp_path)) == str(busy)
     process.wait()
@@ -323,6 +338,21 @@ def test_a_day_is_no_end_of_the_time_left(capsys):
     line.begin -= 100  # seconds ago
     line.show(1, 8, lambda: "", due=True)
     assert "1 day, 3:45:00 left" in capsys.readouterr().out
+
+
+def test_workers_are_forked_on_linux():
+    """Also by a Python whose own choice is another one, as from 3.14 on."""
+    code = """
+import multiprocessing.context as context
+from utils.plumbing.console import prepare_program
+context._default_context._default_context = context._concrete_contexts["forkserver"]
+prepare_program()
+print(context._default_context.get_start_method())
+"""
+    env = {**environment(), "PYTHONPATH": os.getcwd()}
+    words = [sys.executable, "-c", code]
+    result = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
+    assert result.stdout == "fork\n", result.stderr
 
 
 def test_nothing_is_left_behind(tmp_path):

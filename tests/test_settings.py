@@ -672,6 +672,12 @@ def test_a_rule_whose_constant_is_gone_is_passed_over():
         rules.check_phases(given, 100, 10)
 
 
+def test_a_rank_that_no_launcher_has_given(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="unset RANK WORLD_SIZE"):
+        rules.check_launch({"distributed": False})
+
+
 def test_best_by():
     model, batch = (
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7)),

@@ -97,7 +97,7 @@ def fit_one_epoch(
             check_training(position, used_scaler, current_lr(optimizer))
         progress.show(position.step, images_per_step, describe)
     progress.clear()
-    seconds = time.monotonic() - begin
+    seconds = max(time.monotonic() - begin, 1e-3)  # Windows' clock has coarse steps
     waiting = describe_waiting(checkpoint.waited, seconds, gen)
 
     totals = position.totals()

@@ -33,9 +33,8 @@ class Steps:
 
     def catch_signals(self):
         """Note SIGTERM, Ctrl-C and SIGHUP from now on, and obey them before the next step."""
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
+        for number in processes.STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
                 signal.signal(number, self.note_signal)
 
     def note_signal(self, number, frame):

@@ -19,6 +19,7 @@ import torch
 from utils.plumbing.errors import LOST, explain, printable
 from utils.plumbing.processes import (
     end,
+    local_rank,
     local_world_size,
     prepare_pillow,
     rank,
@@ -158,6 +159,9 @@ def prepare_program():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     prepare_pillow()
+    if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
+        # Python 3.14's fork server would end at a signal to the group, and loader workers with it
+        multiprocessing.set_start_method("fork")
     multiprocessing.util.get_temp_dir()  # shared with workers, which leave theirs when killed
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # odd file names must not break an ASCII terminal
@@ -171,15 +175,14 @@ def show_error(kind, error, trace):
     has ended, wait a little for the launcher to end them.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    first_of_machine = os.environ.get("LOCAL_RANK") in (None, "", "0")
     sentence = explain(error)
     if sentence:
         text = f"error: {printable(sentence)}"
     else:
         text = "".join(traceback.format_exception(kind, error, trace))
-    if not first_of_machine:
+    if local_rank() > 0:
         time.sleep(2)
-        text = f"[rank {os.environ.get('RANK')}] {text}"
+        text = f"[rank {rank()}] {text}"
     if sentence and sentence.startswith(LOST):
         time.sleep(5)
     print(text, file=sys.stderr)

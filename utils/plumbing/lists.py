@@ -12,7 +12,7 @@ import torch
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import check_regular
-from utils.plumbing.processes import gather_objects
+from utils.plumbing.processes import LAUNCH_SETTINGS, gather_objects
 from utils.task import read_label
 
 PATH_SETTINGS = ("classes_path", "train_annotation_path", "test_annotation_path")
@@ -21,6 +21,7 @@ DEFAULT_PATHS = (
     "model_data/cls_train.txt",
     "model_data/cls_test.txt",
 )
+OF_A_MACHINE = (*LAUNCH_SETTINGS, "cache_mb", "fp16")  # rank 0's precision is everyone's
 PROJECT = Path(__file__).resolve().parents[2]  # where train.py stands
 
 
@@ -270,12 +271,22 @@ class AnnotationLines:
         return path, label
 
 
-def check_same_everywhere(*data):
-    """Raise UserError unless every process has read the same lists into this data. Collective."""
-    sources = [part.fingerprint["list"] for part in data]
-    different = sorted(set(map(str, gather_objects(sources))))
-    if len(different) > 1:
-        raise UserError(
-            f"train_annotation_path or test_annotation_path differ between the processes "
-            f"({' and '.join(different[:2])}): every machine needs the same lists"
-        )
+def check_same_everywhere(settings, train_data, val_data):
+    """Raise UserError unless every process has the same settings and lists. Collective.
+
+    What OF_A_MACHINE names may differ, and paths.
+    """
+    own = {}
+    for name, value in settings.items():
+        if name not in OF_A_MACHINE and not name.endswith(("_path", "_dir")):
+            own[name] = str(value)
+    own["train_annotation_path"] = train_data.fingerprint["list"]
+    own["test_annotation_path"] = val_data.fingerprint["list"]
+    everyone = gather_objects(own)
+    for name in own:
+        values = sorted({other.get(name, "absent") for other in everyone})
+        if len(values) > 1:
+            raise UserError(
+                f"{name} differs between the processes ({' and '.join(values[:2])}): every machine "
+                f"needs the same train.py, command line and lists"
+            )

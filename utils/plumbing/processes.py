@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 import warnings
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from PIL import PngImagePlugin
 LAUNCH_SETTINGS = ("Cuda", "distributed", "num_workers", "resume")  # the machine's, not a run's
 # names in torch.cpu.get_capabilities(); without these bfloat16 is emulated, 10 times slower
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+STOP_SIGNALS = [  # Windows has no SIGHUP
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 launch_id = uuid.uuid4().hex  # of all processes of one launch, also after torchrun restarts them
 
 
@@ -190,8 +194,10 @@ def prepare_worker(worker_id):
     It ignores signals, as one to the whole process group must not take the workers from a process
     that is saving.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # of held_signals
     sys.excepthook = show_nothing  # its errors travel to the loader
     prepare_pillow()
     if sys.platform == "linux":
@@ -233,10 +239,28 @@ def iterate(loader):
     atexit.register(stop_workers)
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     handler = number and signal.getsignal(number)
-    batches = iter(loader)
+    with held_signals():
+        batches = iter(loader)
     if number and threading.current_thread() is threading.main_thread():
         signal.signal(number, handler or signal.SIG_DFL)
     return batches
+
+
+@contextlib.contextmanager
+def held_signals():
+    """Let signals wait, also in the workers that are started meanwhile, until they are prepared.
+
+    One that is spawned imports torch for seconds, and a signal to the group would end it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # it would let SIGINT and SIGTERM through when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop_workers():

@@ -141,7 +141,7 @@ def is_locked_now(number):
 
 def find_run(resume, save_dir):
     """Return the folder of the run to continue, locked, or None for a new one."""
-    restarted = may_be_restarted()
+    restarted = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, perhaps: it does not always say
     seconds = 30 if restarted else 0  # in which the processes of before it end
     if isinstance(resume, str):
         run = resume
@@ -150,31 +150,37 @@ def find_run(resume, save_dir):
         read_config(run)
         lock(run, seconds)
         return run
-    if not resume and not restarted:
-        return None
-    empty = None  # a start that has saved nothing, and its lock: taken where there is no other
     for config, run in runs_in(save_dir):
-        is_own = restarted and config.get("launch") == processes.launch_id
-        if config["finished"] or not (resume or is_own):
+        if restarted and config.get("launch") == processes.launch_id:
+            if config["finished"]:
+                raise UserError(
+                    f"{run} of this launch has finished: --resume {run} --UnFreeze_Epoch … trains "
+                    f"on, another --rdzv_id begins a new run"
+                )
+            lock(run, seconds)
+            return run
+    return find_unfinished(save_dir, seconds) if resume else None
+
+
+def find_unfinished(save_dir, seconds):
+    """Return the newest unfinished run, locked, or None.
+
+    One that has saved nothing is taken where there is no other.
+    """
+    empty = None
+    for config, run in runs_in(save_dir):
+        if config["finished"]:
             continue
         number = lock(run, seconds)
-        if is_own or trained_files(run):
-            if empty:
-                os.close(empty[1])
+        if trained_files(run):
             return run
-        if empty:
-            os.close(number)
-        else:
-            empty = run, number
-    if resume and not empty:
+        os.close(number)
+        empty = empty or run
+    if empty:
+        lock(empty, seconds)
+    else:
         say(f"resume = True: there is no unfinished run in {save_dir!r}, starting a new one")
-    return empty and empty[0]
-
-
-def may_be_restarted():
-    """Return whether torchrun has restarted this group, or may have, as it has an --rdzv_id."""
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return restarts > 0 or os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
+    return empty
 
 
 def trained_files(run):

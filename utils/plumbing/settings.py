@@ -13,6 +13,7 @@ from utils.plumbing.processes import (
     LAUNCH_SETTINGS,
     is_data_parallel,
     local_rank,
+    rank,
     world_size,
 )
 from utils.recipe import CLASS_WEIGHTS
@@ -172,9 +173,10 @@ def check_launch(settings):
             "distributed = True needs a launcher: torchrun --nproc_per_node=2 train.py, or set "
             "distributed = False"
         )
-    if distributed is False and world_size() > 1:
+    if distributed is False and (world_size() > 1 or rank() > 0):
         raise UserError(
-            "a launcher started several processes, but distributed = False: set it to True"
+            "a launcher started several processes (RANK and WORLD_SIZE are set), but distributed = "
+            "False: set it to True, or remove them (unset RANK WORLD_SIZE)"
         )
     if settings.get("Cuda") and local_rank() >= torch.cuda.device_count():
         raise UserError(

@@ -29,7 +29,7 @@ from nets import (
     profile,
     to_device,
 )
-from utils.checkpoint import Checkpoint, state_parts
+from utils.checkpoint import Checkpoint
 from utils.dataloader import DataGenerator, detection_collate, own_data
 from utils.fit import fit_one_epoch
 from utils.loss_history import LossHistory, stops_early
@@ -56,7 +56,7 @@ from utils.plumbing.settings import (
 )
 from utils.recipe import CLASS_WEIGHTS, Recipe, balanced_weights
 from utils.rehearsal import check_batch, choose_precision, first_batch, save_first_batch
-from utils.resume import check_class_names, check_goes_on, continued_run, print_continued
+from utils.resume import check_goes_on, continued_run, print_continued
 from utils.sampler import EpochSampler
 
 # The machine
@@ -133,7 +133,6 @@ if __name__ == "__main__":
     run, config, state = on_rank_0(continued_run, resume, save_dir)
     if run:  # it goes on with its own settings
         settings, recorded = command_line(globals(), config=config)
-        check_goes_on(run, config, state, settings)
     check_settings(settings, continued=state is not None)
 
     # The data
@@ -171,7 +170,7 @@ if __name__ == "__main__":
         train_data.share_memory()
         val_data.share_memory()
     if run:
-        check_class_names(run, config, state, class_names)
+        check_goes_on(run, config, state, settings, class_names)
 
     # The network
     torch.manual_seed(seed)
@@ -206,7 +205,7 @@ if __name__ == "__main__":
     batch = first_batch(train_data, Freeze_batch_size if frozen else Unfreeze_batch_size, seed)
     say_note(train_data.describe_cut())
     say_note(describe_few_steps(settings, num_train))
-    check_batch(batch, model, settings, num_classes)
+    check_batch(batch, settings, num_classes)
     fp16 = on_rank_0(choose_precision, settings, model, batch)
     settings["fp16"] = fp16
     if sync_bn:  # only now: rank 0 tries precisions alone, and these layers wait for all processes
@@ -223,13 +222,12 @@ if __name__ == "__main__":
     scored_on = {  # when one of these has changed, the best epoch is sought anew
         **val_data.fingerprint,
         "test pictures": on_rank_0(val_data.content),
-        "mean": mean,
-        "std": std,
         "best_by": best_by,
         "fp16": fp16,
     }
-    parts = state_parts(model, optimizer, scaler, recipe.ema, loss_history)
-    checkpoint = Checkpoint(save_dir, parts, save_minutes, scored_on=scored_on)
+    checkpoint = Checkpoint(
+        save_dir, model, optimizer, scaler, recipe.ema, loss_history, save_minutes, scored_on
+    )
     if state:
         checkpoint.load(state, save_period, UnFreeze_Epoch)
     config = on_rank_0(begin_run, save_dir, settings, class_names, recorded)
@@ -244,9 +242,7 @@ if __name__ == "__main__":
         unfreeze = not is_frozen(settings, epoch)
         if unfreeze != UnFreeze_flag:
             batch_size = Unfreeze_batch_size if unfreeze else Freeze_batch_size
-            Init_lr_fit, Min_lr_fit = fit_lr(
-                batch_size * accumulate, Init_lr, Min_lr, optimizer_type, is_transformer(model)
-            )
+            Init_lr_fit, Min_lr_fit = fit_lr(settings, batch_size, is_transformer(model))
             lr_scheduler_func = get_lr_scheduler(
                 lr_decay_type, Init_lr_fit, Min_lr_fit, UnFreeze_Epoch
             )

@@ -91,22 +91,25 @@ def translate(model, state):
     return translated
 
 
-def best_translation(model, state, prefix=""):
-    """Return (number of parameters that fit, `state` translated, the prefix that was taken off).
+def best_fit(model, state, prefix=""):
+    """Return (what of `state` fits the model, of how many tensors, the prefix that was taken off).
 
-    The prefix, made of WRAPPERS, is the one without which most parameters fit.
+    What fits by name and shape is under the model's names. The prefix, made of WRAPPERS, is the one
+    without which most tensors fit.
     """
-    shapes = {name: value.shape for name, value in model.named_parameters()}
-    best = translate(model, state)
-    best_prefix = prefix
-    most = sum(value.shape == shapes.get(name) for name, value in best.items())
+    ours = model.state_dict()
+    fitting = {}
+    for name, value in translate(model, state).items():
+        if name in ours and value.shape == ours[name].shape:
+            fitting[name] = value
+    best = fitting, len(state), prefix
     for word in WRAPPERS:
         inside = {}
         for name, value in state.items():
             if name.startswith(word):
                 inside[name.removeprefix(word)] = value
         if inside:
-            fitting, translated, longer = best_translation(model, inside, prefix + word)
-            if fitting > most:  # of equals the first stays, which has no prefix
-                most, best, best_prefix = fitting, translated, longer
-    return most, best, best_prefix
+            other = best_fit(model, inside, prefix + word)
+            if len(other[0]) > len(best[0]):  # of equals the first stays, which has no prefix
+                best = other
+    return best

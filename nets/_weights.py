@@ -9,7 +9,7 @@ import torch
 from torchvision import models
 
 from nets import OWN, head_layers
-from nets._foreign import best_translation
+from nets._foreign import best_fit
 from utils.plumbing import processes
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, short_repr
@@ -94,36 +94,26 @@ def load_matching(model, state, source, with_head=True):
     state: {name: tensor}, in which other people's names are translated. UserError: nothing of
     `source` fits, or it holds something else than plain floats.
     """
-    fitting, translated, prefix = best_translation(model, state)
-    if not fitting:
+    matching, number, prefix = best_fit(model, state)
+    if matching.keys().isdisjoint(dict(model.named_parameters())):
         raise UserError(
             f"{source}: none of the {len(state)} tensors fits this network by name and shape; set "
             f"backbone to the network that the weights are of (nets/README.md lists known names)"
         )
     if not with_head:
-        translated = {name: translated[name] for name in without_head(model, translated)}
+        matching = {name: matching[name] for name in without_head(model, matching)}
     ours = model.state_dict()  # torchvision's has version marks, which a plain dictionary lacks
-    matching = {}
-    for name, value in translated.items():
-        if name in ours and value.shape == ours[name].shape:
-            matching[name] = value
     check_numbers(ours, matching, source)
     # floats alone: not counters, nor indices
     floats = [name for name, value in ours.items() if value.is_floating_point()]
     missed = [name for name in floats if name not in matching]
     ours.update(matching)
     model.load_state_dict(ours)
-    print_loaded(
-        source, len(translated), prefix, len(matching), missed, without_head(model, missed)
-    )
-    return missed
 
-
-def print_loaded(source, number, prefix, loaded, missed, lost):
-    """Print how many tensors were loaded, and which the file lacks; lost: the backbone's."""
     under = f" under {prefix!r}" if prefix else ""
-    total = loaded + len(missed)
-    say(f"{source}: {loaded} of {total} tensors loaded, from {number} of the file{under}")
+    total = len(matching) + len(missed)
+    say(f"{source}: {len(matching)} of {total} tensors loaded, from {number} of the file{under}")
+    lost = without_head(model, missed)
     if lost:
         names = short_repr(lost, 200)
         say(f"  WARNING: the file lacks {len(lost)} tensors of the backbone: {names}")
@@ -131,6 +121,7 @@ def print_loaded(source, number, prefix, loaded, missed, lost):
         say("  the head starts anew, which is normal for other classes")
     else:
         say("  the head is taken as it is: its classes must be yours, in this order")
+    return missed
 
 
 def compare_normalization(source, trained, settings):

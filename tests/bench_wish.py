@@ -113,10 +113,7 @@ def process(rank, port, folder, rounds):
     model = SlowNetwork(nn.Flatten(), nn.Linear(8 * 8 * 3, 2))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     history = LossHistory(folder, input_shape=[8, 8]) if rank == 0 else None
-    checkpoint = Checkpoint(
-        folder,
-        {"model": model, "optimizer": optimizer, "scaler": None, "ema": None, "history": history},
-    )
+    checkpoint = Checkpoint(folder, model, optimizer, None, None, history)
     words = dict(recipe=None, checkpoint=checkpoint)
     model_train = nn.parallel.DistributedDataParallel(model)
     gen, gen_val = loader(2 * STEPS, 2, True), loader(4, 2, False)

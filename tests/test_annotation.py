@@ -26,10 +26,10 @@ from utils.plumbing import console, lists
 from utils.plumbing.advice import advise
 from utils.plumbing.command_line import command_line
 from utils.plumbing.errors import UserError, explain
-from utils.plumbing.folders import pictures_below
 from utils.plumbing.lists import DEFAULT_PATHS
 from utils.plumbing.settings import check_settings, describe_few_steps
 from utils.plumbing.shrink import on_all_cores
+from utils.trained import find_pictures
 
 
 def tree(*paths, size=(4, 4)):
@@ -113,7 +113,7 @@ def test_each_file_is_listed_once(capsys):
         and listed()["1;ds/test/dog/0.png"] == 1
     )
     assert "left out (3): links to pictures that are listed already: " in capsys.readouterr().out
-    assert pictures_below("ds/train/cat")[0] == [f"ds/train/cat/{i}.png" for i in range(5)] + [
+    assert find_pictures(["ds/train/cat"]) == [f"ds/train/cat/{i}.png" for i in range(5)] + [
         "ds/train/cat/a copy.png",
         "ds/train/cat/dog.png",
     ]
@@ -144,7 +144,7 @@ def test_names_that_no_list_can_hold(capsys):
     annotate(["ds"])
     out = capsys.readouterr().out
     assert sum(listed().values()) == 10
-    assert "left out (2): paths with a line break" in out and r"ds/cat/line\nfeed.png" in out
+    assert "left out (2): paths with a line break" in out and r"'ds/cat/line\nfeed.png'" in out
 
 
 def test_only_regular_files_are_listed(capsys):
@@ -159,7 +159,7 @@ def test_only_regular_files_are_listed(capsys):
     server.close()
     assert sum(listed().values()) == 10
     out = capsys.readouterr().out
-    assert "left out (5): pipes, devices and links that lead nowhere: ds/cat/fifo.png, " in out
+    assert "left out (5): pipes, devices and links that lead nowhere: 'ds/cat/fifo.png', " in out
 
 
 @pytest.mark.parametrize(
@@ -337,10 +337,8 @@ def test_what_is_left_out_is_named(capsys):
     Path("ds/notes").touch()
     annotate(["ds"])
     out = capsys.readouterr().out
-    assert (
-        "files (.heic) that are not read, convert pictures to JPEG or PNG: ds/cat/IMG 1.HEIC" in out
-    )
-    assert "files (no ending) that are not read" in out and ": ds/notes\n" in out
+    assert "not read, convert pictures to JPEG or PNG: 'ds/cat/IMG 1.HEIC'" in out
+    assert "files (no ending) that are not read" in out and ": 'ds/notes'\n" in out
 
 
 def test_what_is_left_out_is_counted_once(capsys):
@@ -562,11 +560,11 @@ def test_a_full_disk(file, monkeypatch):
     [
         (["ds/train", "ds/test"], "ds", "'test', 'train'"),
         (["ds/train"], "ds", "'train'"),
-        (["up/ds/cat", "up/ds/dog"], "up", "classes: ds"),
-        (["up/ds/train/cat", "up/ds/test/cat"], "up", "classes: ds"),
-        (["ds/train/cat", "ds/test/cat"], "ds", "classes: cat"),
-        (["ds/cat"], "ds", "classes: cat"),
-        (["ds"], "ds", "5 pictures and no folders of pictures: make a folder for each class"),
+        (["up/ds/cat", "up/ds/dog"], "up", "classes: 'ds'"),
+        (["up/ds/train/cat", "up/ds/test/cat"], "up", "classes: 'ds'"),
+        (["ds/train/cat", "ds/test/cat"], "ds", "classes: 'cat'"),
+        (["ds/cat"], "ds", "classes: 'cat'"),
+        (["ds"], "ds", "classes: none; .* make a folder of pictures for each class"),
     ],
 )
 def test_one_class_is_nothing_to_learn(folders, given, named):
@@ -581,7 +579,7 @@ def test_one_class_where_the_other_cannot_be_read():
     numbered("ds/cat", "ds/dog")
     for path in Path("ds/dog").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="training and . test pictures, of these classes: cat;"):
+    with pytest.raises(UserError, match="training and . test pictures, of these classes: 'cat';"):
         annotate(["ds", "--check"])
 
 

@@ -35,9 +35,8 @@ from utils.resume import load_checkpoint
 def checkpoint_in(folder, backbone="squeezenet1_1", ema=None, **options):
     model = get_model(backbone, 3, [32, 32])
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
-    parts = {"model": model, "optimizer": optimizer, "scaler": None}
-    parts["ema"] = EMA(model, ema) if ema else None
-    return Checkpoint(folder, {**parts, "history": LossHistory(folder)}, **options)
+    averages = EMA(model, ema) if ema else None
+    return Checkpoint(folder, model, optimizer, None, averages, LossHistory(folder), **options)
 
 
 def save(checkpoint, epoch, step=0, loss=None):
@@ -170,7 +169,7 @@ def test_nohup_stays_in_force(tmp_path):
 SPAWNED = """
 import multiprocessing
 
-if multiprocessing.current_process().name != "MainProcess":  # a worker that is imported: Ctrl-C to the group comes now
+if multiprocessing.current_process().name != "MainProcess":  # a worker, while it imports
     os.kill(os.getpid(), signal.SIGINT)
 else:
     multiprocessing.set_start_method("spawn")

@@ -87,7 +87,7 @@ def test_annotation_rules(tmp_path, monkeypatch, capsys):
     annotate(["data", "--force"])
     assert Path("model_data/cls_classes.txt").read_text() == "a\nb\nc\n"
     for wrong in ("nowhere", "data/train/b/nested é"):
-        with pytest.raises(Exception, match="not a folder|no folders of pictures"):
+        with pytest.raises(Exception, match="not a folder|make a folder of pictures"):
             annotate([wrong, "--force"])
 
 

@@ -26,7 +26,7 @@ from tests.helpers import (
     train,
 )
 from utils.dataloader import AUGMENTATIONS, DataGenerator, detection_collate
-from utils.fit import fit_one_epoch, order_of
+from utils.fit import fingerprint_of, fit_one_epoch
 from utils.loss_history import LossHistory
 from utils.pictures import centre_box, normalize, random_box, read_crop
 from utils.plumbing.errors import UserError
@@ -599,7 +599,7 @@ def test_too_little_memory_is_no_broken_picture(lines, monkeypatch):
     def short(*words):
         raise MemoryError
 
-    monkeypatch.setattr("utils.pictures.crop", short)
+    monkeypatch.setattr("utils.pictures.open_picture", short)
     with pytest.raises(MemoryError):
         data_of(lines, (8, 8))[0, 0, 0]
 
@@ -674,10 +674,15 @@ def test_fingerprint(lines):
     base = of(lines, (32, 40), False)
     training = of(lines, (32, 40))
     assert base == of(lines, [32, 40], False, cache_mb=100) == json.loads(json.dumps(base))
-    seen_by_all = dict(input_shape=(32, 32), val_crop=0.9, num_classes=3, resize="squeeze")
-    of_training = dict(
-        augmentation="none", random_erasing=0.1, crop_scale=0.1, seed=1, mean=[0, 0, 0]
+    seen_by_all = dict(
+        input_shape=(32, 32),
+        val_crop=0.9,
+        num_classes=3,
+        resize="squeeze",
+        mean=[0, 0, 0],
+        std=[1, 1, 1],
     )
+    of_training = dict(augmentation="none", random_erasing=0.1, crop_scale=0.1, seed=1)
     for name, value in {**seen_by_all, **of_training}.items():
         options = {"shape": (32, 40), name: value}
         if name == "input_shape":
@@ -721,7 +726,7 @@ def test_targets_count_by_content(kind):
     assert of(targets) != of([0] * 3000)
 
 
-def test_a_subclass_adds_to_its_fingerprint_and_identity():
+def test_a_subclass_adds_to_its_fingerprint():
     class Sharpened(DataGenerator):
         sharpen = 1
 
@@ -732,13 +737,14 @@ def test_a_subclass_adds_to_its_fingerprint_and_identity():
     class Weighted(EpochSampler):
         power = 1
 
-        def identity(self):
-            return {**super().identity(), "power": self.power}
+        @property
+        def fingerprint(self):
+            return {**super().fingerprint, "power": self.power}
 
     def order(sharpen=1, power=1, **options):
         data, sampler = Sharpened(["0;a"], (8, 8)), Weighted(1, 1, **options)
         data.sharpen, sampler.power = sharpen, power
-        return order_of(DataLoader(data, 1, sampler=sampler))
+        return fingerprint_of(DataLoader(data, 1, sampler=sampler))
 
     same = order()
     assert same == order(rank=1, world_size=3)  # the number of processes changes nothing

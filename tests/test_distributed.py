@@ -130,11 +130,7 @@ def test_validation_is_the_same_for_the_same_weights(alone):
             processes=processes,
         )
     one, two = (history(next((folder / f"{name}_val").iterdir()))[0] for name in ("one", "two"))
-    assert (
-        one["scored"] == two["scored"] == 21
-        and one["top1"] == two["top1"]
-        and one["top5"] == two["top5"]
-    )
+    assert one["scored"] == two["scored"] == 21 and one["top1"] == two["top1"]
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-6)
 
 

@@ -45,7 +45,8 @@ def test_every_torchvision_network(name, no_memory):
     new_head = {k for k, v in model.named_parameters() if v.shape[0] == 7}  # no layer besides
     transformer = name.startswith(("vit_", "swin_", "maxvit_"))
     assert is_transformer(model) == transformer
-    lowest, _ = fit_lr(1, 1e-6, 1e-8, "adam", is_transformer(model))
+    rates = dict(Init_lr=1e-6, Min_lr=1e-8, optimizer_type="adam")
+    lowest, _ = fit_lr(rates, 1, is_transformer(model))
     assert lowest == (1e-5 if transformer else 1e-4)
     model.freeze_backbone()
     trainable = {k for k, v in model.named_parameters() if v.requires_grad}

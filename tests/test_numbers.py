@@ -213,7 +213,8 @@ before("torch.optim:SGD.step", note)
     script = hooked(tmp_path, code)
     train(tmp_path, "--accumulate", 2, "--Min_lr", 0.2, "--UnFreeze_Epoch", 4, script=script)
     rates = [float(line) for line in open(tmp_path / "rates.txt")]
-    assert fit_lr(16, 0.4, 0.2, "sgd", False) == (0.1, 1e-3)
+    settings = dict(Init_lr=0.4, Min_lr=0.2, optimizer_type="sgd", accumulate=2)
+    assert fit_lr(settings, 8, False) == (0.1, 1e-3)
     curve = get_lr_scheduler(kind, 0.1, 1e-3, 4)
     expected = [curve(epoch + step / 5) for epoch, step in product(range(4), (0, 2, 4))]
     assert rates == pytest.approx(expected, rel=1e-6)
@@ -230,7 +231,8 @@ def test_each_phase_has_the_rates_of_its_batch_and_of_its_network(tmp_path):
     )
     train(tmp_path, "--lr_decay_type", "cos")
     for epoch, (row, batch_size) in enumerate(zip(history(run_of(tmp_path)), (4, 8), strict=True)):
-        curve = get_lr_scheduler("cos", *fit_lr(batch_size, 0.4, 0.01, "sgd", True), 2)
+        settings = dict(Init_lr=0.4, Min_lr=0.01, optimizer_type="sgd")
+        curve = get_lr_scheduler("cos", *fit_lr(settings, batch_size, True), 2)
         assert row["lr"] == pytest.approx(curve(epoch), rel=1e-6)
 
 

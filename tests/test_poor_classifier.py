@@ -555,7 +555,7 @@ def test_top5_of_few_classes_is_not_shown(tmp_path, made, capsys):
         run = make_run(tmp_path / f"run{number}", NAMES[:number], "colour")
         evaluate(run, annotation=tmp_path / "list.txt", num_workers=0)
         assert ("top-5" in capsys.readouterr().out) == (number > 5)
-    texts = metric_texts({"train_loss": 1.0, "top1": 0.5, "top5": 1.0}, 3)
+    texts = metric_texts({"train_loss": 1.0, "top1": 0.5})
     assert texts == ["train loss 1.0000", "top-1 50.00%"]
 
 

@@ -109,6 +109,13 @@ def test_a_restarted_launch_goes_on_with_its_own_run(tmp_path, monkeypatch):
     process.wait()
 
 
+def test_a_folder_that_cannot_be_is_no_reason_to_stop_looking(tmp_path, monkeypatch):
+    """The sentence that it cannot be written comes where it is made."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for resume in (True, False):
+        assert run.find_run(resume, str(tmp_path / ("x" * 300))) is None
+
+
 def test_each_start_counts_on(tmp_path):
     finished_run(tmp_path / "zzz", 7)
     mine = run.new_run(str(tmp_path))

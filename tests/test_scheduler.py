@@ -64,16 +64,21 @@ LIMITS = {  # of Init_lr_fit; a hundredth of them for Min_lr_fit
 }
 
 
+def fitted(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
+    settings = dict(Init_lr=Init_lr, Min_lr=Min_lr, optimizer_type=optimizer_type)
+    return fit_lr(settings, batch_size, transformer)
+
+
 def test_every_limit():
     assert {kind for kind, _ in LIMITS} == OPTIMIZERS.keys()
     for (kind, transformer), (low, high) in LIMITS.items():
-        assert fit_lr(64, 9.0, 9.0, kind, transformer) == pytest.approx((high, high / 100))
-        assert fit_lr(64, 1e-9, 1e-9, kind, transformer) == pytest.approx((low, low / 100))
+        assert fitted(64, 9.0, 9.0, kind, transformer) == pytest.approx((high, high / 100))
+        assert fitted(64, 1e-9, 1e-9, kind, transformer) == pytest.approx((low, low / 100))
         whole = 256 if transformer else 64
         between = (low * high) ** 0.5
         for share in (0.5, 1, 2):
-            fitted = fit_lr(int(whole * share), between, between / 100, kind, transformer)
-            assert fitted == pytest.approx((share * between, share * between / 100))
+            found = fitted(int(whole * share), between, between / 100, kind, transformer)
+            assert found == pytest.approx((share * between, share * between / 100))
 
 
 def test_tables_of_positions_and_tokens_do_not_decay():
@@ -100,14 +105,14 @@ def test_norm_layers_of_any_shape_and_vectors_do_not_decay():
 
 
 def test_limits():
-    assert fit_lr(64, 0.01, 0.0001, "sgd", False) == pytest.approx((0.01, 0.0001))
-    assert fit_lr(32, 0.01, 0.0001, "sgd", False) == pytest.approx((0.005, 0.00005))
-    assert fit_lr(6400, 0.01, 0.0001, "sgd", False) == pytest.approx((0.1, 0.001))
-    assert fit_lr(1, 0.01, 0.0001, "sgd", False) == pytest.approx((5e-4, 5e-6))
-    assert fit_lr(64, 1e-3, 1e-5, "adam", False) == pytest.approx((1e-3, 1e-5))
-    assert fit_lr(1, 1e-3, 1e-5, "adam", False) == pytest.approx((1e-4, 1e-6))
-    assert fit_lr(1, 1e-3, 1e-5, "adamw", True) == pytest.approx((1e-5, 1e-7))
-    assert fit_lr(256, 1e-3, 1e-5, "adam", True) == pytest.approx((1e-3, 1e-5))
+    assert fitted(64, 0.01, 0.0001, "sgd", False) == pytest.approx((0.01, 0.0001))
+    assert fitted(32, 0.01, 0.0001, "sgd", False) == pytest.approx((0.005, 0.00005))
+    assert fitted(6400, 0.01, 0.0001, "sgd", False) == pytest.approx((0.1, 0.001))
+    assert fitted(1, 0.01, 0.0001, "sgd", False) == pytest.approx((5e-4, 5e-6))
+    assert fitted(64, 1e-3, 1e-5, "adam", False) == pytest.approx((1e-3, 1e-5))
+    assert fitted(1, 1e-3, 1e-5, "adam", False) == pytest.approx((1e-4, 1e-6))
+    assert fitted(1, 1e-3, 1e-5, "adamw", True) == pytest.approx((1e-5, 1e-7))
+    assert fitted(256, 1e-3, 1e-5, "adam", True) == pytest.approx((1e-3, 1e-5))
 
 
 def test_groups_keep_their_ratio_and_decay():

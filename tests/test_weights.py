@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import models
 
 from nets import get_model
-from nets._foreign import TABLES, best_translation, translate
+from nets._foreign import TABLES, best_fit, translate
 from nets._weights import load_matching, load_weights
 from tests.helpers import same
 
@@ -133,7 +133,7 @@ def test_names_of_timm(timm, monkeypatch):
                 lambda *shape, **options: empty(*shape, **{**options, "device": "meta"}),
             )
             model = get_model(ours, 5, [int(size), int(size)]).to("meta")
-        named = best_translation(model, state)[1]
+        named = best_fit(model, state)[0]
         assert all(named[k].shape == v.shape for k, v in model.named_parameters()), ours
 
 

@@ -16,25 +16,11 @@ from utils.plumbing.advice import advise
 from utils.plumbing.console import prepare_program, say, shell_words
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import discard, make_folder, save_text
-from utils.plumbing.folders import find_splits, quote, split_by_chance, walk
+from utils.plumbing.folders import find_splits, quote, say_left_out, split_by_chance, walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, class_name, get_classes, hint
 from utils.plumbing.shrink import check_pictures, shrink_all
 
 FEW = 10  # a class with fewer training pictures is warned about
-
-
-def look_for_pictures(datasets):
-    """Return what walk does of a folder that holds folders of pictures; else raise UserError."""
-    if not os.path.isdir(datasets):
-        raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
-    say(f"looking for pictures in {datasets}")
-    pictures, left_out = walk(datasets)
-    if pictures and not any(picture.folders for picture in pictures):
-        raise UserError(
-            f"{datasets!r} holds {len(pictures)} pictures and no folders of pictures: make a "
-            f"folder for each class in it, and move the pictures there"
-        )
-    return pictures, left_out
 
 
 def sort_pictures(pictures, splits, left_out):
@@ -61,7 +47,10 @@ def collect(datasets, test_share, seed, nested=False):
 
     lists: training, validation and what is kept for the end, each sorted [(class name, path), …].
     """
-    pictures, left_out = look_for_pictures(datasets)
+    if not os.path.isdir(datasets):
+        raise UserError(f"{datasets!r} is not a folder{hint(datasets)}")
+    say(f"looking for pictures in {datasets}")
+    pictures, left_out = walk(datasets)
     splits = [] if nested else find_splits(pictures, datasets)
     lists = sort_pictures(pictures, splits, left_out)
     if len(splits) < 2:
@@ -78,12 +67,12 @@ def collect(datasets, test_share, seed, nested=False):
 
 def check_lists(datasets, lists):
     """Raise UserError where nothing can be learnt from the lists, or nothing tested."""
-    taught = sorted({printable(name) for name, _ in lists[0]})
+    taught = {name for name, _ in lists[0]}
     if len(taught) < 2 or not lists[1]:
         raise UserError(
             f"{datasets!r} gives {len(lists[0])} training and {len(lists[1])} test pictures, of "
-            f"these classes: {', '.join(taught[:10]) or 'none'}; both need some, of two classes or "
-            f"more: name the folder that holds a folder of pictures for each class"
+            f"these classes: {quote(taught) or 'none'}; both need some, of two classes or more: "
+            f"make a folder of pictures for each class, and name the folder that holds them"
         )
 
 
@@ -125,14 +114,6 @@ def write_together(paths, names, lists):
     for list_path, pairs in reversed(list(zip(paths[1:], lists))):
         if pairs:
             save_text(list_path, "".join(f"{numbers[name]};{path}\n" for name, path in pairs))
-
-
-def print_left_out(left_out):
-    """Print how many files were left out for each of the usual reasons, and which."""
-    for reason in sorted(left_out, key=lambda reason: -len(left_out[reason]))[:10]:
-        paths = sorted(map(printable, left_out[reason]))
-        more = ", …" if len(paths) > 2 else ""
-        say(f"left out ({len(paths)}): {printable(reason)}: {', '.join(paths[:2])}{more}")
 
 
 def print_counts(names, lists):
@@ -208,7 +189,7 @@ def main(arguments=None):
     names, lists, left_out = collect(
         options.datasets, options.test_share, options.seed, options.nested
     )
-    print_left_out(left_out)
+    say_left_out(left_out)
     check_lists(options.datasets, lists)
     if not options.force:
         check_order(names, paths[0])

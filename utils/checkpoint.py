@@ -22,7 +22,7 @@ class Position:
 
     epoch: int
     step: int = 0  # global batches done
-    order: str = ""  # all that the pictures of a step depend on
+    fingerprint: str = ""  # all that the pictures of a step depend on
     sums: Counter = field(default_factory=Counter)  # of batch_sums, on the device: no step waits
     unreadable: int = 0
 
@@ -45,20 +45,24 @@ class Position:
 class Checkpoint(Steps):
     """A run's state: saved, loaded and published, also where Steps decides so between two steps.
 
-    parts: {name: object with state_dict() and load_state_dict(), or None} of model, optimizer,
-    scaler, ema and history. scored_on: {name: value} of all that a score depends on; when one has
-    changed, the best epoch is sought anew.
+    Its parts have state_dict() and load_state_dict(); scaler, ema and history may be None.
+    scored_on: {name: value} of all that a score depends on; when one has changed, the best epoch is
+    sought anew.
     """
 
-    def __init__(self, run, parts, save_minutes=0, scored_on=None):
+    def __init__(self, run, model, optimizer, scaler, ema, history, save_minutes=0, scored_on=None):
         super().__init__(run)
-        self.parts = parts
+        self.parts = {
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": scaler,
+            "ema": ema,
+            "history": history,
+        }
         self.save_minutes = save_minutes
         self.scored_on = {name: str(value) for name, value in (scored_on or {}).items()}
         self.best = None  # the weights of history's best epoch, on the CPU
-        self.best_is_new = False
         self.position = Position(0)
-        self.resumed = Position(0)  # where the run was interrupted, if its step is not 0
         self.saved_at = time.monotonic()
 
     def load(self, state, save_period, last_epoch):
@@ -69,16 +73,16 @@ class Checkpoint(Steps):
         try:
             for name, part in self.parts.items():
                 saved = state.pop(name)
-                if part is not None and saved is not None:
-                    load_part(part, saved)
+                if name == "optimizer":
+                    restore_optimizer(part, saved)
+                elif part is not None and saved is not None:
+                    part.load_state_dict(saved)
             self.best = state.pop("best")
-            self.best_is_new = True
-            self.resumed = Position(state["epoch"], state["step"], state["order"])
-            self.position = self.resumed
+            self.position = Position(state["epoch"], state["step"], state["order"])
             if rank() == 0:
                 self.compare_scores(state["scored_on"])
-                if self.resumed.step:
-                    self.resumed.take(state["totals"], self.device())
+                if self.position.step:
+                    self.position.take(state["totals"], self.device())
             self.publish(save_period, last_epoch)
         except UserError:
             raise
@@ -105,20 +109,20 @@ class Checkpoint(Steps):
         history.seek_best_anew()
         say(f"  the best epoch is sought anew, changed: {', '.join(changed)}")
 
-    def begin(self, epoch, order):
+    def begin(self, epoch, fingerprint):
         """Return the Position at an epoch's beginning, or where the epoch was interrupted.
 
-        If the order has changed since the interruption, the epoch begins again.
+        If its fingerprint has changed since the interruption, the epoch begins again.
         """
-        self.position = Position(epoch, order=order)
-        if self.resumed.step and self.resumed.epoch == epoch:
-            if self.resumed.order == order:
-                self.position = self.resumed
-            else:
-                say(
-                    f"  epoch {epoch + 1} begins again, as the training pictures, how they are "
-                    f"read or their order changed"
-                )
+        interrupted = self.position.step and self.position.epoch == epoch
+        if interrupted and self.position.fingerprint == fingerprint:
+            return self.position
+        self.position = Position(epoch, fingerprint=fingerprint)
+        if interrupted:
+            say(
+                f"  epoch {epoch + 1} begins again, as the training pictures, how they are "
+                f"read or their order changed"
+            )
         return self.position
 
     def device(self):
@@ -148,7 +152,7 @@ class Checkpoint(Steps):
                 for name, part in self.parts.items()
             }
             state.update(epoch=position.epoch, step=position.step, totals=totals)
-            state.update(best=self.best, order=position.order, scored_on=self.scored_on)
+            state.update(best=self.best, order=position.fingerprint, scored_on=self.scored_on)
             check_finite(state)
             save_tensors(Path(self.run, LAST), state)
         processes.barrier()
@@ -161,24 +165,22 @@ class Checkpoint(Steps):
         """
         best = rank() == 0 and self.parts["history"].append_loss(metrics)
         if best:
-            self.best_is_new = True
             self.best = published_model(self.parts).state_dict()  # with its versions' marks
             for name, value in list(self.best.items()):
                 self.best[name] = value.to("cpu", copy=True)
-        self.position = Position(metrics["epoch"], order=self.position.order)
+        self.position = Position(metrics["epoch"], fingerprint=self.position.fingerprint)
         self.save()
-        self.publish(save_period, last_epoch)
+        self.publish(save_period, last_epoch, best)
         return best
 
-    def publish(self, save_period, last_epoch):
+    def publish(self, save_period, last_epoch, best_is_new=True):
         """Write the files that people read, on rank 0."""
         history = self.parts["history"]
         if rank() or not history.rows:
             return
         history.write()
-        if self.best_is_new and self.best is not None:
+        if best_is_new and self.best is not None:
             save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
-        self.best_is_new = False
         if self.position.step:  # the model is inside an epoch
             return
         row = history.rows[-1]
@@ -187,29 +189,6 @@ class Checkpoint(Steps):
         if row["epoch"] % save_period == 0 or row["epoch"] == last_epoch:
             losses = f"loss{row['train_loss']:.3f}-val_loss{row['val_loss']:.3f}"
             save_tensors(Path(self.run, f"ep{row['epoch']:03d}-{losses}.pth"), weights)
-
-
-def state_parts(model, optimizer, scaler, ema, history):
-    """Return the parts of a run's state, by the names that its checkpoint has for them."""
-    return {
-        "model": model,
-        "optimizer": optimizer,
-        "scaler": scaler,
-        "ema": ema,
-        "history": history,
-    }
-
-
-def load_part(part, saved):
-    """Load what a part has saved. An error of nearly any kind: it does not fit."""
-    if not isinstance(part, torch.optim.Optimizer):
-        part.load_state_dict(saved)
-        return
-    restore_optimizer(part, saved)
-    for parameter, values in part.state.items():
-        for value in values.values():
-            if torch.as_tensor(value).shape not in ((), parameter.shape):
-                raise ValueError("the optimizer's state is of another network")
 
 
 def cannot_continue(run, reason):

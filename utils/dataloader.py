@@ -14,14 +14,16 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
-from torchvision.transforms import v2
 
 from utils.pictures import (
     MEAN,
+    POLICIES,
+    STD,
     PictureMemory,
     centre_box,
     describe_cut,
     random_box,
+    random_transforms,
     read_crop,
     read_sizes,
 )
@@ -33,25 +35,18 @@ from utils.plumbing.lists import AnnotationLines
 from utils.recipe import check_targets
 from utils.task import read_label
 
-POLICIES = {
-    "trivial": v2.TrivialAugmentWide,
-    "rand": v2.RandAugment,
-    "auto": v2.AutoAugment,
-    "aug_mix": v2.AugMix,
-}
 RESIZES = ("crop", "squeeze")  # cut to input_shape's proportions, or keep the whole picture
 FIXED = ("none", "flip", "flips")  # these read the same crop of a picture in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
-# The settings that items depend on, with the values that hold where one is missing
-CROPPING = {"resize": "crop", "val_crop": 1.0}
+# The settings that what the network sees depends on, with the values that hold where one is missing
+SEEING = {"resize": "crop", "val_crop": 1.0, "mean": MEAN, "std": STD}
 AUGMENTING = {  # in training alone
     "augmentation": "flip",
     "crop_scale": 0.08,
     "random_erasing": 0.0,
-    "mean": MEAN,
     "seed": 0,
 }
-DEFAULTS = {**CROPPING, **AUGMENTING}
+DEFAULTS = {**SEEING, **AUGMENTING}
 
 
 def own_data(settings):
@@ -102,13 +97,7 @@ class DataGenerator(Dataset):
         self.in_memory = not self.random_crops and size <= cache_mb * 1e6
         self.memory = None  # the PictureMemory, when the first picture has been read
         self.named_unreadable = set()  # indices of pictures that training has named already
-        self.transforms = []
-        if random and augmentation in POLICIES:
-            self.transforms.append(POLICIES[augmentation]())
-        if random and self.settings["random_erasing"]:
-            grey = [255 * value for value in self.settings["mean"]]
-            erasing = v2.RandomErasing(self.settings["random_erasing"], value=grey)
-            self.transforms.append(erasing)
+        self.transforms = random_transforms(self.settings) if random else []
 
     def __len__(self):
         return len(self.source)
@@ -152,20 +141,19 @@ class DataGenerator(Dataset):
         transforms = ("transforms", "target_transform")
         is_changed = any(getattr(self.source, name, None) for name in transforms)
         if labels is None or is_changed:
-            labels = map(self.label, range(len(self)))
-        targets = np.array([self.target(index, label) for index, label in enumerate(labels)])
-        check_targets(torch.from_numpy(targets), self.settings, self.num_classes)
-        return targets
-
-    def label(self, index):
-        """Return the label of a picture. UserError: it cannot be read, so its class is unknown."""
+            labels = (self.source[index][1] for index in range(len(self)))
+        targets = []
         try:
-            return self.source[index][1]
+            for index, label in enumerate(labels):
+                targets.append(self.target(index, label))
         except BROKEN as error:
             raise UserError(
-                f"{self.name(index)} cannot be read ({failure_reason(error)}), and class weights "
-                f"need the class of each: leave it out"
+                f"{self.name(len(targets))} cannot be read ({failure_reason(error)}), and class "
+                f"weights need the class of each: leave it out"
             ) from None
+        targets = np.array(targets)
+        check_targets(torch.from_numpy(targets), self.settings, self.num_classes)
+        return targets
 
     @cached_property
     def fingerprint(self):
@@ -178,7 +166,7 @@ class DataGenerator(Dataset):
             content = zlib.crc32(self.source.text.numpy())
         else:
             content = self.sample_content()
-        names = DEFAULTS if self.random else CROPPING
+        names = DEFAULTS if self.random else SEEING
         return {
             "list": f"{len(self)} pictures, {content:08x}",
             "num_classes": self.num_classes,
@@ -206,19 +194,15 @@ class DataGenerator(Dataset):
     def share_memory(self):
         """Let worker processes share the pictures in memory; if it has no room, keep none."""
         if self.in_memory:
-            self.read_first()
+            for index in range(len(self)):
+                with suppress(*BROKEN):
+                    self.read(index)  # the first that can be read makes the memory for all
+                    break
         if self.memory is not None and self.memory.has_room_to_share():
             self.memory.share()
         else:
             self.in_memory = False
             self.memory = None
-
-    def read_first(self):
-        """Read the first picture that can be read, which makes the memory for all."""
-        for index in range(len(self)):
-            with suppress(*BROKEN):
-                self.read(index)
-                return
 
     def read(self, index):
         """Return (uint8 (H, W, 3), which may be in memory: do not change it; its target).

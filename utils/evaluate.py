@@ -64,16 +64,16 @@ def evaluate(
     names = classifier.class_names
 
     metrics, indices, targets, predictions = score(classifier, data, batch_size, num_workers)
-    rows, files = task.whole_set_tables(targets, predictions, names)
+    rows, files, more = task.whole_set(targets, predictions, names)
+    metrics.update(more)
     if rows:
         print_table(rows)
-        metrics.update(task.whole_set_metrics(targets, predictions, names))
     mistakes = task.mistakes(targets, predictions, names)
     if mistakes:
         files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
     files["predictions.csv"] = tabulate(data, indices, targets, predictions, names)
 
-    texts = task.metric_texts(metrics, len(names), exact=True)
+    texts = task.metric_texts(metrics, exact=True)
     unreadable = len(data) - len(indices)
     print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
     save_outputs(out, files)
@@ -134,7 +134,7 @@ def score(classifier, data, batch_size, num_workers=None):
     progress = ProgressLine("evaluating", math.ceil(len(data) / batch_size))
 
     def describe():
-        return ", ".join(task.metric_texts(task.metrics_from(sums, settings), data.num_classes))
+        return ", ".join(task.metric_texts(task.metrics_from(sums, settings)))
 
     for step, batch in enumerate(classifier.score(data, batch_size, num_workers), 1):
         logits, targets, unread = batch
@@ -159,7 +159,7 @@ def score(classifier, data, batch_size, num_workers=None):
 
 
 def print_table(rows):
-    """Print rows of task.whole_set_tables: titles, then a name, shares and a number in each."""
+    """Print rows of task.whole_set: titles, then a name, shares and a number in each."""
     titles, *rows = rows
     width = max(len(printable(row[0])) for row in rows)
     print(" " * width, *(f"{title:>9}" for title in titles[1:]))

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from utils.checkpoint import Checkpoint, Position, published_model, state_parts
+from utils.checkpoint import Checkpoint, Position, published_model
 from utils.loss_history import describe_epoch, describe_waiting
 from utils.optimizer import check_trained, optimizer_step, set_optimizer_lr
 from utils.pictures import normalize
@@ -61,22 +61,20 @@ def fit_one_epoch(
     images_per_step = gen.batch_size * world_size()
     used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # disabled, it only steps
     if checkpoint is None:
-        parts = state_parts(model, optimizer, scaler, recipe.ema, loss_history)
-        checkpoint = Checkpoint(save_dir, parts)
+        checkpoint = Checkpoint(save_dir, model, optimizer, scaler, recipe.ema, loss_history)
     check_trained(optimizer, model)
     first_lr = current_lr(optimizer)
 
     begin = time.monotonic()
-    position = checkpoint.begin(epoch, order_of(gen))
+    position = checkpoint.begin(epoch, fingerprint_of(gen))
     first_step = position.step
     gen.sampler.set_epoch(epoch, first_step)
     model_train.train()
     title = f"epoch {epoch + 1}/{UnFreeze_Epoch}"
-    num_classes = getattr(gen.dataset, "num_classes", None)
     progress = ProgressLine(title, epoch_step, first_step)
 
     def describe():
-        texts = metric_texts(metrics_from(position.sums, settings), num_classes)
+        texts = metric_texts(metrics_from(position.sums, settings))
         return " ".join([*texts, f"lr {current_lr(optimizer):.2e}"])
 
     for batches in checkpoint.steps(gen, epoch_step - first_step, accumulate):
@@ -124,7 +122,7 @@ def fit_one_epoch(
         metrics[f"train_{name}"] = value
     metrics.update(validated)
     is_best = checkpoint.commit(metrics, save_period, UnFreeze_Epoch)
-    say(f"{title}: {describe_epoch(metrics, validated, waiting, is_best, num_classes)}")
+    say(f"{title}: {describe_epoch(metrics, validated, waiting, is_best)}")
     return metrics
 
 
@@ -236,9 +234,9 @@ def current_lr(optimizer):
     return optimizer.param_groups[-1]["lr"]
 
 
-def order_of(gen):
+def fingerprint_of(gen):
     """Return a text of all that a step's pictures depend on, except the number of processes."""
-    return str([gen.sampler.identity(), gen.dataset.fingerprint])
+    return str([gen.sampler.fingerprint, gen.dataset.fingerprint])
 
 
 def count_unreadable(batches, data, position):

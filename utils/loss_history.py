@@ -103,9 +103,9 @@ def stops_early(history, early_stop):
     return True
 
 
-def describe_epoch(metrics, validated, waiting, is_best, num_classes):
+def describe_epoch(metrics, validated, waiting, is_best):
     """Return what is printed of an epoch."""
-    texts = metric_texts({"train_loss": metrics["train_loss"], **validated}, num_classes)
+    texts = metric_texts({"train_loss": metrics["train_loss"], **validated})
     if metrics["unreadable"]:
         texts.append(f"{metrics['unreadable']} unreadable, {metrics['scored']} scored")
     mark = " *" if is_best else ""

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import defaultdict
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -54,19 +55,17 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
     for module in model.modules():
         if isinstance(module, NORMS):
             norms.update(id(parameter) for parameter in module.parameters(recurse=False))
-    backbone = {"plain": [], "decayed": []}
-    heads = {"plain": [], "decayed": []}
+    groups = defaultdict(list)  # by (whether they are the head's, whether they decay)
     for name, parameter in model.named_parameters():
         layer, _, kind = own_name(name).rpartition(".")
-        groups = heads if layer in head else backbone
         is_weight = kind.endswith("weight") and parameter.ndim > 1 and id(parameter) not in norms
-        groups["decayed" if is_weight else "plain"].append(parameter)
+        groups[layer in head, is_weight].append(parameter)
     parameter_groups = []
-    for groups, lr_scale in ((backbone, backbone_lr_scale), (heads, 1.0)):
-        for kind, decay in (("plain", 0.0), ("decayed", weight_decay)):
-            group = {"params": groups[kind], "weight_decay": decay, "lr_scale": lr_scale}
-            if groups[kind]:
-                parameter_groups.append(group)
+    for (in_head, decays), parameters in sorted(groups.items()):
+        decay = weight_decay if decays else 0.0
+        lr_scale = 1.0 if in_head else backbone_lr_scale
+        group = {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
+        parameter_groups.append(group)
     return OPTIMIZERS[optimizer_type].make(parameter_groups, momentum)
 
 
@@ -95,13 +94,20 @@ def fill_momentum(optimizer):
 
 
 def restore_optimizer(optimizer, state):
-    """Load what an optimizer has learned (momentum); its options stay those of the settings."""
+    """Load what an optimizer has learned (momentum); its options stay those of the settings.
+
+    An error of nearly any kind: it does not fit.
+    """
     own_groups = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, own_groups):
         group.update(own)
     if isinstance(optimizer, torch.optim.SGD):
         fill_momentum(optimizer)
+    for parameter, values in optimizer.state.items():
+        for value in values.values():
+            if torch.as_tensor(value).shape not in ((), parameter.shape):
+                raise ValueError("the optimizer's state is of another network")
 
 
 def check_trained(optimizer, model):
@@ -209,21 +215,26 @@ def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
     return partial(LR_DECAYS[lr_decay_type], lr, min_lr, total_iters)
 
 
-def nominal_batch_size(transformer):
-    """Return the number of pictures a step that Init_lr and Min_lr are for (the documented nbs)."""
-    return 256 if transformer else 64
+def scaled_rates(settings, batch_size, transformer):
+    """Return Init_lr and Min_lr, scaled from 64 pictures a step (transformers: 256) to the batch's.
+
+    These numbers are the documented nbs.
+    """
+    pictures = batch_size * settings.get("accumulate", 1)
+    scale = pictures / (256 if transformer else 64)
+    return scale * settings["Init_lr"], scale * settings["Min_lr"]
 
 
-def fit_lr(batch_size, Init_lr, Min_lr, optimizer_type, transformer):
+def fit_lr(settings, batch_size, transformer):
     """Return (Init_lr_fit, Min_lr_fit): the rates scaled by batch size, within the limits.
 
     The limits are the optimizer's documented ones.
     """
-    optimizer = OPTIMIZERS[optimizer_type]
+    optimizer = OPTIMIZERS[settings["optimizer_type"]]
     low, high = optimizer.transformer_limits if transformer else optimizer.limits
-    scale = batch_size / nominal_batch_size(transformer)
-    Init_lr_fit = min(max(scale * Init_lr, low), high)
-    Min_lr_fit = min(max(scale * Min_lr, low * 1e-2), high * 1e-2)
+    Init_lr, Min_lr = scaled_rates(settings, batch_size, transformer)
+    Init_lr_fit = min(max(Init_lr, low), high)
+    Min_lr_fit = min(max(Min_lr, low * 1e-2), high * 1e-2)
     return Init_lr_fit, Min_lr_fit
 
 
@@ -258,10 +269,7 @@ def set_optimizer_lr(optimizer, lr_scheduler_func, epoch):
 def rate_at(settings, epoch, transformer):
     """Return the learning rate at an epoch (0 …), before layers' scales."""
     phase = "Freeze_batch_size" if is_frozen(settings, epoch) else "Unfreeze_batch_size"
-    batch_size = settings[phase]
-    pictures = batch_size * settings.get("accumulate", 1)
-    rates = settings["Init_lr"], settings["Min_lr"]
-    fitted = fit_lr(pictures, *rates, settings["optimizer_type"], transformer)
+    fitted = fit_lr(settings, settings[phase], transformer)
     curve = get_lr_scheduler(settings["lr_decay_type"], *fitted, settings["UnFreeze_Epoch"])
     return curve(epoch)
 
@@ -271,12 +279,10 @@ def describe_rates(settings, transformer):
     optimizer_type = settings["optimizer_type"]
     texts = []
     for name in batch_size_names(settings):
-        batch_size = settings[name] * settings.get("accumulate", 1)
-        rates = settings["Init_lr"], settings["Min_lr"]
-        fitted = fit_lr(batch_size, *rates, optimizer_type, transformer)
+        rates = scaled_rates(settings, settings[name], transformer)
+        fitted = fit_lr(settings, settings[name], transformer)
         text = f"lr {fitted[0]:.3g} to {fitted[1]:.3g}"
-        for rate, value in zip(("Init_lr", "Min_lr"), fitted):
-            scaled = batch_size / nominal_batch_size(transformer) * settings[rate]
+        for rate, scaled, value in zip(("Init_lr", "Min_lr"), rates, fitted):
             if scaled != value:
                 text += (
                     f" ({rate} = {settings[rate]:.3g} gives {scaled:.3g}, "

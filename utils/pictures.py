@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomResizedCrop, v2
 
 from utils.plumbing.errors import UserError
 from utils.plumbing.formats import (
@@ -29,8 +29,14 @@ from utils.plumbing.processes import local_world_size
 # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
 decode_jpeg = getattr(getattr(torchvision, "io", None), "decode_jpeg", None)
 # of ImageNet, as torchvision's weights expect
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+MEAN = [0.485, 0.456, 0.406]
+STD = [0.229, 0.224, 0.225]
+POLICIES = {  # augmentation: whole sets of changes
+    "trivial": v2.TrivialAugmentWide,
+    "rand": v2.RandAugment,
+    "auto": v2.AutoAugment,
+    "aug_mix": v2.AugMix,
+}
 MOST_CUT = 1 / 3  # share of the usual picture's area that may be cut away without a note
 
 
@@ -61,6 +67,7 @@ def normalize(images, device, settings={}):  # noqa: B006, as it is only read
     return images.sub_(mean).div_(std)
 
 
+@broken_as_os_error()
 def read_crop(source, input_shape, choose_box):
     """Decode a picture, crop the box choose_box(height, width) of it as it is seen, and resize it.
 
@@ -69,12 +76,7 @@ def read_crop(source, input_shape, choose_box):
     is decoded no larger than the crop needs (at 1/2, 1/4 or 1/8), never smaller.
     Raises UserError for any other source, one of BROKEN for a file that is no whole picture.
     """
-    with broken_as_os_error():
-        return crop(open_picture(source), tuple(input_shape), choose_box)
-
-
-def crop(image, input_shape, choose_box):
-    """Return read_crop's crop of an opened image."""
+    image = open_picture(source)
     is_jpeg_file = image.format in REDUCIBLE and getattr(image, "fp", None) is not None
     if not is_jpeg_file:
         image = upright(image)
@@ -124,6 +126,17 @@ def random_box(smallest, height, width, proportions=1.0):
     image = torch.empty(1, 1, 1).expand(3, height, width)  # only its size is read
     ratios = [3 / 4 * proportions, 4 / 3 * proportions]
     return RandomResizedCrop.get_params(image, [smallest, 1.0], ratios)
+
+
+def random_transforms(settings):
+    """Return what training changes by chance in a uint8 (3, H, W) picture, besides flips."""
+    transforms = []
+    if settings["augmentation"] in POLICIES:
+        transforms.append(POLICIES[settings["augmentation"]]())
+    if settings["random_erasing"]:
+        grey = [255 * value for value in settings["mean"]]
+        transforms.append(v2.RandomErasing(settings["random_erasing"], value=grey))
+    return transforms
 
 
 def read_sizes(source):

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 
 from utils.dataloader import detection_collate
-from utils.fit import VALIDATION, backward, score_batch
+from utils.fit import VALIDATION, backward
 from utils.optimizer import optimizer_step
 from utils.plumbing import processes
 from utils.plumbing.charts import draw_contact_sheet, drawable_names
@@ -34,7 +34,7 @@ def first_batch(data, batch_size, seed):
         return detection_collate([data[item] for item in items])
 
 
-def check_batch(batch, model, settings, num_classes):
+def check_batch(batch, settings, num_classes):
     """Raise UserError for settings that do not suit a batch, and note nearly black pictures."""
     images, targets, _ = batch
     if images.amax((1, 2, 3)).median() <= 16:
@@ -43,20 +43,16 @@ def check_batch(batch, model, settings, num_classes):
             "16-bit files look like this: multiply their values by 16"
         )
     check_targets(targets, settings, num_classes)
-    check_best_by(settings, model, batch)
+    check_best_by(settings["best_by"], targets[:2], settings, num_classes)
 
 
-def check_best_by(settings, model, batch):
+def check_best_by(best_by, targets, settings, num_classes):
     """Raise UserError unless best_by is a metric of validation, or one after '-'.
 
-    Two pictures are scored for the metrics' names.
+    Logits of zeros are scored for the metrics' names.
     """
-    Cuda = settings["Cuda"]
-    best_by = settings["best_by"]
-    with kept_random_stream(Cuda):
-        trial = copy.deepcopy(model).eval()
-        logits, targets = score_batch(trial, batch[0][:2], batch[1][:2], Cuda, False, settings)
-        sums = batch_sums(logits.new_zeros(()), logits, targets, settings)
+    logits = torch.zeros(len(targets), num_classes)
+    sums = batch_sums(torch.zeros(()), logits, targets, settings)
     names = [VALIDATION.get(name, name) for name in metrics_from(sums, settings)]
     if best_by.removeprefix("-") not in names:
         raise UserError(
@@ -70,13 +66,17 @@ def choose_precision(settings, model, batch):
 
     It is the setting fp16's, and for 'auto' the fastest that is known to be good.
     """
+    Cuda = settings["Cuda"]
     reason = ""
     if settings["fp16"] != "auto":
-        precision = precision_name(settings["Cuda"], settings["fp16"])
-    elif settings["Cuda"]:
+        precision = precision_name(Cuda, settings["fp16"])
+    elif not processes.computes_bfloat16(settings):
+        precision = "float16" if Cuda else "float32"
+    elif Cuda:
         precision, reason = choose_on_cuda(settings, model, batch)
-    else:
-        precision, reason = choose_on_cpu(settings, model, batch)
+    else:  # some networks train three times as fast in bfloat16, others half as fast
+        few = [part[:8] for part in batch[:2]]
+        precision, reason = compare_speed(settings, model, few, "float32", "bfloat16", seconds=3)
     say_row("precision", f"{precision} ({reason})" if reason else precision)
     return precision
 
@@ -86,23 +86,10 @@ def choose_on_cuda(settings, model, batch):
 
     It can be with BatchNorm, which cuDNN does not compute in bfloat16.
     """
-    if not processes.computes_bfloat16(settings):
-        return "float16", ""
     try:
         return compare_speed(settings, model, batch, "bfloat16", "float16", seconds=1)
     except torch.OutOfMemoryError:  # of the copies that are tried: training may fit
         return "bfloat16", "no memory to try float16"
-
-
-def choose_on_cpu(settings, model, batch):
-    """Choose (type, why): float32; bfloat16 where it is FASTER.
-
-    Some networks train three times as fast in it, others half as fast.
-    """
-    if not processes.computes_bfloat16(settings):
-        return "float32", ""
-    few = [part[:8] for part in batch[:2]]
-    return compare_speed(settings, model, few, "float32", "bfloat16", seconds=3)
 
 
 def compare_speed(settings, model, batch, usual, other, seconds):

@@ -44,32 +44,25 @@ def load_checkpoint(run):
     return state
 
 
-def check_goes_on(run, config, state, settings):
-    """Raise UserError where no epoch is left, or the settings do not fit what was trained."""
+def check_goes_on(run, config, state, settings, class_names):
+    """Raise UserError where no epoch is left, or what was trained had other settings or classes."""
+    epochs = 0  # begun
     if state is not None:
+        epochs = state["epoch"] + (1 if state["step"] else 0)
         before = {**config["settings"], "ema_decay": state.get("ema") is not None}
         now = {**settings, "ema_decay": bool(settings.get("ema_decay"))}
         for name in ("backbone", "optimizer_type", "ema_decay"):
             check_same(run, name, before.get(name), now.get(name))
+        pairs = zip_longest(config["class_names"], class_names, fillvalue="no class")
+        for number, (old, new) in enumerate(pairs):
+            check_same(run, f"class {number}", old, new)
     last = settings["UnFreeze_Epoch"]
-    epochs = 0  # begun
-    if state is not None:
-        epochs = state["epoch"] + (1 if state["step"] else 0)
     if epochs > last or (config["finished"] and epochs == last):
         verb = "has finished" if config["finished"] else "has trained"
         raise UserError(
             f"{run} {verb} {epochs} epochs: raise UnFreeze_Epoch (now {last}) to train on, as in "
             f"--resume {run} --UnFreeze_Epoch {epochs + 5}"
         )
-
-
-def check_class_names(run, config, state, class_names):
-    """Raise UserError where what was trained knows other classes."""
-    if state is None:
-        return
-    pairs = zip_longest(config["class_names"], class_names, fillvalue="no class")
-    for number, (before, now) in enumerate(pairs):
-        check_same(run, f"class {number}", before, now)
 
 
 def check_same(run, name, before, now):

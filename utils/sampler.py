@@ -27,7 +27,8 @@ class EpochSampler(Sampler):
         self.epoch = epoch
         self.first_step = first_step
 
-    def identity(self):
+    @property
+    def fingerprint(self):
         """Return {name: value} of all that the order of an epoch depends on.
 
         When one has changed, an interrupted epoch begins again. A subclass adds its own.

@@ -99,17 +99,21 @@ def batch_sums(loss, logits, targets, settings):
 def metrics_from(sums, settings):
     """Return the metrics, {name: number}, from the added batch_sums.
 
-    All of them are in the history; training's have 'train_' before their names.
+    All of them are in the history; training's have 'train_' before their names. There is no top5
+    of five classes or fewer.
     """
     hits = sums["hits"].cpu()
     of_class, top1, top5 = hits[:, 0], hits[:, 1], hits[:, 1:].sum(1)
     present = of_class > 0
-    return {
+    metrics = {
         "loss": (sums["loss"].cpu() / sums["pictures"].cpu()).item(),
         "top1": (top1.sum() / of_class.sum()).item(),
         "top5": (top5.sum() / of_class.sum()).item(),
         "recall": (top1[present] / of_class[present]).mean().item(),
     }
+    if len(hits) <= 5:  # it is always 100 %
+        del metrics["top5"]
+    return metrics
 
 
 def metric_text(name, value, exact=False):
@@ -122,13 +126,9 @@ def metric_text(name, value, exact=False):
     return f"{name.replace('_', ' ')} {value:{digits}}"
 
 
-def metric_texts(metrics, num_classes, exact=False):
-    """Return the texts of {name: number}, but top-5, always 100 %, of five classes or fewer."""
-    texts = []
-    for name, value in metrics.items():
-        if name != "top5" or num_classes is None or num_classes > 5:
-            texts.append(metric_text(name, value, exact))
-    return texts
+def metric_texts(metrics, exact=False):
+    """Return the texts of {name: number}."""
+    return [metric_text(name, value, exact) for name, value in metrics.items()]
 
 
 def epoch_order(metrics, best_by):
@@ -207,14 +207,15 @@ def true_and_predicted(targets, predictions, names):
     return targets.numpy(), np.array([ids[name] for name in predicted]), np.array(probability)
 
 
-def whole_set_tables(targets, predictions, names):
-    """Return (rows to print, {file name: content}) for the pictures of a whole list.
+def whole_set(targets, predictions, names):
+    """Return (rows to print, {file name: content}, {metric: number}) for a whole list's pictures.
 
     targets: int64 (N,) tensor; predictions: those of top_predictions. The printed rows are
     per_class's, then two means: over the classes that have pictures, and weighted by their number.
     A file's content is the rows of a table, or a picture: per_class.csv and the confusion matrix.
+    The metrics are those that only all pictures together tell.
     """
-    targets, predicted, _ = true_and_predicted(targets, predictions, names)
+    targets, predicted, probability = true_and_predicted(targets, predictions, names)
     number = len(names)
     *scores, support = per_class(targets, predicted, number)
     header = ("class", "precision", "recall", "F1", "support")
@@ -233,7 +234,8 @@ def whole_set_tables(targets, predictions, names):
         matrix = [[name, *row] for name, row in zip(names, counts)]
         files["confusion_matrix.csv"] = [["true \\ predicted", *names], *matrix]
         files["confusion_matrix.png"] = draw_matrix(counts, names)
-    return rows, files
+    metrics = {"calibration_error": calibration_error(probability, targets == predicted)}
+    return rows, files, metrics
 
 
 def mistakes(targets, predictions, names, number=32):
@@ -250,12 +252,6 @@ def mistakes(targets, predictions, names, number=32):
         true, named = shown[targets[place]], shown[predicted[place]]
         captions.append((place, f"true: {true}\npredicted: {named}\n{probability[place]:.0%}"))
     return captions
-
-
-def whole_set_metrics(targets, predictions, names):
-    """Return {name: number} of what only all pictures together tell, for utils.evaluate."""
-    targets, predicted, probability = true_and_predicted(targets, predictions, names)
-    return {"calibration_error": calibration_error(probability, targets == predicted)}
 
 
 def calibration_error(confidence, correct, bins=15):

@@ -14,15 +14,14 @@ from torch.utils.data import DataLoader
 from nets import build, head_names, to_device
 from nets._weights import check_numbers, load_weights
 from utils import task
-from utils.dataloader import CROPPING, DataGenerator, detection_collate
+from utils.dataloader import SEEING, DataGenerator, detection_collate
 from utils.fit import score_batch
-from utils.pictures import MEAN, STD
 from utils.plumbing.console import prepare_program
-from utils.plumbing.errors import UserError, printable
-from utils.plumbing.folders import pictures_below
+from utils.plumbing.errors import UserError
+from utils.plumbing.folders import say_left_out, walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, PROJECT
 from utils.plumbing.processes import cores, iterate, prepare_worker
-from utils.plumbing.run import read_config
+from utils.plumbing.run import find_folder, read_config
 from utils.plumbing.settings import check_value
 from utils.recipe import precision_name
 
@@ -30,10 +29,8 @@ from utils.recipe import precision_name
 USED = {
     "backbone": None,
     "input_shape": None,
-    **CROPPING,
+    **SEEING,
     "augmentation": "flip",
-    "mean": MEAN,
-    "std": STD,
     "Cuda": False,
     "fp16": False,
     "Unfreeze_batch_size": 32,
@@ -54,7 +51,8 @@ class Classifier:
 
         weights: a file other than the run's best. UserError: no run, or weights of another network.
         """
-        self.folder = find_folder(run)
+        # here or in the project's folder
+        self.folder = find_folder(run, ("", "logs", PROJECT, PROJECT / "logs"))
         config = read_config(self.folder)
         self.class_names = config["class_names"]
         self.settings = {**USED, **config["settings"]}
@@ -197,14 +195,6 @@ class Pictures(DataGenerator):
         return index
 
 
-def find_folder(run):
-    """Return a run's folder: a path, or a name in logs/, here or in the project's folder."""
-    for start in (Path(), Path("logs"), PROJECT, PROJECT / "logs"):
-        if os.path.exists(start / run):
-            return start / run
-    return run
-
-
 def find_pictures(words):
     """Return the paths that words name: files, folders, and '-' for a list on standard input.
 
@@ -221,11 +211,9 @@ def find_pictures(words):
         raise UserError("standard input names no picture")
     pictures = []
     for path in paths:
-        inside, left_out = pictures_below(path) if os.path.isdir(path) else ([], {})
-        pictures += inside or [path]
-        for reason, paths_out in left_out.items():
-            text = f"{path}: left out ({len(paths_out)}): {reason}"
-            print(printable(text), file=sys.stderr)
+        inside, left_out = walk(path) if os.path.isdir(path) else ([], {})
+        pictures += sorted(picture.path for picture in inside) or [path]
+        say_left_out(left_out, file=sys.stderr)
     return pictures
 
 

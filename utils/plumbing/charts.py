@@ -85,10 +85,8 @@ def draw_line_chart(panels):
 
     panels: [(title, {name: [(x, y), …]}), …] of finite numbers.
     """
-    image = Image.new("RGB", (PANEL_WIDTH * len(panels), PANEL_HEIGHT))
-    for number, (title, curves) in enumerate(panels):
-        image.paste(draw_panel(title, curves), (PANEL_WIDTH * number, 0))
-    return image
+    images = [draw_panel(title, curves) for title, curves in panels]
+    return Image.fromarray(np.hstack(images))
 
 
 def draw_panel(title, curves):

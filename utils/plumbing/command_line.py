@@ -7,6 +7,8 @@ They hold, unless they are given anew, or the constant was edited in train.py si
 import argparse
 import ast
 import os
+import re
+from functools import cache
 from typing import NamedTuple
 
 from utils.plumbing.errors import UserError, did_you_mean, short_repr
@@ -126,15 +128,10 @@ def set_constants(script, known, given):
         if name in given:
             check_value(name, given[name], value)
             value = given[name]
-        elif names_in(constant.source) & changed:
+        elif changed.intersection(re.findall(r"\w+", constant.source)):
             value = eval(constant.source, dict(script))
             changed.add(name)
         script[name] = one_spelling(name, value)
-
-
-def names_in(source):
-    """Return the names that an expression uses."""
-    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
 
 
 def one_spelling(name, value):
@@ -170,12 +167,10 @@ def make_parser(script, known):
         exit_on_error=False,
     )
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # older launchers'
-    groups = {}
+    group_of = cache(parser.add_argument_group)  # one for each title
     for name, constant in known.items():
         default = script[name]
-        if constant.title not in groups:
-            groups[constant.title] = parser.add_argument_group(constant.title)
-        groups[constant.title].add_argument(
+        group_of(constant.title).add_argument(
             f"--{name}",
             metavar=f'"{default}"' if isinstance(default, list) else "VALUE",
             help=help_text(name, constant.comment, default),

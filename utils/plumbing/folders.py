@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, short_repr
 from utils.plumbing.formats import FORMATS, REDUCIBLE
 from utils.plumbing.lists import class_name
@@ -105,10 +106,11 @@ def walk(root):
     return pictures, left_out
 
 
-def pictures_below(folder):
-    """Return the sorted paths of the pictures in `folder` and its folders, and walk's left_out."""
-    pictures, left_out = walk(folder)
-    return sorted(picture.path for picture in pictures), left_out
+def say_left_out(left_out, **options):
+    """Print how many files were left out for each of the usual reasons, and which."""
+    for reason in sorted(left_out, key=lambda reason: -len(left_out[reason]))[:10]:
+        paths = left_out[reason]
+        say(f"left out ({len(paths)}): {reason}: {quote(paths)}", **options)
 
 
 def role_of(name):

@@ -196,7 +196,7 @@ def prepare_worker(worker_id):
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
+    if os.name != "nt":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # of held_signals
     sys.excepthook = show_nothing  # its errors travel to the loader
     prepare_pillow()
@@ -252,7 +252,7 @@ def held_signals():
 
     One that is spawned imports torch for seconds, and a signal to the group would end it.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if os.name == "nt" or multiprocessing.get_start_method() == "fork":  # which takes no time
         yield
         return
     resource_tracker.ensure_running()  # it would let SIGINT and SIGTERM through when it starts

@@ -56,6 +56,14 @@ def read_config(run):
     return config
 
 
+def find_folder(run, places):
+    """Return a run's folder: its path, or that of its name in one of some places."""
+    for place in places:
+        if os.path.exists(Path(place, run)):
+            return Path(place, run)
+    return run
+
+
 def newest_hint(run):
     """Return '; the newest run is …' for a folder that is no run but stands beside some, or ''."""
     if os.path.exists(Path(run, "config.json")):
@@ -89,7 +97,8 @@ def runs_in(save_dir):
     A config.json that cannot be read is another program's, and passed over.
     """
     runs = []
-    for path in Path(save_dir).glob("*/config.json"):
+    found = Path(save_dir).glob("*/config.json") if os.path.isdir(save_dir) else ()
+    for path in found:
         run = str(path.parent)
         with suppress(UserError):
             runs.append((read_config(run), run))
@@ -144,14 +153,12 @@ def find_run(resume, save_dir):
     restarted = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, perhaps: it does not always say
     seconds = 30 if restarted else 0  # in which the processes of before it end
     if isinstance(resume, str):
-        run = resume
-        if not os.path.exists(run) and os.path.exists(Path(save_dir, run)):
-            run = str(Path(save_dir, run))
+        run = str(find_folder(resume, ("", save_dir)))
         read_config(run)
         lock(run, seconds)
         return run
-    for config, run in runs_in(save_dir):
-        if restarted and config.get("launch") == processes.launch_id:
+    for config, run in runs_in(save_dir) if restarted else ():
+        if config.get("launch") == processes.launch_id:
             if config["finished"]:
                 raise UserError(
                     f"{run} of this launch has finished: --resume {run} --UnFreeze_Epoch … trains "

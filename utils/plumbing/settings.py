@@ -10,7 +10,6 @@ from utils.dataloader import AUGMENTATIONS, RESIZES
 from utils.optimizer import LR_DECAYS, OPTIMIZERS, batch_size_names
 from utils.plumbing.errors import TOO_SMALL, UserError, did_you_mean, short_repr
 from utils.plumbing.processes import (
-    LAUNCH_SETTINGS,
     is_data_parallel,
     local_rank,
     rank,
@@ -27,6 +26,10 @@ class Kind(NamedTuple):
     low: float = -1e300  # nan and inf are outside
     high: float = 1e300
     names: tuple = ()
+
+    def __repr__(self):
+        """Return the kind as messages show it."""
+        return f"[{', '.join(self.names)}], each {self.text}" if self.names else self.text
 
 
 def whole(low, high=10**9, names=()):  # above a billion it is a slip of the finger
@@ -148,24 +151,16 @@ def check_value(name, value, default=None):
     """
     rules = rules_of(name, default)
     if rules and not fits(value, rules):
-        texts = [describe_rule(rule) for rule in rules]
+        texts = map(repr, rules)
         words = [rule for rule in rules if isinstance(rule, str)]
         near = did_you_mean(short_repr(value).strip("'"), words)
         raise UserError(f"{name} = {short_repr(value)} must be {' or '.join(texts)}{near}")
 
 
-def describe_rule(rule):
-    """Return a rule for a message."""
-    if not isinstance(rule, Kind):
-        return repr(rule)
-    return f"[{', '.join(rule.names)}], each {rule.text}" if rule.names else rule.text
-
-
 def check_launch(settings):
-    """Raise UserError where the settings of the machine do not fit this machine or this launch."""
-    for name in (*LAUNCH_SETTINGS, "save_dir"):
-        if name in settings:
-            check_value(name, settings[name])
+    """Raise UserError for a setting out of range, or at odds with this machine or this launch."""
+    for name, value in settings.items():
+        check_value(name, value)
     distributed = settings.get("distributed")
     from_launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if distributed and not from_launcher <= os.environ.keys():
@@ -191,8 +186,6 @@ def check_settings(settings, continued=False):
     continued: a run's own settings, of which every epoch may be trained already.
     """
     check_launch(settings)
-    for name, value in settings.items():
-        check_value(name, value)
     check_epochs(settings, continued)
     if {"Min_lr", "Init_lr"} <= settings.keys() and settings["Min_lr"] > settings["Init_lr"]:
         raise UserError(
@@ -239,14 +232,12 @@ def check_epochs(settings, continued):
 
 def check_divisible(name, batch_size):
     """Raise UserError unless every process gets the same share of a batch."""
-    rest = batch_size % world_size()
-    if not rest:
-        return
-    sizes = [str(size) for size in (batch_size - rest, batch_size - rest + world_size()) if size]
-    raise UserError(
-        f"{name} = {batch_size} cannot be divided by {world_size()} processes: "
-        f"set it to {' or '.join(sizes)}"
-    )
+    number = world_size()
+    if batch_size % number:
+        raise UserError(
+            f"{name} = {batch_size} cannot be divided by {number} processes: "
+            f"set it to a multiple of {number}"
+        )
 
 
 def too_small(num_train, num_val, name, batch_size):

@@ -139,7 +139,7 @@ if __name__ == "__main__":
     own = own_data(settings)
     if own:
         class_names, train_lines, val_lines = own
-        class_names = lists.check_names(class_names, "own_data")
+        class_names = lists.clean_names(class_names, "own_data")
     else:
         classes_path, train_annotation_path, test_annotation_path = find_lists(settings, config)
         train_version = lists.version(train_annotation_path)
@@ -148,7 +148,7 @@ if __name__ == "__main__":
             train_lines = f.readlines()
         with open(test_annotation_path, encoding="utf-8") as f:
             val_lines = f.readlines()
-        train_lines, val_lines = lists.check_all(
+        train_lines, val_lines = lists.clean_lists(
             train_lines, val_lines, settings, class_names, train_version
         )
         np.random.seed(10101)

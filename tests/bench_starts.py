@@ -87,7 +87,7 @@ path = sys.argv[1]
 lists.read_text_file("train_annotation_path", path)
 with open(path, encoding="utf-8") as f:
     train_lines = f.readlines()
-train_lines, _ = lists.check_lines(train_lines, path, 1000, "classes")
+train_lines, _ = lists.clean_lines(train_lines, path, 1000, "classes")
 np.random.seed(10101)
 np.random.shuffle(train_lines)
 data = DataGenerator(train_lines, (224, 224))

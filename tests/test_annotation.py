@@ -432,7 +432,7 @@ def reader():
     yield
     test = Path(DEFAULT_PATHS[2]).read_text().split()
     settings = dict(zip(lists.PATH_SETTINGS, DEFAULT_PATHS))
-    lists.check_all(train, test, settings, names, version)
+    lists.clean_lists(train, test, settings, names, version)
     pairs = [
         (names[int(label)], path.split("/")[1])
         for label, path in map(lists.split_line, train + test)

@@ -18,7 +18,7 @@ NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
 def lines_of(text, classes=3):
     lines = text.splitlines(keepends=True)
-    return lists.check_lines(lines, "list.txt", classes, "classes.txt")[0]
+    return lists.clean_lines(lines, "list.txt", classes, "classes.txt")[0]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def both(tmp_path, monkeypatch):
 
     def check(train, val, classes=3):
         parts = [
-            lists.check_lines(lines, path, classes, "classes.txt")[1]
+            lists.clean_lines(lines, path, classes, "classes.txt")[1]
             for lines, path in ((train, "train.txt"), (val, "test.txt"))
         ]
         lists.check_both(*parts, "train.txt", ["a", "b", "c"])
@@ -181,13 +181,13 @@ def test_lists_that_change_while_they_are_read(tmp_path, monkeypatch):
     lines = ["0;a\n", "1;b\n"]
     Path("train.txt").write_text("".join(lines))
     version = lists.version("train.txt")
-    assert lists.check_all(lines, lines, given, ["a", "b"], version) == (["0;a", "1;b"],) * 2
+    assert lists.clean_lists(lines, lines, given, ["a", "b"], version) == (["0;a", "1;b"],) * 2
     for replaced in (lambda: Path("new").write_text("0;b\n"), lambda: os.unlink("train.txt")):
         replaced()
         if os.path.exists("new"):
             os.replace("new", "train.txt")
         with pytest.raises(UserError, match="being written"):
-            lists.check_all(lines, lines, given, ["a", "b"], version)
+            lists.clean_lists(lines, lines, given, ["a", "b"], version)
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
@@ -217,7 +217,7 @@ def test_random_bytes_as_annotation(tmp_path_factory, data, classes):
     try:
         lists.read_text_file("train_annotation_path", str(path), "write it")
         with open(path, encoding="utf-8") as f:
-            kept, _ = lists.check_lines(f.readlines(), "fuzz.txt", classes, "classes")
+            kept, _ = lists.clean_lines(f.readlines(), "fuzz.txt", classes, "classes")
         dataset = DataGenerator(kept, (8, 8))
         assert [dataset.name(i) for i in range(len(dataset))] == kept
     except UserError as error:
@@ -233,9 +233,9 @@ def test_pictures_in_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lists.os, "listdir", refuse)
     lines = [f"0;{tmp_path}/there.jpg\n"]
-    assert lists.check_lines(lines, "list", 1, "classes")[0] == [lines[0].strip()]
+    assert lists.clean_lines(lines, "list", 1, "classes")[0] == [lines[0].strip()]
     with pytest.raises(UserError, match="1 of 2 pictures do not exist .*list:2 .*absent.jpg"):
-        lists.check_lines([*lines, f"0;{tmp_path}/absent.jpg\n"], "list", 1, "classes")
+        lists.clean_lines([*lines, f"0;{tmp_path}/absent.jpg\n"], "list", 1, "classes")
 
 
 def test_a_million_lines_are_checked_quickly_enough(tmp_path):
@@ -247,7 +247,7 @@ def test_a_million_lines_are_checked_quickly_enough(tmp_path):
     real = os.path.isfile
     try:
         lists.os.path.isfile = lambda path: calls.append(path) or real(path)
-        assert len(lists.check_lines(lines, "list", 3, "classes")[0]) == 20_000
+        assert len(lists.clean_lines(lines, "list", 3, "classes")[0]) == 20_000
     finally:
         lists.os.path.isfile = real
     assert not calls
@@ -303,11 +303,11 @@ def test_what_a_killed_drawing_of_the_sample_leaves_is_cleared(tmp_path, monkeyp
 @pytest.mark.parametrize("names", [[], [0, 1], range(2), ["a", "a"], [b"a", "b"]])
 def test_names_that_are_none(names):
     with pytest.raises(UserError, match="own_data.*(must be texts|more than once)"):
-        lists.check_names(names, "own_data")
+        lists.clean_names(names, "own_data")
 
 
 def test_names_of_a_dictionary():
-    assert lists.check_names({"cat": 0, "dog": 1}, "own_data") == ["cat", "dog"]
+    assert lists.clean_names({"cat": 0, "dog": 1}, "own_data") == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_lists_that_were_written_with_other_classes(tmp_path, monkeypatch, capsy
         Path(path).write_text("0;a.png\n1;b.png\n")
     lines = Path(paths[1]).read_text().splitlines()
     version = lists.version(paths[1])
-    lists.check_all(lines, lines, dict(zip(NAMES, paths)), ["a", "b"], version)
+    lists.clean_lists(lines, lines, dict(zip(NAMES, paths)), ["a", "b"], version)
     out = capsys.readouterr().out
     assert out.count("new_classes.txt, which lies beside new_t") == 2 * warned
 

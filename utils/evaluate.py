@@ -98,7 +98,7 @@ def find_test_pictures(classifier, annotation=None):
             if os.path.exists(classes_path):
                 names, _ = lists.get_classes(classes_path)
         lines = lists.read_lines("annotation", path)
-        pictures, _ = lists.check_lines(lines, path, len(classifier.class_names), classifier.folder)
+        pictures, _ = lists.clean_lines(lines, path, len(classifier.class_names), classifier.folder)
     except UserError:
         if annotation:
             raise

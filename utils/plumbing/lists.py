@@ -81,7 +81,7 @@ def get_classes(classes_path):
             f"classes_path: {classes_path} holds lines of 'class_id;path', not one class name a "
             f"line: python -m utils.annotation writes both files"
         )
-    names = check_names(map(class_name, lines), classes_path)
+    names = clean_names(map(class_name, lines), classes_path)
     return names, len(names)
 
 
@@ -93,7 +93,7 @@ def version(path):
     return None
 
 
-def check_names(names, source):
+def clean_names(names, source):
     """Return class names as a list of texts, some and all different; else raise UserError.
 
     source: what the sentence calls them.
@@ -133,8 +133,8 @@ def warn_of_other_classes(list_path, class_names, classes_path):
         )
 
 
-def check_all(train_lines, val_lines, settings, class_names, train_version):
-    """Return the training and the test list as check_lines does, after every check of them.
+def clean_lists(train_lines, val_lines, settings, class_names, train_version):
+    """Return the training and the test list as clean_lines does, after every check of them.
 
     train_version: of the training list before any file was read. utils.annotation removes that one
     first and writes it last.
@@ -144,15 +144,15 @@ def check_all(train_lines, val_lines, settings, class_names, train_version):
         raise UserError(
             f"{classes_path} and its lists are being written: start again when they are complete"
         )
-    train_lines, train = check_lines(train_lines, train_path, len(class_names), classes_path)
-    val_lines, val = check_lines(val_lines, val_path, len(class_names), classes_path)
+    train_lines, train = clean_lines(train_lines, train_path, len(class_names), classes_path)
+    val_lines, val = clean_lines(val_lines, val_path, len(class_names), classes_path)
     check_both(train, val, train_path, class_names)
     for path in (train_path, val_path):
         warn_of_other_classes(path, class_names, classes_path)
     return train_lines, val_lines
 
 
-def check_lines(lines, path, num_classes, classes_path):
+def clean_lines(lines, path, num_classes, classes_path):
     """Return (lines without line ends, byte-order marks and blank ones, label_pictures of them).
 
     Raise UserError for the first line that is wrong, or if pictures do not exist.

@@ -23,7 +23,7 @@ from utils.plumbing import processes
 from utils.plumbing.console import say, say_row
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import check_regular, make_folder, save_text
-from utils.plumbing.lists import check_names
+from utils.plumbing.lists import clean_names
 from utils.plumbing.processes import world_size
 
 KINDS = {  # what config.json must hold
@@ -49,7 +49,7 @@ def read_config(run):
                 raise ValueError(f"{name} is no {kind.__name__}")
         if not 0 <= config["start"] <= HIGHEST_START:
             raise ValueError("start is out of range")
-        check_names(config["class_names"], "class_names")
+        clean_names(config["class_names"], "class_names")
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
         reason = f"{printable(error)[:200]}{newest_hint(run)}"
         raise UserError(f"{str(run)!r} is not a run's folder: {reason}") from None

@@ -81,7 +81,7 @@ augmentation = "flip"  # 'none' if a mirror image means something else: all othe
 crop_scale = 0.08  # smallest share of a picture's area that a random crop keeps
 mean = [0.485, 0.456, 0.406]  # mean of red, green, blue (0 to 1), for normalisation: ImageNet's
 std = [0.229, 0.224, 0.225]  # their standard deviations
-val_crop = 1.0  # validation crops the centre to this share of each side (0.875: 224 of 256)
+val_crop = 1.0  # share of each side that is seen without random crops (0.875: 224 of 256)
 random_erasing = 0.0  # probability of blanking a random rectangle
 
 # The network

@@ -595,6 +595,13 @@ def test_what_reading_a_picture_raises_is_a_broken_picture(error):
     assert data_of(source, (8, 8))[0, 0, 1][1] == 1
 
 
+def test_a_broken_picture_counts_once_where_it_is_drawn_in_its_own_place():
+    items = Items((np.zeros((9, 9), np.uint8), 0) for _ in range(4))
+    items[2] = OSError("cut short")
+    data = data_of(items, (8, 8))
+    assert all(len(data[epoch, 0, 2][2]) == 1 for epoch in range(40))
+
+
 def test_too_little_memory_is_no_broken_picture(lines, monkeypatch):
     def short(*words):
         raise MemoryError

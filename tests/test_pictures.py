@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from tests.helpers import command, make_project, make_run
-from utils.pictures import read_crop
+from utils.pictures import centre_box, read_crop
 from utils.plumbing.charts import draw_contact_sheet, draw_matrix, shorten
 from utils.plumbing.errors import UserError
 from utils.plumbing.folders import endings
@@ -47,6 +48,24 @@ def ascii_exif(text):
         + text.ljust(4, b"\0")
         + bytes(4)
     )
+
+
+ODD_TAGS = (  # orientation 6, and a resolution that is a text: Pillow turns, and keeps the tag
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    b"\x01\x1a\0\x02\0\0\0\x0372\0\0" + bytes(4)
+)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "RGB"])
+def test_tags_that_pillow_cannot_clean(tmp_path, mode):
+    """They must not exchange the sides of what is upright already."""
+    grey = Image.fromarray(np.arange(800).astype(np.uint8).reshape(20, 40)).convert(mode)
+    grey.save(tmp_path / "turned.png", exif=ODD_TAGS)
+    grey.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "plain.png")
+    seen = []
+    for name in ("turned.png", "plain.png"):
+        seen.append(read_crop(tmp_path / name, (8, 8), partial(centre_box, (8, 8), 1.0)))
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("size", [8, 64], ids=["Pillow decodes it", "torchvision decodes it"])
@@ -136,7 +155,7 @@ def test_greys_of_16_bits_keep_their_levels():
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_greys_of_32_bits_are_refused_by_a_sentence(kind):
     """Nobody can see which number is white."""
-    with pytest.raises(OSError, match="32 bits: save it with 8 or 16"):
+    with pytest.raises(OSError, match="32 bits, or a sign: save it with 8 or 16"):
         levels((RAMP * 255).astype(kind))
 
 

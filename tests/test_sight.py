@@ -94,9 +94,20 @@ def test_random_crops_keep_their_share(picture, smallest, least):
         left, top, across, down = (float(value) for value in extent(one, 64, 80))
         areas.append(across * down)
         assert min(left, top) > -0.03 and max(left + across, top + down) < 1.03
-        assert 0.7 < across * 80 / (down * 64) < 1.4
+        assert 0.7 < across / down < 1.4  # of the proportions that the network sees: 80 / 64
     assert least < min(areas) and max(areas) > 0.85
     assert (min(areas) < 0.25) == (smallest == 0.08)
+
+
+def test_random_crops_of_a_long_picture_are_not_stretched():
+    """More than scores are, where input_shape has the picture's proportions."""
+    long = positions(24, 128)
+    areas = []
+    for one in draws([(long, 0)], 60, (24, 128), augmentation="crop", crop_scale=0.5):
+        _, _, across, down = (float(value) for value in extent(one, 24, 128))
+        areas.append(across * down)
+        assert 0.7 < across / down < 1.4
+    assert min(areas) > 0.4 and max(areas) > 0.85
 
 
 def test_random_crops_are_everywhere(picture):

@@ -120,10 +120,9 @@ class DataGenerator(Dataset):
     def choose_box(self, height, width):
         """Return the (top, left, height, width) that is read of a picture of this size."""
         squeeze = self.settings["resize"] == "squeeze"
-        if self.random_crops:
-            proportions = width / height if squeeze else 1.0
-            return random_box(self.settings["crop_scale"], height, width, proportions)
         shape = (height, width) if squeeze else self.input_shape
+        if self.random_crops:
+            return random_box(self.settings["crop_scale"], height, width, shape[1] / shape[0])
         return centre_box(shape, self.settings["val_crop"], height, width)
 
     def describe_cut(self):
@@ -221,7 +220,7 @@ class DataGenerator(Dataset):
         return image, target
 
     def read_or_replace(self, index, rng):
-        """Return (image, target, [(index, reason)] of what could not be read) of a picture.
+        """Return (image, target, [(index, reason)] of this picture, if it could not be read).
 
         In training another one takes an unreadable picture's place, drawn from rng, a
         random.Random; else image and target are None.
@@ -229,7 +228,7 @@ class DataGenerator(Dataset):
         unreadable = []
         while len(unreadable) < 100:
             try:
-                return *self.read(index), unreadable
+                return *self.read(index), unreadable[:1]  # others count at their own places
             except BROKEN as error:
                 unreadable.append((index, failure_reason(error)))
             if not self.random:

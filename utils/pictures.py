@@ -78,9 +78,11 @@ def read_crop(source, input_shape, choose_box):
     """
     image = open_picture(source)
     is_jpeg_file = image.format in REDUCIBLE and getattr(image, "fp", None) is not None
-    if not is_jpeg_file:
+    if is_jpeg_file:
+        height, width = seen_size(image)
+    else:
         image = upright(image)
-    height, width = seen_size(image)
+        height, width = image.size[::-1]  # tags that Pillow could not clean say what no longer is
     box = choose_box(height, width)
     # below four times the sides, decoding all by torchvision is faster than reducing by Pillow
     is_small = height * width < 16 * math.prod(input_shape)

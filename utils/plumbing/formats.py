@@ -71,7 +71,7 @@ def deep_grey_to_rgb(image):
     # Pillow reads a PPM's 16 bits into 32
     is_32_bits = image.mode == "F" or (image.mode == "I" and image.format != "PPM")
     if is_32_bits:
-        raise OSError("its greys have 32 bits: save it with 8 or 16 bits a pixel")
+        raise OSError("its greys have 32 bits, or a sign: save it with 8 or 16 bits and no sign")
     grey = np.asarray(image, np.float32) / 257
     white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's photometric interpretation
     if white_is_zero:  # Pillow minds it in 8 bits alone
@@ -89,7 +89,7 @@ def orientation(image):
 
 
 def seen_size(image):
-    """Return (height, width) of an opened JPEG, or of an upright image, as it is seen."""
+    """Return (height, width) of an opened JPEG as it is seen."""
     return image.size if orientation(image) >= 5 else image.size[::-1]
 
 

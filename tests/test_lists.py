@@ -264,6 +264,12 @@ def test_shapes_are_drawn_where_train_stands_alone(tmp_path, monkeypatch):
     assert os.listdir() == ["project"]
 
 
+def test_a_folder_with_a_zero_in_its_name():
+    """As a file's block has that a crash has emptied."""
+    with pytest.raises(UserError, match="1 of 1 pictures do not exist"):
+        lists.clean_lines(["0;pho\0tos/a.jpg"], "list.txt", 1, "classes.txt")
+
+
 def test_no_shapes_are_drawn_for_a_run_that_had_its_own_lists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "PROJECT", tmp_path)
@@ -271,6 +277,20 @@ def test_no_shapes_are_drawn_for_a_run_that_had_its_own_lists(tmp_path, monkeypa
     settings = dict(zip(NAMES, lists.DEFAULT_PATHS))
     with pytest.raises(UserError, match="classes_path: 'model_data/cls_classes.txt' .* not exist"):
         sample.find_lists(settings, {"settings": settings})
+
+
+def test_the_first_run_goes_on_with_its_shapes(tmp_path, monkeypatch):
+    """Lists of one's own, written since, are for a new run."""
+    monkeypatch.chdir(tmp_path)
+    drawn = tuple(f"model_data/shapes/{name}.txt" for name in ("classes", "train", "test"))
+    for path in (*drawn, *lists.DEFAULT_PATHS):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("a")
+    config = {"settings": dict(zip(NAMES, drawn))}
+    settings = dict(zip(NAMES, lists.DEFAULT_PATHS))
+    for trained, paths in ((False, lists.DEFAULT_PATHS), (True, drawn)):
+        assert sample.find_lists(settings, {**config, "trained": trained}) == paths
+        assert tuple(settings.values()) == paths
 
 
 @pytest.mark.parametrize(
@@ -335,7 +355,8 @@ def test_lists_that_were_written_with_other_classes(tmp_path, monkeypatch, capsy
     [
         ({"Init_lr": 0.02}, "Init_lr differs between the processes .0.01 and 0.02"),
         ({"mine": 3}, "mine differs between the processes .2 and 3"),
-        ({"num_workers": 7, "Cuda": True, "cache_mb": 1, "fp16": "float32"}, None),
+        ({"Cuda": True}, "Cuda differs between the processes .False and True.*a GPU where Cuda"),
+        ({"num_workers": 7, "cache_mb": 1, "fp16": "float32"}, None),
         ({"classes_path": "elsewhere.txt", "save_dir": "there"}, None),
     ],
 )

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 import train as trainer
 from tests.helpers import history, make_data, make_project, run_of, train
+from utils.optimizer import is_frozen
 from utils.plumbing import settings as rules
 from utils.plumbing.command_line import command_line
 from utils.plumbing.command_line import constants as constants_of
 from utils.plumbing.errors import UserError
-from utils.plumbing.run import as_json
+from utils.plumbing.files import as_json
 from utils.rehearsal import check_best_by
 
 NAMES = {*rules.RULES}
@@ -240,6 +241,8 @@ def test_command_line():
     assert (
         given_words("--backbone", "'resnet18'", "--augmentation", "none")["backbone"] == "resnet18"
     )
+    assert given_words("--input_shape", "'[96, 128]'")["input_shape"] == [96, 128]
+    assert given_words("--Init_lr", "'0.25'", "--save_dir", "'7'")["Init_lr"] == 0.25
     assert given_words("--save_dir", "it's 'mine'")["save_dir"] == "it's 'mine'"
     assert given_words("--local-rank=0", "--best_by=-mae")["best_by"] == "-mae"
     assert (
@@ -670,6 +673,42 @@ def test_a_rule_whose_constant_is_gone_is_passed_over():
         del given[name]
         rules.check_settings(given)
         rules.check_phases(given, 100, 10)
+        if name not in ("UnFreeze_Epoch", "Unfreeze_batch_size"):
+            rules.describe_few_steps(given, 100)
+        is_frozen({**given, "Freeze_Epoch": 1}, 0)
+
+
+def test_what_is_computed_from_the_beginning_stays(tmp_path):
+    """A continued run begins later, and ends where it would have ended."""
+    text = FILE + "Init_Epoch = 0  # begun\nlast = Init_Epoch + 20  # of mine\n"
+    _, config = continued(tmp_path, text)
+    config["settings"]["Init_Epoch"] = 7
+    values, _ = continued(tmp_path, text, config=config)
+    assert (values["Init_Epoch"], values["last"]) == (7, 20)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "mixup_alpha, cutmix_alpha = 0.2, 1.0",
+        "if True:\n    mixup_alpha = 0.2",
+        "for mixup_alpha in (0.1, 0.2): pass",
+    ],
+)
+def test_a_constant_that_would_be_passed_over(tmp_path, line):
+    with pytest.raises(UserError, match="mixup_alpha must be set on a line of its own"):
+        continued(tmp_path, FILE + line + "\n")
+
+
+def test_a_fork_s_constant_goes_before_the_launchers_word(tmp_path):
+    values, _ = continued(tmp_path, FILE + "local_rank = 0  # of mine\n", "--local_rank", 3)
+    assert values["local_rank"] == 3
+
+
+def test_settings_that_json_does_not_have():
+    """They read the same in every process, and a table with two keys a cell is left out."""
+    mine = {"names": {"b", "a"}, "act": torch.nn.functional.relu, "cost": {("a", "b"): 1.0}}
+    assert as_json(mine) == {"names": ["a", "b"], "act": "<function relu>", "cost": {}}
 
 
 def test_a_rank_that_no_launcher_has_given(monkeypatch):

@@ -240,7 +240,7 @@ def fit_lr(settings, batch_size, transformer):
 
 def is_frozen(settings, epoch):
     """Return whether an epoch (0 …) trains the head alone."""
-    return settings["Freeze_Train"] and epoch < settings["Freeze_Epoch"]
+    return bool(settings.get("Freeze_Train")) and epoch < settings["Freeze_Epoch"]
 
 
 def batch_size_names(settings):

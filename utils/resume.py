@@ -6,10 +6,10 @@ from pathlib import Path
 
 from utils.checkpoint import cannot_continue
 from utils.optimizer import rate_at
-from utils.plumbing.console import say
+from utils.plumbing.console import say, shell_words
 from utils.plumbing.errors import UserError, short_repr
-from utils.plumbing.files import LAST, clear_drafts, load_tensors
-from utils.plumbing.run import as_json, find_run, read_config, trained_files
+from utils.plumbing.files import LAST, as_json, clear_drafts, load_tensors
+from utils.plumbing.run import find_run, read_config, trained_files
 
 
 def continued_run(resume, save_dir):
@@ -61,7 +61,7 @@ def check_goes_on(run, config, state, settings, class_names):
         verb = "has finished" if config["finished"] else "has trained"
         raise UserError(
             f"{run} {verb} {epochs} epochs: raise UnFreeze_Epoch (now {last}) to train on, as in "
-            f"--resume {run} --UnFreeze_Epoch {epochs + 5}"
+            f"{shell_words(['--resume', run])} --UnFreeze_Epoch {epochs + 5}"
         )
 
 

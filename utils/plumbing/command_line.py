@@ -56,13 +56,18 @@ def command_line(script, arguments=None, config=None):
     config.json keeps to continue from: the constants as they are written, and the words.
     """
     known = constants(script["__file__"])
+    for name in RULES:
+        if name in script and name not in known:
+            raise UserError(
+                f"{name} must be set on a line of its own that is not indented, {name} = … (an if "
+                f"below it may change it)"
+            )
     words = parse(arguments, script, known)
     if config:
         words = {**words_of_run(config, known), **words}
     given = {name: value_of(name, word, script[name]) for name, word in words.items()}
-    if config:
-        given.update(kept_settings(config, {**script, **given}))
-    set_constants(script, known, given)
+    kept = kept_settings(config, {**script, **given}) if config else {}
+    set_constants(script, known, given, kept)
     sources = {name: constant.source for name, constant in known.items()}
     return {name: script[name] for name in known}, {"constants": sources, "words": words}
 
@@ -117,12 +122,13 @@ def constants(path):
     return known
 
 
-def set_constants(script, known, given):
-    """Set constants of the script to the values given.
+def set_constants(script, known, given, kept):
+    """Set constants of the script to the values given, and to those that a continued run keeps.
 
-    What is computed from other constants (Min_lr from Init_lr) follows them.
+    What is computed from constants that are given (Min_lr from Init_lr) follows them.
     """
     changed = {*given}
+    given = {**given, **kept}
     for name, constant in known.items():
         value = script[name]
         if name in given:
@@ -165,6 +171,7 @@ def make_parser(script, known):
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         exit_on_error=False,
+        conflict_handler="resolve",  # a fork's constant goes before --local-rank
     )
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # older launchers'
     group_of = cache(parser.add_argument_group)  # one for each title
@@ -213,14 +220,16 @@ def advice_for(word, known):
 
 def value_of(name, word, default):
     """Return the Python value that a word of the command line spells, else the word itself."""
+    rules = rules_of(name, default)
     if len(word) > 1 and word[0] == word[-1] and word[0] in "'\"":
-        return word[1:-1]  # some shells leave the quotes
+        word = word[1:-1]  # some shells leave the quotes
+        if not rules or fits(word, rules):
+            return word
     spelled = word.capitalize() if word.lower() in ("true", "false") else word
     try:
         value = ast.literal_eval(spelled)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return word
-    rules = rules_of(name, default)
     if fits(word, rules) and not fits(value, rules):
         return word  # a name such as 2026_11_24 spells a number as well
     return value

@@ -118,7 +118,8 @@ class ProgressLine:
 def advice_to_continue(run):
     """Return the words 'continue with' and the command that continues a run, to be pasted."""
     if several_machines():
-        return f"continue with the same command on every machine, and --resume {run} at its end"
+        end = shell_words(["--resume", str(run)])
+        return f"continue with the same command on every machine, and {end} at its end"
     return f"continue with\n  {command_to_continue(run)}"
 
 

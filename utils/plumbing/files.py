@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import io
+import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import time
@@ -124,6 +126,20 @@ def on_cpu(state):
     if isinstance(state, (list, tuple)):
         return type(state)(map(on_cpu, state))
     return state
+
+
+def as_json(settings):
+    """Return settings as they read in config.json, the same in every process."""
+    return json.loads(json.dumps(settings, default=as_list_or_text, skipkeys=True))
+
+
+def as_list_or_text(value):
+    """Return what stands in config.json for a value that JSON does not have."""
+    if isinstance(value, (set, frozenset)):  # in an order of its own in each process
+        return sorted(map(str, value))
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return re.sub(" at 0x[0-9a-fA-F]+", "", str(value))  # an object's address
 
 
 def make_folder(folder, remedy):

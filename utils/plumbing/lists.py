@@ -11,8 +11,8 @@ import torch
 
 from utils.plumbing.console import say
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import check_regular
-from utils.plumbing.processes import LAUNCH_SETTINGS, gather_objects
+from utils.plumbing.files import as_json, check_regular
+from utils.plumbing.processes import gather_objects
 from utils.task import read_label
 
 PATH_SETTINGS = ("classes_path", "train_annotation_path", "test_annotation_path")
@@ -21,7 +21,7 @@ DEFAULT_PATHS = (
     "model_data/cls_train.txt",
     "model_data/cls_test.txt",
 )
-OF_A_MACHINE = (*LAUNCH_SETTINGS, "cache_mb", "fp16")  # rank 0's precision is everyone's
+OF_A_MACHINE = ("num_workers", "resume", "cache_mb", "fp16")  # rank 0's precision is everyone's
 PROJECT = Path(__file__).resolve().parents[2]  # where train.py stands
 
 
@@ -188,10 +188,11 @@ def label_pictures(entries, path):
 
     @cache
     def look_into(folder):
-        names = set()
+        real_folder, names = folder, set()
         with suppress(OSError, ValueError):
+            real_folder = os.path.realpath(folder)
             names.update(os.listdir(folder or "."))
-        return os.path.realpath(folder), names
+        return real_folder, names
 
     labels, missing, others = {}, [], []
     for number, label, picture in entries:
@@ -274,7 +275,7 @@ def check_same_everywhere(settings, train_data, val_data):
     What OF_A_MACHINE names may differ, and paths.
     """
     own = {}
-    for name, value in settings.items():
+    for name, value in as_json(settings).items():
         if name not in OF_A_MACHINE and not name.endswith(("_path", "_dir")):
             own[name] = str(value)
     own["train_annotation_path"] = train_data.fingerprint["list"]
@@ -285,5 +286,5 @@ def check_same_everywhere(settings, train_data, val_data):
         if len(values) > 1:
             raise UserError(
                 f"{name} differs between the processes ({' and '.join(values[:2])}): every machine "
-                f"needs the same train.py, command line and lists"
+                f"needs the same train.py, command line and lists, and a GPU where Cuda is True"
             )

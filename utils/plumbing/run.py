@@ -20,9 +20,9 @@ except ImportError:  # Windows
 
 from utils.optimizer import batch_size_names
 from utils.plumbing import processes
-from utils.plumbing.console import say, say_row
+from utils.plumbing.console import say, say_row, shell_words
 from utils.plumbing.errors import UserError, printable
-from utils.plumbing.files import check_regular, make_folder, save_text
+from utils.plumbing.files import as_json, check_regular, make_folder, save_text
 from utils.plumbing.lists import clean_names
 from utils.plumbing.processes import world_size
 
@@ -77,18 +77,8 @@ def newest_hint(run):
 
 def write_config(run, config):
     """Write a run's config.json."""
-    text = json.dumps(config, indent=1, ensure_ascii=False, default=as_list_or_text)
+    text = json.dumps(as_json(config), indent=1, ensure_ascii=False)
     save_text(Path(run, "config.json"), text + "\n")
-
-
-def as_list_or_text(value):
-    """Return what stands in config.json for a value that JSON does not have."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def as_json(settings):
-    """Return settings as they read in config.json."""
-    return json.loads(json.dumps(settings, default=as_list_or_text))
 
 
 def runs_in(save_dir):
@@ -161,8 +151,8 @@ def find_run(resume, save_dir):
         if config.get("launch") == processes.launch_id:
             if config["finished"]:
                 raise UserError(
-                    f"{run} of this launch has finished: --resume {run} --UnFreeze_Epoch … trains "
-                    f"on, another --rdzv_id begins a new run"
+                    f"{run} of this launch has finished: {shell_words(['--resume', run])} "
+                    f"--UnFreeze_Epoch … trains on, another --rdzv_id begins a new run"
                 )
             lock(run, seconds)
             return run

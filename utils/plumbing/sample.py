@@ -17,9 +17,13 @@ def find_lists(settings, config=None):
     and the settings name their lists from then on; but only in train.py's own folder, and not for a
     run that had its own lists there (config: that of a continued run).
     """
-    had_lists = config and config["settings"].get("classes_path") == DEFAULT_PATHS[0]
+    ran_on = config["settings"].get("classes_path") if config else None
     paths = tuple(settings[name] for name in PATH_SETTINGS)
     drawn = tuple(str(SAMPLE / name) for name in ("classes.txt", "train.txt", "test.txt"))
+    if ran_on == drawn[0] and paths == DEFAULT_PATHS and config.get("trained", True):
+        paths = drawn  # lists that were written since are for a new run
+        settings.update(zip(PATH_SETTINGS, drawn))
+    had_lists = ran_on == DEFAULT_PATHS[0]
     if had_lists or paths not in (DEFAULT_PATHS, drawn) or any(map(os.path.exists, paths)):
         for name, path in zip(PATH_SETTINGS, paths):
             read_text_file(name, path)

@@ -259,7 +259,7 @@ def describe_few_steps(settings, num_train):
     """Return a note where a training makes too few steps for most networks to learn, or ""."""
     epochs = settings["UnFreeze_Epoch"]
     batches = max(1, num_train // settings["Unfreeze_batch_size"])
-    epoch_steps = math.ceil(batches / settings["accumulate"])
+    epoch_steps = math.ceil(batches / settings.get("accumulate", 1))
     steps = epochs * epoch_steps
     if steps >= FEW_STEPS or epochs >= 100:
         return ""

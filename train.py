@@ -205,7 +205,7 @@ if __name__ == "__main__":
     batch = first_batch(train_data, Freeze_batch_size if frozen else Unfreeze_batch_size, seed)
     say_note(train_data.describe_cut())
     say_note(describe_few_steps(settings, num_train))
-    check_batch(batch, settings, num_classes)
+    check_batch(batch, model, settings, num_classes)
     fp16 = on_rank_0(choose_precision, settings, model, batch)
     settings["fp16"] = fp16
     if sync_bn:  # only now: rank 0 tries precisions alone, and these layers wait for all processes

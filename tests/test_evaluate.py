@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
+import nets
 from tests.helpers import ROOT, environment, make_data, make_run, picture, weights
 from utils import evaluate as module
 from utils import export, predict
@@ -517,6 +518,28 @@ def test_a_network_that_loads_only_marked_weights(tmp_path):
     run = make_run(tmp_path / "run", ["a", "b"], backbone="mnasnet0_5")
     state = weights(run, "best_epoch_weights.pth")
     torch.save(dict(state), Path(run, "best_epoch_weights.pth"))
+    loaded = predict.Classifier(run).network.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
+MINE = """from torch import nn
+from torchvision import models
+
+
+def mine(num_classes, input_shape):
+    return nn.Sequential(models.mnasnet0_5(num_classes=7), nn.Linear(7, num_classes))
+"""
+
+
+def test_one_inside_a_network_of_one_s_own(tmp_path, monkeypatch):
+    """And files without BatchNorm's counters, as older ones are."""
+    monkeypatch.setattr(nets, "__path__", [*nets.__path__, str(tmp_path)])
+    monkeypatch.setattr(nets, "OWN", ["mine"])
+    (tmp_path / "mine.py").write_text(MINE)
+    run = make_run(tmp_path / "run", ["a", "b"], backbone="mine")
+    path = Path(run, "best_epoch_weights.pth")
+    state = weights(run, path.name)
+    torch.save({name: state[name] for name in state if "num_batches" not in name}, path)
     loaded = predict.Classifier(run).network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.items())
 

@@ -354,6 +354,7 @@ def test_lists_that_were_written_with_other_classes(tmp_path, monkeypatch, capsy
     "change, named",
     [
         ({"Init_lr": 0.02}, "Init_lr differs between the processes .0.01 and 0.02"),
+        ({"new": 7}, "new differs between the processes .7 and absent"),
         ({"mine": 3}, "mine differs between the processes .2 and 3"),
         ({"Cuda": True}, "Cuda differs between the processes .False and True.*a GPU where Cuda"),
         ({"num_workers": 7, "cache_mb": 1, "fp16": "float32"}, None),
@@ -367,7 +368,9 @@ def test_machines_with_other_settings(monkeypatch, change, named):
     data = DataGenerator(["0;a.png"], (8, 8), num_classes=2)
 
     def gather(own):
-        return [own, {**own, **{name: str(change[name]) for name in own if name in change}}]
+        other = {**own, **{name: str(change[name]) for name in own if name in change}}
+        other.update(new="7") if change == {"new": 7} else None
+        return [own, other]
 
     monkeypatch.setattr(lists, "gather_objects", gather)
     with pytest.raises(UserError, match=named) if named else contextlib.nullcontext():

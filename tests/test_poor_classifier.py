@@ -29,7 +29,6 @@ from utils.plumbing import charts, console
 from utils.plumbing.charts import draw_line_chart, draw_matrix
 from utils.plumbing.errors import UserError
 from utils.recipe import Recipe
-from utils.task import metric_texts
 
 NAMES = [f"name {letter}" for letter in "abcdefg"]
 NUMBER = 60
@@ -555,8 +554,6 @@ def test_top5_of_few_classes_is_not_shown(tmp_path, made, capsys):
         run = make_run(tmp_path / f"run{number}", NAMES[:number], "colour")
         evaluate(run, annotation=tmp_path / "list.txt", num_workers=0)
         assert ("top-5" in capsys.readouterr().out) == (number > 5)
-    texts = metric_texts({"train_loss": 1.0, "top1": 0.5})
-    assert texts == ["train loss 1.0000", "top-1 50.00%"]
 
 
 def test_a_folder_s_files_that_are_not_read_are_told(made, tmp_path, capsys):

@@ -262,6 +262,18 @@ def test_shared_weights_are_averaged_once():
     assert ema.module[1].weight.item() == 0.5
 
 
+def test_a_buffer_that_the_first_step_makes_is_no_average():
+    """What is not saved is not averaged, and moves nothing of what is."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    model[0].register_buffer("grid", None, persistent=False)
+    ema = EMA(model, 0.5)
+    model[0].grid = torch.full((1,), 9.0)
+    model[1].running_mean += 1
+    ema.update_parameters(model)
+    assert ema.module[1].running_mean.item() == pytest.approx(0.9)
+    assert ema.module[1].running_var.item() == 1
+
+
 def test_a_long_ema_of_a_short_training_has_forgotten_the_first_weights():
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, 1000.0)

@@ -60,7 +60,7 @@ def test_no_trace_is_left(able_cpu, closure):
     recipe.extra_loss = (lambda *words: own(*words)) if closure else own
     before = copy.deepcopy((model.state_dict(), own.state_dict()))
     stream, mode = torch.get_rng_state(), [m.training for m in model.modules()]
-    check_batch(batch, recipe.settings, 3)
+    check_batch(batch, model, recipe.settings, 3)
     assert choose_precision(recipe.settings, model, batch) in ("float32", "bfloat16")
     after = model.state_dict(), own.state_dict()
     for old, new in zip(before, after):
@@ -274,9 +274,9 @@ def test_recipes_for_class_ids_refuse_other_targets(kind, settings):
 
 def test_almost_black_pictures_get_a_note(capsys):
     model, recipe, (images, targets, _) = get_parts(fp16=False)
-    check_batch((images // 16, targets, []), recipe.settings, 3)
+    check_batch((images // 16, targets, []), model, recipe.settings, 3)
     assert "almost black" in capsys.readouterr().out
-    check_batch((images, targets, []), recipe.settings, 3)
+    check_batch((images, targets, []), model, recipe.settings, 3)
     assert "almost black" not in capsys.readouterr().out
 
 

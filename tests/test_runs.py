@@ -347,6 +347,7 @@ def test_a_day_is_no_end_of_the_time_left(capsys):
     assert "1 day, 3:45:00 left" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others keep their own way")
 def test_workers_are_forked_on_linux():
     """Also by a Python whose own choice is another one, as from 3.14 on."""
     code = """

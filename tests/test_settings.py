@@ -718,14 +718,17 @@ def test_a_rank_that_no_launcher_has_given(monkeypatch):
 
 
 def test_best_by():
-    targets = torch.arange(3)
+    model, batch = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7)),
+        (torch.zeros(3, 3, 2, 2).byte(), torch.arange(3)),
+    )
     for good in ("val_loss", "top1", "top5", "recall", "-top1", "-val_loss"):
-        check_best_by(good, targets, {}, 7)
+        check_best_by({"Cuda": False, "best_by": good}, model, batch)
     for bad in ("top_1", "-", "", "--top1", "- top1", "loss"):
         with pytest.raises(
             UserError, match="best_by = '.*' is not a metric.*: val_loss, top1, top5, recall"
         ):
-            check_best_by(bad, targets, {}, 7)
+            check_best_by({"Cuda": False, "best_by": bad}, model, batch)
 
 
 def test_a_launch_says_which_limit_changed_the_rate(tmp_path):

@@ -117,11 +117,11 @@ class EMA(nn.Module):
         number = int(self.n_averaged)
         decay = min(self.decay, (1 + number) / (10 + number))
         averages, values = [], []
-        ours = chain(self.module.parameters(), self.module.buffers())  # each once, also if shared
-        theirs = chain(model.parameters(), model.buffers())
-        for average, value in zip(ours, theirs):
-            if average.is_floating_point():
+        saved = model.state_dict()
+        # each once, also if shared
+        for name, average in chain(self.module.named_parameters(), self.module.named_buffers()):
+            if average.is_floating_point() and name in saved:
                 averages.append(average)
-                values.append(value)
+                values.append(saved[name])
         torch._foreach_lerp_(averages, values, 1 - decay)
         self.n_averaged += 1

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 
 from utils.dataloader import detection_collate
-from utils.fit import VALIDATION, backward
+from utils.fit import VALIDATION, backward, score_batch
 from utils.optimizer import optimizer_step
 from utils.plumbing import processes
 from utils.plumbing.charts import draw_contact_sheet, drawable_names
@@ -34,7 +34,7 @@ def first_batch(data, batch_size, seed):
         return detection_collate([data[item] for item in items])
 
 
-def check_batch(batch, settings, num_classes):
+def check_batch(batch, model, settings, num_classes):
     """Raise UserError for settings that do not suit a batch, and note nearly black pictures."""
     images, targets, _ = batch
     if images.amax((1, 2, 3)).median() <= 16:
@@ -43,16 +43,20 @@ def check_batch(batch, settings, num_classes):
             "16-bit files look like this: multiply their values by 16"
         )
     check_targets(targets, settings, num_classes)
-    check_best_by(settings["best_by"], targets[:2], settings, num_classes)
+    check_best_by(settings, model, batch)
 
 
-def check_best_by(best_by, targets, settings, num_classes):
+def check_best_by(settings, model, batch):
     """Raise UserError unless best_by is a metric of validation, or one after '-'.
 
-    Logits of zeros are scored for the metrics' names.
+    Two pictures are scored for the metrics' names.
     """
-    logits = torch.zeros(len(targets), num_classes)
-    sums = batch_sums(torch.zeros(()), logits, targets, settings)
+    Cuda = settings["Cuda"]
+    best_by = settings["best_by"]
+    with kept_random_stream(Cuda):
+        trial = copy.deepcopy(model).eval()
+        logits, targets = score_batch(trial, batch[0][:2], batch[1][:2], Cuda, False, settings)
+        sums = batch_sums(logits.new_zeros(()), logits, targets, settings)
     names = [VALIDATION.get(name, name) for name in metrics_from(sums, settings)]
     if best_by.removeprefix("-") not in names:
         raise UserError(

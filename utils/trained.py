@@ -77,8 +77,10 @@ class Classifier:
         try:
             state = load_weights(path, "weights")
             check_numbers(self.network.state_dict(), state, f"weights: {path}")
-            marked = OrderedDict(state)  # MNASNet loads nothing without its version's mark
-            marked._metadata = {"": self.network.state_dict()._metadata[""]}
+            own = self.network.state_dict()
+            counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+            marked = OrderedDict({**counters, **state})  # older files have no counters
+            marked._metadata = own._metadata  # MNASNet loads nothing without its version's mark
             self.network.load_state_dict(marked)
         except RuntimeError as error:
             backbone, input_shape = self.settings["backbone"], self.settings["input_shape"]

@@ -110,7 +110,7 @@ def say_left_out(left_out, **options):
     """Print how many files were left out for each of the usual reasons, and which."""
     for reason in sorted(left_out, key=lambda reason: -len(left_out[reason]))[:10]:
         paths = left_out[reason]
-        say(f"left out ({len(paths)}): {reason}: {quote(paths)}", **options)
+        say(f"left out ({len(paths)}): {reason}: {quote(paths, length=4096)}", **options)
 
 
 def role_of(name):
@@ -164,9 +164,10 @@ def check_classes(inside, datasets):
         )
 
 
-def quote(names):
+def quote(names, length=80):
     """Return at most five of some names, sorted, as a message shows them."""
-    return ", ".join(map(short_repr, sorted(names)[:5])) + (", …" if len(names) > 5 else "")
+    texts = [short_repr(name, length) for name in sorted(names)[:5]]
+    return ", ".join(texts) + (", …" if len(names) > 5 else "")
 
 
 def split_by_chance(pairs, datasets, share, seed):

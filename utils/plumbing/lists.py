@@ -281,7 +281,7 @@ def check_same_everywhere(settings, train_data, val_data):
     own["train_annotation_path"] = train_data.fingerprint["list"]
     own["test_annotation_path"] = val_data.fingerprint["list"]
     everyone = gather_objects(own)
-    for name in own:
+    for name in sorted(set().union(*everyone)):
         values = sorted({other.get(name, "absent") for other in everyone})
         if len(values) > 1:
             raise UserError(

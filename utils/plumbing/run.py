@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 from utils.optimizer import batch_size_names
 from utils.plumbing import processes
-from utils.plumbing.console import say, say_row, shell_words
+from utils.plumbing.console import say, say_if_slow, say_row, shell_words
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import as_json, check_regular, make_folder, save_text
 from utils.plumbing.lists import clean_names
@@ -114,13 +114,14 @@ def lock(run, seconds=0):
             f"{run} cannot be trained: its file .lock cannot be opened ({error.strerror})"
         ) from None
     end = time.monotonic() + seconds
-    while not is_locked_now(number):
-        if time.monotonic() >= end:
-            raise UserError(
-                f"{run} is being trained by another process, and cannot be continued before that "
-                f"has ended (resume = False begins a new run)"
-            )
-        time.sleep(0.5)
+    with say_if_slow(f"waiting up to {seconds} s for the process that trains {run} …"):
+        while not is_locked_now(number):
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"{run} is being trained by another process, and cannot be continued before "
+                    f"that has ended (resume = False begins a new run)"
+                )
+            time.sleep(0.5)
     return number
 
 
@@ -140,14 +141,14 @@ def is_locked_now(number):
 
 def find_run(resume, save_dir):
     """Return the folder of the run to continue, locked, or None for a new one."""
-    restarted = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, perhaps: it does not always say
-    seconds = 30 if restarted else 0  # in which the processes of before it end
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # perhaps again: torchrun does not always say
+    seconds = 30 if launched else 0  # in which the processes of before it end
     if isinstance(resume, str):
         run = str(find_folder(resume, ("", save_dir)))
         read_config(run)
         lock(run, seconds)
         return run
-    for config, run in runs_in(save_dir) if restarted else ():
+    for config, run in runs_in(save_dir) if launched else ():
         if config.get("launch") == processes.launch_id:
             if config["finished"]:
                 raise UserError(

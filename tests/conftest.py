@@ -1,6 +1,8 @@
 """Markers, and the slow proofs that run only when asked for: python -m pytest tests --slow"""
 
+import multiprocessing
 import signal
+import sys
 import threading
 
 import hypothesis
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
+    multiprocessing.set_start_method("fork")  # as the programs do, whatever Python's own is
 if threading.current_thread() is threading.main_thread():
     # a shell's background job, and what it starts, would ignore Ctrl-C; under nohup, SIGHUP
     signal.signal(signal.SIGINT, signal.default_int_handler)

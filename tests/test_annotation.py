@@ -461,6 +461,17 @@ def instants(monkeypatch, act):
             return real(*words, **options)
 
         monkeypatch.setattr(os, name, step)
+
+    def unlink(path, missing_ok=False):  # Python 3.10's own has kept the os.unlink of before
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    # some file systems have nameless files, others unlink what is tried
+    monkeypatch.setattr("utils.annotation.make_folder", lambda *words: None)
     return count
 
 
@@ -677,7 +688,7 @@ def test_as_many_processes_as_cores(number, monkeypatch):
     processes = {
         text.split()[1] for text in on_all_cores(where, [*map(str, range(50))], "tried").values()
     }
-    assert 1 <= len(processes) <= number and str(os.getpid()) not in processes
+    assert len(processes) == number and str(os.getpid()) not in processes
 
 
 def fragile(path):

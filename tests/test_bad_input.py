@@ -18,8 +18,11 @@ from utils.plumbing.errors import UserError
 
 
 class Bomb:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return Path.touch, (Path("/tmp/this_code_has_run"),)
+        return Path.touch, (self.path,)
 
 
 def test_weight_files(tmp_path):
@@ -31,15 +34,16 @@ def test_weight_files(tmp_path):
     (tmp_path / "text.pth").write_text("no weights\n" * 10)
     (tmp_path / "empty.pth").touch()
     torch.save([1, 2], tmp_path / "list.pth")
-    torch.save({"model": Bomb()}, tmp_path / "bomb.pth")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb()))
+    bomb = Bomb(tmp_path / "this code has run")
+    torch.save({"model": bomb}, tmp_path / "bomb.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(bomb))
     for name in ("cut", "text", "empty", "list", "bomb", "pickle", "missing"):
         with pytest.raises(UserError, match=name) as caught:
             load_weights(tmp_path / f"{name}.pth")
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="folder"):
         load_weights(tmp_path)
-    assert not Path("/tmp/this_code_has_run").exists()
+    assert not bomb.path.exists()
 
 
 def test_whole_runs_end_with_one_sentence(tmp_path):

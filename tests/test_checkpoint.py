@@ -278,6 +278,7 @@ def test_changed_options_of_the_optimizer_train(tmp_path):
         "weight_decay: 0.0005 → 0.1",
         "backbone_lr_scale: 1.0 → 0.01",
         "fp16: 'float32' → 'bfloat16'",
+        "the best epoch is sought anew, changed: fp16\n",
     ):
         assert said in out
     groups = torch.load(run / LAST, weights_only=True)["optimizer"]["param_groups"]
@@ -322,7 +323,8 @@ before("os:replace", die_at)
     train(folder, script=hooked(folder, code), code=-signal.SIGKILL)
     run = run_of(folder)
     if not (run / LAST).exists():
-        return  # nothing was committed
+        assert moment == (LAST, 1)  # nothing was committed, and so nothing published
+        return
     saved = load_checkpoint(run)
     rows = saved["history"]["rows"]
     assert len(rows) == saved["epoch"] == (number - 1 if file == LAST else number)
@@ -380,6 +382,14 @@ def test_averages_and_the_scaler_go_on(tmp_path):
 def test_the_first_of_equal_epochs_is_the_best(tmp_path):
     history, row = LossHistory(tmp_path), {"top1": 0.5, "val_loss": 1.0}
     assert history.append_loss({"epoch": 1, **row}) and not history.append_loss({"epoch": 2, **row})
+
+
+def test_a_training_that_begins_while_its_lists_are_written(tmp_path):
+    make_data(make_project(tmp_path), train=24, test=6)
+    place = "utils.plumbing.lists:get_classes"
+    code = f"before('{place}', lambda *words: os.utime('model_data/cls_train.txt'), 1)"
+    _, err = train(tmp_path, script=hooked(tmp_path, code), code=1)
+    assert "are being written" in err and "Traceback" not in err
 
 
 def test_lists_that_change_under_a_run(tmp_path):

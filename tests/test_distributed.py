@@ -101,6 +101,34 @@ def test_two_nodes(alone):
     assert "epoch" not in out_1
 
 
+UNUSED = """from torch import nn
+
+
+class Sometimes(nn.Module):
+    has_unused_parameters = True
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.unused, self.body = nn.Linear(4, 4), nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, pictures):
+        return self.head(self.body(pictures).mean((2, 3)))
+
+
+def sometimes(num_classes, input_shape):
+    return Sometimes(num_classes)
+"""
+
+
+def test_parameters_that_no_step_uses(tmp_path):
+    folder = make_project(tmp_path, backbone="'sometimes'", UnFreeze_Epoch=1)
+    (folder / "nets/sometimes.py").write_text(UNUSED)
+    make_data(folder, train=24, test=6)
+    launch(folder)
+    assert len(history(run_of(folder))) == 1
+
+
 def test_validation_is_the_same_for_the_same_weights(alone):
     """With a learning rate of nearly nothing both launches validate the same weights."""
     folder, _, _ = alone

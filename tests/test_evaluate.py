@@ -133,6 +133,13 @@ def test_pictures_that_another_program_holds_open_on_windows(folder, tmp_path, m
     assert (tmp_path / "mistakes.png").exists() and predicted(tmp_path)
 
 
+def test_weights_in_another_trainers_checkpoint(folder, tmp_path):
+    state = {name: value + 1 for name, value in weights("run", "best_epoch_weights.pth").items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "theirs.pth")
+    loaded = predict.Classifier("run", tmp_path / "theirs.pth").network.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
 def test_no_mistakes(folder, tmp_path):
     """leave no picture of them, nor an older one."""
     run = make_run(tmp_path / "run", ["a"], classes_path="none.txt")

@@ -573,3 +573,9 @@ def test_a_picture_for_which_no_class_is_named(made, tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit) as ended:
         explain.main(["run", str(tmp_path / "one.jpg"), "--out", str(tmp_path)])
     assert ended.value.code == 1 and "one.jpg: no class is named" in capsys.readouterr().err
+
+
+def test_explain_takes_maxvit():
+    network = get_model("maxvit_t", 3, [224, 224]).eval()
+    _, features = explain.last_map(network, torch.randn(1, 3, 224, 224), (1, 3, 224, 224))
+    assert features.shape[2:] == (7, 7)

@@ -1,7 +1,7 @@
 """What is tried before training: it finds out what does not go together, and leaves no trace."""
 
 import copy
-import math
+import re
 
 import pytest
 import torch
@@ -313,6 +313,20 @@ def test_a_clock_is_read(able_cpu, capsys):
     model, recipe, batch = get_parts()
     choose_precision(recipe.settings, model, batch)
     speed = capsys.readouterr().out.partition("(")[2]
-    assert speed.startswith("float32 ") and not any(
-        math.isinf(float(word)) for word in speed.split() if word.isdigit()
-    )
+    assert re.fullmatch(r"float32 [1-9]\d* images/s, bfloat16 [1-9]\d* images/s\)\n", speed)
+
+
+def test_the_first_pictures_stand_above_their_own_labels(tmp_path, monkeypatch):
+    drawn = []
+    sheet = rehearsal.draw_contact_sheet
+
+    def note(pictures, captions):
+        drawn.extend([pictures, captions])
+        return sheet(pictures, captions)
+
+    monkeypatch.setattr(rehearsal, "draw_contact_sheet", note)
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 4, 6)
+    batch = images, torch.arange(40) % 3, []
+    rehearsal.save_first_batch(tmp_path / "sheet.png", batch, ["a", "b", "c"])
+    assert [int(picture[0, 0, 0]) for picture in drawn[0]] == list(range(32))
+    assert drawn[1] == list("abc" * 11)[:32]

@@ -342,7 +342,8 @@ def test_mistakes_on_the_command_line(words, sentence):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_help(capsys):
+def test_help(capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
     with pytest.raises(SystemExit):
         given_words("--help")
     out, constants = capsys.readouterr().out, constants_of(trainer.__file__)
@@ -364,6 +365,7 @@ def test_help(capsys):
 
 
 def test_choices_that_a_fork_adds_are_in_help(monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setitem(rules.RULES, "lr_decay_type", ("linear", "cos", "step", "constant"))
     with pytest.raises(SystemExit):
         given_words("--help")

@@ -1,5 +1,6 @@
 """Reduced copies of large pictures: what they show, when they are made, what is never touched."""
 
+import io
 import os
 import shutil
 import signal
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from tests.helpers import environment
 from tests.test_data import photo
 from utils.annotation import main as annotate
+from utils.pictures import read_crop
 from utils.plumbing.errors import UserError
 from utils.plumbing.shrink import shrink_all
 
@@ -94,8 +96,12 @@ def test_copies(capsys):
         "photos/dog/small.jpg",
         "photos/dog/tiny.png",
     }
+    usual = io.BytesIO()
+    photo(64, 64).save(usual, "JPEG", quality=95)
     for name, size in copies.items():
         with Image.open(f"photos-shrunk-64/{name}") as copy:
+            assert copy.quantization == Image.open(usual).quantization
+            assert JpegImagePlugin.get_sampling(copy) == 0
             assert (
                 copy.size == size
                 and copy.mode == "RGB"
@@ -280,6 +286,9 @@ def test_damaged_jpegs_are_named(words, capfd):
         assert f"unreadable: photos/cat/{name}.jpg (" in out
     assert "zeros.jpg (OSError: damaged: Corrupt JPEG data: " in out
     assert "JPEG" not in err and len(listed()) == 4
+    for name in ("zeros", "trailing"):  # training reads them as far as they go
+        seen = read_crop(f"photos/cat/{name}.jpg", (64, 64), lambda *size: (0, 0, *size))
+        assert seen.shape == (64, 64, 3)
 
 
 def test_pictures_that_are_too_large_for_pillow(monkeypatch, capsys):
@@ -340,7 +349,12 @@ def test_stopped_and_continued():
     Path("photos/dog").mkdir()
     for i in range(1, 60):
         shutil.copy("photos/cat/0.png", f"photos/{'cat' if i % 2 else 'dog'}/{i}.png")
-    words = [sys.executable, "-m", "utils.annotation", "photos", "--shrink", "32"]
+    Path("two.py").write_text(
+        "from utils import annotation\nfrom utils.plumbing import shrink\n"
+        "shrink.cores = lambda: 2  # many would be done at once\n"
+        "if __name__ == '__main__':\n    annotation.main()\n"
+    )
+    words = [sys.executable, "two.py", "photos", "--shrink", "32"]
     root = Path(__file__).resolve().parent.parent
     with open("out.txt", "w") as out:
         process = subprocess.Popen(
@@ -365,6 +379,6 @@ def test_stopped_and_continued():
     assert len(early) < 60 and not os.path.exists("model_data/cls_train.txt")
     for path in early:
         Image.open(path).load()
-    annotate(words[3:])
+    annotate(words[2:])
     late = copies()
     assert len(listed()) == len(late) == 60 and all(late[path] == early[path] for path in early)

@@ -22,6 +22,7 @@ from tests.helpers import (
     weights,
     write_network,
 )
+from utils.plumbing.command_line import constants
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,9 @@ def test_it_learns_and_says_so(first):
         )
         == 5
     )
+    keys = [(row["top1"], -row["val_loss"]) for row in rows]
+    stars = [line.endswith(" *") for line in out.splitlines() if re.match(r"epoch \d/5:", line)]
+    assert stars == [key > max(keys[:i], default=(-1, 0)) for i, key in enumerate(keys)]
 
 
 def test_the_run_folder(first):
@@ -90,6 +94,8 @@ def test_the_run_folder(first):
         and config["settings"]["backbone"] == "resnet18"
     )
     assert config["finished"] and config["versions"]["torch"] == torch.__version__
+    assert config["settings"].keys() == constants(folder / "train.py").keys()
+    assert config["versions"].keys() == {"python", "torch", "torchvision", "numpy", "PIL"}
 
 
 def test_weights_are_torchvisions(first):
@@ -302,8 +308,9 @@ def test_compile(tmp_path, backend):
 
 def test_small_data_set(tmp_path):
     folder = make_project(tmp_path, Unfreeze_batch_size=32, UnFreeze_Epoch=1)
-    make_data(folder, train=40, test=10)
-    train(folder)
+    make_data(folder, train=40, test=10, size=(96, 32))
+    out, _ = train(folder)
+    assert "cuts 67% of it away" in out
     assert history(run_of(folder))[0]["scored"] == 10
     edit(folder, Unfreeze_batch_size=41)
     _, err = train(folder, code=1)

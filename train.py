@@ -10,10 +10,12 @@ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py
 import math
 import os
 
-from utils.plumbing.start import start_program
+from utils.plumbing.start import start_program, start_worker
 
 if __name__ == "__main__":
     start_program()  # before torch is imported, which reads the OpenMP setting once
+elif __name__ == "__mp_main__":
+    start_worker()  # where workers are spawned, each imports this file
 
 import numpy as np
 import torch

@@ -197,6 +197,21 @@ def test_resumed_in_validation_by_a_coarse_clock(tmp_path):
     assert history(run_of(tmp_path))[0]["images_per_second"] == 0
 
 
+def test_a_history_that_is_open_in_another_program(tmp_path, monkeypatch, capsys):
+    """Windows refuses to replace it: no reason to end a training."""
+
+    def refuse(fresh, path):
+        if str(path).endswith("history.csv"):
+            raise PermissionError(13, "Permission denied")
+        os.replace(fresh, path)
+
+    monkeypatch.setattr("utils.plumbing.files.move", refuse)
+    row = {"epoch": 1, "top1": 0.9, "val_loss": 1.0, "train_loss": 1.0, "train_top1": 0.5}
+    assert checkpoint_in(tmp_path).commit(row, 10, 3)
+    assert "WARNING: " in capsys.readouterr().out and not (tmp_path / "history.csv").exists()
+    assert weights(tmp_path, "best_epoch_weights.pth") and weights(tmp_path)
+
+
 def test_the_best_weights_are_a_copy(tmp_path):
     checkpoint = checkpoint_in(tmp_path)
     model = checkpoint.parts["model"]

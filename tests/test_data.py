@@ -35,7 +35,7 @@ from utils.plumbing.processes import count_workers, describe_device, prepare_wor
 from utils.plumbing.sample import SAMPLE, find_lists
 from utils.plumbing.shapes import SHAPES, draw_set
 from utils.sampler import EpochSampler
-from utils.steps import Steps
+from utils.steps import Steps, uninterrupted
 
 NAMES = "classes_path", "train_annotation_path", "test_annotation_path"
 
@@ -440,6 +440,28 @@ def test_waiting_counts_where_nothing_is_left_to_compute(monkeypatch):
     idle = iter([True, False, False, True])
     assert list(run.steps(fetches(), 4)) == [[1], [4], [5], [20]]
     assert run.waited == 1 + 20
+
+
+class Interrupted:
+    """Batches whose first wait is ended by an error, as Windows does at Ctrl-C."""
+
+    def __init__(self):
+        self.results = [1, InterruptedError(4, "Interrupted function call"), 2]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.results:
+            raise StopIteration
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+def test_an_interrupted_wait_goes_on():
+    assert list(uninterrupted(Interrupted())) == [1, 2]
 
 
 def test_what_is_kept_in_memory(lines):

@@ -1,6 +1,7 @@
 """Which run is continued, whose it is, and what its folder may do."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -526,6 +527,72 @@ def test_a_lock_on_windows(tmp_path, monkeypatch, held):
     monkeypatch.setattr(run, "msvcrt", Msvcrt, raising=False)
     with pytest.raises(UserError, match="by another") if held else contextlib.nullcontext():
         run.lock(str(tmp_path))
+
+
+class WindowsLocks:
+    """Locks that belong to an open file, and not to its process."""
+
+    LK_NBLCK = 1
+
+    def __init__(self):
+        self.held = {}
+
+    def locking(self, number, mode, size):
+        place = os.fstat(number).st_ino
+        held = self.held.get(place, number)  # the same number again: what had it is closed
+        if held != number and os.path.exists(f"/proc/self/fd/{held}"):
+            raise PermissionError(13, "Permission denied")
+        self.held[place] = number
+
+
+def test_a_session_trains_a_run_again_on_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "fcntl", None)
+    monkeypatch.setattr(run, "msvcrt", WindowsLocks(), raising=False)
+    folder = finished_run(tmp_path / "run", 1)
+    for resume in (True, str(folder), True):
+        assert run.find_run(resume, str(tmp_path)) == str(folder)
+    other = os.open(folder / ".lock", os.O_RDWR)
+    run.release(folder)
+    run.msvcrt.locking(other, 1, 1)
+    with pytest.raises(UserError, match="by another process"):
+        run.find_run(True, str(tmp_path))
+    os.close(other)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_command_that_continues_where_a_venv_starts_another_python(monkeypatch, found):
+    python = sys.executable
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "3"])
+    monkeypatch.setattr(sys, "orig_argv", ["/Python.app/Contents/MacOS/Python", *sys.argv])
+    monkeypatch.setattr(console.shutil, "which", lambda name: python if found else None)
+    words = console.command_to_continue("logs/1").split()
+    assert words == ["python" if found else python, *sys.argv, "--resume", "logs/1"]
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    def refuse(self, exist_ok=True):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.Path, "touch", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\): name another"):
+        files.make_folder(tmp_path / "out", "name another")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_progress_line_fits_the_terminal(monkeypatch):
+    """A longer one could not be redrawn, and would scroll."""
+    monkeypatch.setenv("COLUMNS", "40")
+    line = console.ProgressLine("epoch 1/3", 100, stream=Terminal())
+    line.show(20, 32, lambda: "x" * 100, due=True)
+    line.clear()
+    *shown, end = line.stream.getvalue().split("\r")
+    assert all(len(text) <= 39 for text in shown) and shown[2].startswith("epoch 1/3 20/100 xxx")
+    assert not shown[-1].strip() and end == "" and "\033" not in line.stream.getvalue()
 
 
 def test_a_file_that_another_program_holds_open_on_windows(tmp_path, monkeypatch):

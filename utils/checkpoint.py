@@ -178,7 +178,12 @@ class Checkpoint(Steps):
         history = self.parts["history"]
         if rank() or not history.rows:
             return
-        history.write()
+        try:
+            history.write()
+        except UserError as error:  # Windows: it is open in another program; written next time
+            if not isinstance(error.__cause__, PermissionError):
+                raise
+            say(f"WARNING: {error}")
         if best_is_new and self.best is not None:
             save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
         if self.position.step:  # the model is inside an epoch

@@ -56,7 +56,7 @@ class Steps:
         A process without a share of the last step gets an empty list.
         """
         self.waited = 0.0
-        batches = processes.iterate(gen)
+        batches = uninterrupted(processes.iterate(gen))
         for done in range(0, total, accumulate):
             begin = time.monotonic()
             current = list(islice(batches, min(accumulate, total - done)))
@@ -100,3 +100,14 @@ class Steps:
         if not self.signal and processes.stop_launcher(number):
             say(f"\n{name} on another machine: the run is saved and ends here too", everyone=True)
         processes.leave(request)
+
+
+def uninterrupted(batches):
+    """Yield batches. On Windows Ctrl-C, which is noted, ends the wait for one: wait again."""
+    while True:
+        try:
+            yield next(batches)
+        except InterruptedError:
+            continue
+        except StopIteration:
+            return

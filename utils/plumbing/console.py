@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing.util
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,8 @@ class ProgressLine:
 
     def write(self, text):
         if self.terminal:
-            say(f"\r{text}\033[K", end="", file=self.stream, as_it_is=True)
+            width = shutil.get_terminal_size().columns - 1  # a longer line could not be redrawn
+            say(f"\r{' ' * width}\r{text[:width]}", end="", file=self.stream, as_it_is=True)
         else:
             say(text, file=self.stream, as_it_is=True)
 
@@ -126,6 +128,8 @@ def advice_to_continue(run):
 def command_to_continue(run):
     """Return the command of this launch with `--resume RUN` at its end, where it decides."""
     words = sys.orig_argv
+    if sys.platform != "linux":  # a venv's python starts another one there, without its packages
+        words = [python_word(), *words[1:]]
     launcher = ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         words = parent_command()
@@ -136,6 +140,12 @@ def command_to_continue(run):
     if words[-2:] != end:
         words = [*words, *end]
     return shell_words(words)
+
+
+def python_word():
+    """Return how this Python is started: 'python', or its whole path."""
+    found = os.path.normcase(shutil.which("python") or "")
+    return "python" if found == os.path.normcase(sys.executable) else sys.executable
 
 
 def shell_words(words):

@@ -75,6 +75,11 @@ ADVICE = (
         "--shm-size=2g), lower num_workers, or set num_workers = 0",
     ),
     (
+        "shared file mapping|WinError 1455",
+        "Windows has no memory left for the data loader's workers: close other programs, lower "
+        "num_workers, or set num_workers = 0 ({line})",
+    ),
+    (
         "DataLoader worker .*(exited|killed)|EOFError|ConnectionResetError",
         "a data-loader worker died, most likely for lack of memory: close other programs, or lower "
         "num_workers or the batch size ({line})",

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 import time
 import uuid
 import zipfile
@@ -75,7 +74,7 @@ def save_file(path, data):
 
 
 def move(fresh, path):
-    """Move a file into place. Windows refuses while another program has the old one open."""
+    """Move a file or folder into place. Windows refuses while another program has one open."""
     for _ in range(100 if os.name == "nt" else 0):
         with contextlib.suppress(PermissionError):
             os.replace(fresh, path)
@@ -88,7 +87,8 @@ def not_written(path, error):
     """Return the UserError for a file that could not be written."""
     return UserError(
         f"{path} could not be written ({error.strerror or error}); the files saved before it are "
-        f"intact. Free some space or choose another folder (a training goes on with resume = True)"
+        f"intact. Free some space, close the program that has it open, or choose another folder (a "
+        f"training goes on with resume = True)"
     )
 
 
@@ -146,7 +146,8 @@ def make_folder(folder, remedy):
     """Make a folder if it is missing, and return its Path. UserError: it cannot be written."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with draft(Path(folder, "trial")):  # tempfile would try for hours on Windows
+            pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder} cannot be written ({reason}): {remedy}") from None

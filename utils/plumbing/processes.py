@@ -239,7 +239,7 @@ def iterate(loader):
     atexit.register(stop_workers)
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     handler = number and signal.getsignal(number)
-    with held_signals() if loader.num_workers else contextlib.nullcontext():
+    with held_signals() if getattr(loader, "num_workers", 0) else contextlib.nullcontext():
         batches = iter(loader)
     if number and threading.current_thread() is threading.main_thread():
         signal.signal(number, handler or signal.SIG_DFL)

@@ -101,11 +101,22 @@ def start_number(run):
     return config["start"]
 
 
+HELD = {}  # a run's real path: the number of its open lock; a session may train a run again
+
+
+def release(run):
+    """Let go of a run that this process holds."""
+    number = HELD.pop(os.path.realpath(run), None)
+    if number is not None:
+        os.close(number)
+
+
 def lock(run, seconds=0):
-    """Hold the run while this process lives, or until the file number returned is closed.
+    """Hold the run while this process lives, or until it is released.
 
     UserError where another one holds it after `seconds`.
     """
+    release(run)  # on Windows this process, too, is another one
     try:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         number = os.open(Path(run, ".lock"), flags, 0o666)
@@ -122,7 +133,7 @@ def lock(run, seconds=0):
                     f"that has ended (resume = False begins a new run)"
                 )
             time.sleep(0.5)
-    return number
+    HELD[os.path.realpath(run)] = number
 
 
 def is_locked_now(number):
@@ -169,10 +180,10 @@ def find_unfinished(save_dir, seconds):
     for config, run in runs_in(save_dir):
         if config["finished"]:
             continue
-        number = lock(run, seconds)
+        lock(run, seconds)
         if trained_files(run):
             return run
-        os.close(number)
+        release(run)
         empty = empty or run
     if empty:
         lock(empty, seconds)

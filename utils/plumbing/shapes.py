@@ -3,14 +3,13 @@
 The same seed gives the same bytes on any machine with the same version of Pillow.
 """
 
-import os
 import random
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from utils.plumbing.console import ProgressLine, say
-from utils.plumbing.files import clear_drafts, draft, make_folder, not_written
+from utils.plumbing.files import clear_drafts, draft, make_folder, move, not_written
 
 SIZE, TRAIN, TEST = 64, 5000, 600
 SCALE = 3  # pictures are drawn three times as large and reduced, for smooth edges
@@ -136,7 +135,7 @@ def draw_once(folder):
         clear_drafts(make_folder(folder.parent, "it is the place of the sample pictures"))
         with draft(folder, folder=True) as fresh:
             draw_set(fresh, folder)
-            os.rename(fresh, folder)
+            move(fresh, folder)
     except OSError as error:
         if not folder.exists():  # else another process was first
             raise not_written(folder, error) from error

@@ -117,7 +117,8 @@ def reduced_copy(path, datasets, folder, size):
     with the picture's times.
     """
     copy = Path(folder, f"{Path(path).relative_to(datasets)}.jpg")
-    if not os.path.realpath(copy).startswith(os.path.join(os.path.realpath(folder), "")):
+    inside = (copy, *copy.parents)[: len(copy.relative_to(folder).parts)]
+    if any(map(os.path.islink, inside)):
         raise UserError(f"{str(copy)!r} would be written through a link out of {folder}: remove it")
     found = os.stat(path)
     # Another file in the picture's place has another second time; file systems keep microseconds

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import signal
 import sys
 import traceback
 
@@ -17,6 +18,11 @@ def start_program():
     atexit.register(gc.freeze)
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     sys.excepthook = end_quietly_on_interrupt
+
+
+def start_worker():
+    """Let a spawned loader worker ignore Ctrl-C while it imports torch; prepare_worker follows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_quietly_on_interrupt(kind, error, trace):

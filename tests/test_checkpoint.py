@@ -181,7 +181,7 @@ def test_signals_to_spawned_workers(tmp_path):
     """The terminal sends them to the whole group; macOS and Windows spawn."""
     make_data(make_project(tmp_path, UnFreeze_Epoch=1, num_workers=1), train=24, test=6)
     script = hooked(tmp_path, SPAWNED)
-    out, _ = train(tmp_path, script=script, code=128 + signal.SIGHUP, fresh=True)
+    out, _ = train(tmp_path, script=script, code=128 + signal.SIGHUP)
     assert "SIGHUP: saved at epoch 1, step 2" in out
 
 

@@ -244,17 +244,19 @@ def test_a_run_that_is_passed_over_is_not_held(tmp_path):
     trained = finished_run(tmp_path / "trained", 1)
     for number in (2, 3):
         finished_run(tmp_path / f"empty{number}", number, saved=False)
-    code = "import sys\nfrom utils.plumbing import run\nrun.lock(sys.argv[1])\nprint('held')\n"
+    code = """
+import sys
+from utils.plumbing import run
+for folder in sys.argv[1:]:
+    run.lock(folder)
+    print(folder[-6:], flush=True)
+"""
     assert run.find_run(True, str(tmp_path)) == str(trained)
-    for name, held in (("empty2", True), ("empty3", True), ("trained", False)):
-        result = subprocess.run(
-            [sys.executable, "-c", code, tmp_path / name],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert ("held" in result.stdout) == held, result.stderr
+    folders = [tmp_path / name for name in ("empty2", "empty3", "trained")]
+    words = [sys.executable, "-c", code, *folders]
+    result = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.stdout.split() == ["empty2", "empty3"], result.stderr
+    assert "is being trained by another process" in result.stderr
 
 
 def test_an_epoch_that_is_none_is_told_before_training(tmp_path):
@@ -364,6 +366,7 @@ print(context._default_context.get_start_method())
     assert result.stdout == "fork\n", result.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(tmp_path):
     """No folder for temporary files, and no semaphore, where loader processes come from a server of
     them.

@@ -234,7 +234,9 @@ def test_another_number_of_processes(tmp_path):
         torch.testing.assert_close(value, ends[1][1][name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("launcher", [(sys.executable, "-u"), "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [(sys.executable, "-u"), pytest.param("torchrun", marks=pytest.mark.slow)]
+)
 def test_the_printed_command_continues_the_run(tmp_path, launcher):
     """It is pasted into a shell, and trains what the stopped run would have trained."""
     launcher = torchrun() if launcher == "torchrun" else launcher

@@ -687,6 +687,18 @@ def test_what_is_computed_from_the_beginning_stays(tmp_path):
     config["settings"]["Init_Epoch"] = 7
     values, _ = continued(tmp_path, text, config=config)
     assert (values["Init_Epoch"], values["last"]) == (7, 20)
+    _, config = continued(tmp_path, text, "--Init_Epoch", 5)
+    config["settings"]["Init_Epoch"] = 7
+    values, _ = continued(tmp_path, text, config=config)
+    assert (values["Init_Epoch"], values["last"]) == (7, 25)
+
+
+def test_what_is_computed_from_what_the_run_keeps_follows_it(tmp_path):
+    text = FILE + "pretrained = True  # begin\nmine = pretrained  # of mine\n"
+    _, config = continued(tmp_path, text)
+    edited = text.replace("pretrained = True", "pretrained = False")  # for another run
+    values, _ = continued(tmp_path, edited, config=config)
+    assert values["pretrained"] is True and values["mine"] is True
 
 
 @pytest.mark.parametrize(
@@ -709,8 +721,12 @@ def test_a_fork_s_constant_goes_before_the_launchers_word(tmp_path):
 
 def test_settings_that_json_does_not_have():
     """They read the same in every process, and a table with two keys a cell is left out."""
-    mine = {"names": {"b", "a"}, "act": torch.nn.functional.relu, "cost": {("a", "b"): 1.0}}
-    assert as_json(mine) == {"names": ["a", "b"], "act": "<function relu>", "cost": {}}
+    relu = torch.nn.functional.relu
+    mine = {"names": {"b", "a"}, "act": relu, "acts": {relu}, "cost": {("a", "b"): 1.0}}
+    assert as_json(mine) == {
+        "names": ["a", "b"], "act": "<function relu>", "acts": ["<function relu>"], "cost": {}
+    }  # fmt: skip
+    assert as_json({"dtype": np.float32}) == {"dtype": "<class 'numpy.float32'>"}
 
 
 def test_a_rank_that_no_launcher_has_given(monkeypatch):

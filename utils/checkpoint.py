@@ -183,7 +183,11 @@ class Checkpoint(Steps):
         except UserError as error:  # Windows: it is open in another program; written next time
             if not isinstance(error.__cause__, PermissionError):
                 raise
-            say(f"WARNING: {error}")
+            say(
+                f"WARNING: history.csv or epoch_loss.png cannot be replaced "
+                f"({error.__cause__.strerror}), and lacks this epoch: close the program that has "
+                f"it open before the training ends, which goes on"
+            )
         if best_is_new and self.best is not None:
             save_tensors(Path(self.run, "best_epoch_weights.pth"), self.best)
         if self.position.step:  # the model is inside an epoch

@@ -67,7 +67,10 @@ def command_line(script, arguments=None, config=None):
         words = {**words_of_run(config, known), **words}
     given = {name: value_of(name, word, script[name]) for name, word in words.items()}
     kept = kept_settings(config, {**script, **given}) if config else {}
-    set_constants(script, known, given, kept)
+    # not of the run's beginning: nothing is computed from these
+    later = {name: kept.pop(name) for name in ("Init_Epoch", "fp16") if name in kept}
+    set_constants(script, known, {**given, **kept})
+    script.update(later)
     sources = {name: constant.source for name, constant in known.items()}
     return {name: script[name] for name in known}, {"constants": sources, "words": words}
 
@@ -122,13 +125,12 @@ def constants(path):
     return known
 
 
-def set_constants(script, known, given, kept):
-    """Set constants of the script to the values given, and to those that a continued run keeps.
+def set_constants(script, known, given):
+    """Set constants of the script to the values given.
 
-    What is computed from constants that are given (Min_lr from Init_lr) follows them.
+    What is computed from other constants (Min_lr from Init_lr) follows them.
     """
     changed = {*given}
-    given = {**given, **kept}
     for name, constant in known.items():
         value = script[name]
         if name in given:

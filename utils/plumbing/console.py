@@ -101,8 +101,8 @@ class ProgressLine:
         seconds = max(now - self.begin, 1e-3)
         left = timedelta(seconds=round(seconds / steps_done * (self.steps - step)))
         self.write(
-            f"{self.title} {step}/{self.steps} {describe()} "
-            f"{images * steps_done / seconds:.0f} images/s {left} left"
+            f"{self.title} {step}/{self.steps} {left} left {describe()} "
+            f"{images * steps_done / seconds:.0f} images/s"
         )
 
     def write(self, text):

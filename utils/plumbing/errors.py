@@ -75,7 +75,7 @@ ADVICE = (
         "--shm-size=2g), lower num_workers, or set num_workers = 0",
     ),
     (
-        "shared file mapping|WinError 1455",
+        "shared file mapping.*<1455>|WinError 1455",
         "Windows has no memory left for the data loader's workers: close other programs, lower "
         "num_workers, or set num_workers = 0 ({line})",
     ),

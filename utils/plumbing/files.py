@@ -136,8 +136,8 @@ def as_json(settings):
 def as_list_or_text(value):
     """Return what stands in config.json for a value that JSON does not have."""
     if isinstance(value, (set, frozenset)):  # in an order of its own in each process
-        return sorted(map(str, value))
-    if hasattr(value, "tolist"):
+        return sorted(str(as_list_or_text(item)) for item in value)
+    if hasattr(value, "tolist") and not isinstance(value, type):
         return value.tolist()
     return re.sub(" at 0x[0-9a-fA-F]+", "", str(value))  # an object's address
 

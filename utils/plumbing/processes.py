@@ -27,6 +27,7 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 STOP_SIGNALS = [  # Windows has no SIGHUP
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 ]
+held_runs = {}  # a run's real path: the number of its open lock
 launch_id = uuid.uuid4().hex  # of all processes of one launch, also after torchrun restarts them
 
 
@@ -300,6 +301,8 @@ def leave(code):
     if connected():
         end(code)
     stop_workers()
+    while held_runs:
+        os.close(held_runs.popitem()[1])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(code)
 

@@ -101,12 +101,9 @@ def start_number(run):
     return config["start"]
 
 
-HELD = {}  # a run's real path: the number of its open lock; a session may train a run again
-
-
 def release(run):
     """Let go of a run that this process holds."""
-    number = HELD.pop(os.path.realpath(run), None)
+    number = processes.held_runs.pop(os.path.realpath(run), None)
     if number is not None:
         os.close(number)
 
@@ -133,7 +130,7 @@ def lock(run, seconds=0):
                     f"that has ended (resume = False begins a new run)"
                 )
             time.sleep(0.5)
-    HELD[os.path.realpath(run)] = number
+    processes.held_runs[os.path.realpath(run)] = number
 
 
 def is_locked_now(number):

@@ -15,7 +15,8 @@ def find_lists(settings, config=None):
 
     Where these are the untouched defaults and none of the files exists, sample pictures are drawn,
     and the settings name their lists from then on; but only in train.py's own folder, and not for a
-    run that had its own lists there (config: that of a continued run).
+    run that had its own lists there (config: that of a continued run). A run that began on the
+    sample goes on with it, also where lists have been written since.
     """
     ran_on = config["settings"].get("classes_path") if config else None
     paths = tuple(settings[name] for name in PATH_SETTINGS)

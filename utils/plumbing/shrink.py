@@ -119,7 +119,7 @@ def reduced_copy(path, datasets, folder, size):
     copy = Path(folder, f"{Path(path).relative_to(datasets)}.jpg")
     inside = (copy, *copy.parents)[: len(copy.relative_to(folder).parts)]
     if any(map(os.path.islink, inside)):
-        raise UserError(f"{str(copy)!r} would be written through a link out of {folder}: remove it")
+        raise UserError(f"{str(copy)!r} would be written through a link in {folder}: remove it")
     found = os.stat(path)
     # Another file in the picture's place has another second time; file systems keep microseconds
     time_ns = (found.st_mtime_ns + found.st_ctime_ns) // 2000 * 1000

@@ -94,9 +94,9 @@ model_path = ""  # or from a weights file; '' for none
 # The phases: with Freeze_Train, epochs up to Freeze_Epoch train the head alone
 Init_Epoch = 0  # epochs that count as trained already
 Freeze_Epoch = 2  # last epoch of the frozen phase
-Freeze_batch_size = 32  # pictures a step over all processes, frozen
+Freeze_batch_size = 32  # pictures a batch over all processes, frozen
 UnFreeze_Epoch = 3  # last epoch of all: the number of epochs
-Unfreeze_batch_size = 32  # pictures a step over all processes, unfrozen
+Unfreeze_batch_size = 32  # pictures a batch over all processes, unfrozen
 Freeze_Train = False  # begin with the frozen phase (useful from pretrained weights)
 accumulate = 1  # batches whose gradients make one optimizer step
 
@@ -113,7 +113,7 @@ backbone_lr_scale = 1.0  # the backbone's share of the learning rate, for fine-t
 label_smoothing = 0.0  # share of the target spread over all classes
 mixup_alpha = 0.0  # blend pairs of pictures, Beta(alpha, alpha); 0 = off
 cutmix_alpha = 0.0  # paste a rectangle of another picture, Beta(alpha, alpha); 0 = off
-class_weights = "none"  # 'none', 'balanced' by 1 / frequency, or 'sqrt': by its square root
+class_weights = "none"  # 'none'; 'balanced': 1 / frequency; 'sqrt': the square root of that
 ema_decay = 0.0  # exponential moving average of the weights, validated and saved; 0 = off
 clip_ratio = 0.5  # largest gradient norm of a layer, as a share of its weight norm; 0 = off
 clip_grad_norm = 0.0  # largest norm of all gradients together; 0 = off
@@ -128,7 +128,8 @@ resume = False  # True: the newest unfinished run of save_dir; or a run's folder
 
 if __name__ == "__main__":
     prepare_program()
-    settings, recorded = command_line(globals())  # which sets the constants above
+    # sets the constants above; recorded: what config.json keeps to continue from
+    settings, recorded = command_line(globals())
     check_launch(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
     # None, None, None where a new run begins
@@ -162,7 +163,12 @@ if __name__ == "__main__":
         train_lines, input_shape, num_classes=num_classes, settings=settings, cache_mb=cache_mb
     )
     val_data = DataGenerator(
-        val_lines, input_shape, False, num_classes, settings=settings, cache_mb=cache_mb
+        val_lines,
+        input_shape,
+        random=False,
+        num_classes=num_classes,
+        settings=settings,
+        cache_mb=cache_mb,
     )
     del train_lines, val_lines  # the data sets have packed copies
     lists.check_same_everywhere(settings, train_data, val_data)
@@ -238,7 +244,7 @@ if __name__ == "__main__":
         save_first_batch(f"{save_dir}/first_batch.png", batch, class_names)
 
     UnFreeze_flag = None  # no phase is set up yet
-    for epoch in range(Init_Epoch, UnFreeze_Epoch):
+    for epoch in range(Init_Epoch, UnFreeze_Epoch):  # continued_run has set Init_Epoch
         if on_rank_0(stops_early, loss_history, early_stop):
             break
         unfreeze = not is_frozen(settings, epoch)
@@ -254,7 +260,7 @@ if __name__ == "__main__":
                 model.freeze_backbone()
             epoch_step = num_train // batch_size
             epoch_step_val = math.ceil(num_val / batch_size)  # every picture counts
-            if epoch_step == 0 or epoch_step_val == 0:
+            if epoch_step == 0 or epoch_step_val == 0:  # documented; check_phases came first
                 raise ValueError(too_small(num_train, num_val, "the batch size", batch_size))
 
             model_train = torch.compile(model) if compile else model
@@ -295,8 +301,9 @@ if __name__ == "__main__":
                                  **options)  # fmt: skip
             UnFreeze_flag = unfreeze
 
-        # The documented calls. fit_one_epoch repeats them: the epoch with the step to begin at, the
-        # rate at every step. To change either, change EpochSampler.order or the curve.
+        # The documented calls. fit_one_epoch makes them again, with the step to begin at and for
+        # the rate of each step; what is set here is the lr in history.csv. Another order is another
+        # EpochSampler.order, another rate an entry of LR_DECAYS.
         if distributed:
             train_sampler.set_epoch(epoch)
         set_optimizer_lr(optimizer, lr_scheduler_func, epoch)

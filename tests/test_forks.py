@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.helpers import (
     SMALL,
     command,
     edit,
+    environment,
     history,
     launch,
     make_data,
@@ -94,6 +96,23 @@ def apply(folder, fork, program=("git", "apply")):
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_loss_of_one_s_own_is_used_without_class_weights(tmp_path):
+    """Which is the usual case, and validation's always."""
+    shutil.copytree(originals(), tmp_path, dirs_exist_ok=True)
+    apply(tmp_path, FORKS[LOSS])
+    code = """
+import torch
+from utils.task import get_criterion
+logits, targets = torch.tensor([[2.0, 0.0], [0.5, 0.0]]), torch.tensor([0, 1])
+for weights in (None, torch.ones(2)):
+    plain, focal = (get_criterion({"focal_gamma": g}, weights)(logits, targets) for g in (0, 2))
+    right = torch.tensor([2.0, -0.5]).sigmoid()
+    torch.testing.assert_close(plain, -right.log().mean())
+    torch.testing.assert_close(focal, -((1 - right) ** 2 * right.log()).mean())
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)
 
 
 def fashion(folder, train_pictures, test_pictures):

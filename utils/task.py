@@ -1,7 +1,8 @@
 """What makes this project a classifier: labels, loss, metrics, predictions and their tables.
 
-Another task is another file in place of this one: train.py, fit.py and the commands call these
-functions and know no more. Logits: what the network gives, float32 (N, classes). Targets: int64
+Another task is another file in place of this one, with the same functions, by which alone training
+and the commands know it (but top_classes, per_class, true_and_predicted and calibration_error are
+this file's own). Logits: what the network gives, float32 (N, classes). Targets: int64
 (N,) class ids, or float32 (N, classes) shares where pictures are mixed. settings: train.py's, also
 given where this task reads none of them.
 """
@@ -45,15 +46,15 @@ def get_criterion(settings, weights=None, training=False):
     smoothing = settings.get("label_smoothing", 0.0) if training else 0.0
 
     def criterion(logits, targets):
-        if weights is None:
+        if weights is None:  # the usual case, and always in validation
             return F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if targets.dim() == 1:
-            share = weights[targets]
+            picture_weights = weights[targets]
         else:  # mixed: each label by its own weight
-            share = targets @ weights
-            targets = targets * weights / share[:, None]
+            picture_weights = targets @ weights
+            targets = targets * weights / picture_weights[:, None]
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-        return (share * losses).mean()
+        return (picture_weights * losses).mean()
 
     return criterion
 

@@ -153,7 +153,7 @@ def get_model(backbone, num_classes, input_shape=(224, 224), pretrained=False):
         builder = models.get_model_builder(name)
         options = torchvision_options(name, input_shape)
     model = builder(num_classes=num_classes, **options)
-    if not isinstance(model, Freezable):
+    if not isinstance(model, Freezable):  # not wrapped, so that its keys stay torchvision's
         model.__class__ = freezable(type(model))
     if pretrained:
         load_pretrained(model, backbone)

@@ -1,4 +1,4 @@
-"""All that resuming needs, in one file that is an epoch's commit; what people read follows it."""
+"""Save and restore a run: the checkpoint is written first, as an epoch's commit, then the rest."""
 
 import time
 from collections import Counter
@@ -36,14 +36,14 @@ class Position:
         return dict(total)
 
     def take(self, totals, device):
-        """Go on from the `totals` of all processes."""
+        """Continue from the `totals` of all processes."""
         self.unreadable = totals.pop("unreadable")
         for name, value in totals.items():
             self.sums[name] = value.to(device)
 
 
 class Checkpoint(Steps):
-    """A run's state: saved, loaded and published, also where Steps decides so between two steps.
+    """The state of a run: it is saved, loaded and published. Steps also saves it inside an epoch.
 
     Its parts have state_dict() and load_state_dict(); scaler, ema and history may be None.
     scored_on: {name: value} of all that a score depends on; when one has changed, the best epoch is

@@ -1,7 +1,7 @@
 """The data set and its batches.
 
 Randomness is a function, not a stream: what happens to a picture depends on (seed, epoch, its place
-in the epoch, index) alone.
+in the epoch, index) alone, so that neither workers nor resuming change it.
 """
 
 import io
@@ -38,9 +38,9 @@ from utils.task import read_label
 RESIZES = ("crop", "squeeze")  # cut to input_shape's proportions, or keep the whole picture
 FIXED = ("none", "flip", "flips")  # these read the same crop of a picture in every epoch
 AUGMENTATIONS = (*FIXED, "crop", *POLICIES)
-# The settings that what the network sees depends on, with the values that hold where one is missing
+# Settings that decide what the network sees, with their defaults
 SEEING = {"resize": "crop", "val_crop": 1.0, "mean": MEAN, "std": STD}
-AUGMENTING = {  # in training alone
+AUGMENTING = {  # these in training alone
     "augmentation": "flip",
     "crop_scale": 0.08,
     "random_erasing": 0.0,
@@ -55,7 +55,7 @@ def own_data(settings):
     settings: train.py's. A data set has a length, and items that stay the same: (a Pillow image, or
     a uint8 array or tensor (H, W) or (H, W, 3) of any size; a label as task.read_label takes it).
     An exception of formats.BROKEN counts as an unreadable picture; any other ends the program. It
-    is asked by index alone: what shall change with the epoch belongs into
+    is asked by index alone: what is to change with the epoch belongs in
     DataGenerator.__getitem__, which knows it. An attribute that is set during training does not
     reach the worker processes, which have their own copy.
     """
@@ -132,8 +132,9 @@ class DataGenerator(Dataset):
         return describe_cut(read_sizes(self.source), self.input_shape)
 
     def class_ids(self):
-        """Return every target, int64 (N,) of class ids. UserError: class weights of other targets.
+        """Return every target, int64 (N,) of class ids.
 
+        UserError: a picture cannot be read, or class weights meet targets that are no class ids.
         torchvision's `targets` saves reading the pictures, unless a transform may change them.
         """
         labels = getattr(self.source, "targets", None)
@@ -147,8 +148,8 @@ class DataGenerator(Dataset):
                 targets.append(self.target(index, label))
         except BROKEN as error:
             raise UserError(
-                f"{self.name(len(targets))} cannot be read ({failure_reason(error)}), and class "
-                f"weights need the class of each: leave it out"
+                f"{self.name(len(targets))} cannot be read ({failure_reason(error)}), and its "
+                f"class is needed (class_weights): leave it out"
             ) from None
         targets = np.array(targets)
         check_targets(torch.from_numpy(targets), self.settings, self.num_classes)
@@ -184,7 +185,7 @@ class DataGenerator(Dataset):
         return zlib.crc32(content.getvalue())
 
     def content(self):
-        """Return a sum over the pictures' files: it tells other pictures under the same names."""
+        """Return a checksum that tells other pictures under the same names; "" for a data set."""
         if not isinstance(self.source, AnnotationLines):
             return ""
         with say_if_slow("reading a part of each test picture …"):

@@ -19,7 +19,7 @@ from utils.recipe import Recipe, mixed_precision
 from utils.task import batch_sums, logits_from, metric_texts, metrics_from
 
 VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs
-LOOK_EVERY = 20  # steps between looks at the loss on a GPU, which has to finish its queue for it
+LOOK_EVERY = 20  # steps between looks at the loss on a GPU: reading it waits for all queued work
 
 
 def fit_one_epoch(
@@ -44,7 +44,7 @@ def fit_one_epoch(
     checkpoint=None,
     lr_scheduler_func=None,
 ):
-    """Train one epoch, validate, record and save; the sixteen parameters are the documented ones.
+    """Train one epoch, validate, record and save; the first sixteen parameters are documented.
 
     model_train is the wrapped model, model the bare one; loss_history is None on all processes but
     the first; fp16 is True, False or a type's name (precision_name); save_dir is the run's folder;
@@ -66,6 +66,7 @@ def fit_one_epoch(
     first_lr = current_lr(optimizer)
 
     begin = time.monotonic()
+    # the checkpoint's own: what is added to it below, a save between two steps writes
     position = checkpoint.begin(epoch, fingerprint_of(gen))
     first_step = position.step
     gen.sampler.set_epoch(epoch, first_step)
@@ -77,6 +78,7 @@ def fit_one_epoch(
         texts = metric_texts(metrics_from(position.sums, settings))
         return " ".join([*texts, f"lr {current_lr(optimizer):.2e}"])
 
+    # lists of `accumulate` batches; before each the processes agree whether to save or to end
     for batches in checkpoint.steps(gen, epoch_step - first_step, accumulate):
         count_unreadable(batches, gen.dataset, position)
         if lr_scheduler_func:
@@ -143,7 +145,7 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
             for name, value in sums.items():
                 if value.device == finite.device:
                     sums[name] = torch.where(finite, value, 0)
-                else:  # what the CPU knows: its .to() would wait for the GPU
+                else:  # 'pictures' is on the CPU: copying it to the GPU would wait
                     sums[name] = value * finite
         all_sums.append(sums)
     return all_sums
@@ -223,7 +225,7 @@ def validate(model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoi
 
 
 def choose_scoring_model(model, model_train):
-    """Return model_train where it is the network on several GPUs of this process, else model."""
+    """Return model_train where it is the network on several GPUs, else model (EMA's is not)."""
     if isinstance(model_train, torch.nn.DataParallel) and model_train.module is model:
         return model_train
     return model
@@ -240,7 +242,7 @@ def fingerprint_of(gen):
 
 
 def count_unreadable(batches, data, position):
-    """Name each unreadable picture once, and count it."""
+    """Name each unreadable picture once, and count it. UserError: there are too many."""
     for _, _, unreadable in batches:
         for index, reason in unreadable:
             if index not in data.named_unreadable:
@@ -253,7 +255,7 @@ def count_unreadable(batches, data, position):
 
 
 def check_unreadable(number, data):
-    """Raise UserError where more than one picture and 1 % of a data set cannot be read."""
+    """Raise UserError where more than one picture, and more than 1 %, cannot be read."""
     if number > max(1, 0.01 * len(data)):
         kind = "training" if data.random else "test"
         raise UserError(
@@ -265,7 +267,7 @@ def check_unreadable(number, data):
 def check_training(position, scaler, lr):
     """Raise UserError where the loss is not finite, or float16 overflows at any scale.
 
-    A GPU has to finish its queue for it.
+    Reading the loss waits for the GPU.
     """
     epoch, step = position.epoch + 1, position.step
     # with a scaler the sums are of the batches whose loss was finite; where there was none,

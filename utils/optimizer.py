@@ -96,7 +96,7 @@ def fill_momentum(optimizer):
 def restore_optimizer(optimizer, state):
     """Load what an optimizer has learned (momentum); its options stay those of the settings.
 
-    An error of nearly any kind: it does not fit.
+    Raise nearly any exception where the state is of another network.
     """
     own_groups = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -142,8 +142,8 @@ def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
     optimizer.zero_grad(set_to_none=True)
 
 
-# DDP keeps the gradients' memory (gradient_as_bucket_view): with autograd on, each step's graph
-# would hold the one before
+# with autograd on, each step's graph would hold the one before: under gradient_as_bucket_view the
+# gradients' memory stays
 @torch.no_grad()
 def clip_layers(parameters, ratio):
     """Clip the norm of each weight tensor's gradient to `ratio` times the tensor's own norm.
@@ -164,7 +164,7 @@ def clip_layers(parameters, ratio):
 
 
 def cosine(lr, min_lr, total, epoch):
-    """Return the documented 'cos': a squared warm-up, half a cosine, then min_lr held.
+    """Return the rate of the documented 'cos': squared warm-up, half a cosine, then min_lr held.
 
     It is YOLOX's yoloxwarmcos.
     """
@@ -193,7 +193,7 @@ def linear(lr, min_lr, total, epoch):
 
 
 def step(lr, min_lr, total, epoch):
-    """Return the documented 'step': ten equal stairs from lr to min_lr, each from an epoch on."""
+    """Return the rate of the documented 'step': ten stairs, each lower by the same factor."""
     rate = (min_lr / lr) ** (1 / 9)
     return lr * rate ** (math.floor(epoch) // (total / 10))
 
@@ -230,8 +230,8 @@ def fit_lr(settings, batch_size, transformer):
 
     The limits are the optimizer's documented ones.
     """
-    optimizer = OPTIMIZERS[settings["optimizer_type"]]
-    low, high = optimizer.transformer_limits if transformer else optimizer.limits
+    entry = OPTIMIZERS[settings["optimizer_type"]]
+    low, high = entry.transformer_limits if transformer else entry.limits
     Init_lr, Min_lr = scaled_rates(settings, batch_size, transformer)
     Init_lr_fit = min(max(Init_lr, low), high)
     Min_lr_fit = min(max(Min_lr, low * 1e-2), high * 1e-2)

@@ -1,4 +1,4 @@
-"""Pictures as the network gets them: decoded no larger than needed, cropped, normalised, kept."""
+"""Pictures as the network gets them: decoded, cropped, normalised, kept."""
 
 import math
 import os
@@ -82,7 +82,7 @@ def read_crop(source, input_shape, choose_box):
         height, width = seen_size(image)
     else:
         image = upright(image)
-        height, width = image.size[::-1]  # tags that Pillow could not clean say what no longer is
+        height, width = image.size[::-1]  # not seen_size: an odd tag may still be there
     box = choose_box(height, width)
     # below four times the sides, decoding all by torchvision is faster than reducing by Pillow
     is_small = height * width < 16 * math.prod(input_shape)
@@ -201,7 +201,7 @@ class PictureMemory:
             part.share_memory_()
 
     def keep(self, index, image, target):
-        """Keep a picture, unless its target is of another kind than the first."""
+        """Keep a picture, unless its target is of another dtype or shape than the first one's."""
         target = torch.as_tensor(target)
         if target.dtype == self.targets.dtype and target.shape == self.targets.shape[1:]:
             self.images[index] = image

@@ -62,7 +62,7 @@ def check_targets(targets, settings, num_classes):
 def precision_name(Cuda, fp16):
     """Return 'float32', 'float16' or 'bfloat16' for the setting fp16.
 
-    Its documented True and False mean a type, too.
+    As documented, True is float16 on CUDA (on a CPU bfloat16), False float32.
     """
     if isinstance(fp16, str):
         return fp16

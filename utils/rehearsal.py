@@ -68,7 +68,7 @@ def check_best_by(settings, model, batch):
 def choose_precision(settings, model, batch):
     """Return the name of the type to train in, and print it with the reason.
 
-    It is the setting fp16's, and for 'auto' the fastest that is known to be good.
+    It is the one that fp16 names, and for 'auto' the faster of those that train well.
     """
     Cuda = settings["Cuda"]
     reason = ""
@@ -88,7 +88,7 @@ def choose_precision(settings, model, batch):
 def choose_on_cuda(settings, model, batch):
     """Choose (type, why): bfloat16, which needs no scaler; float16 where it is FASTER.
 
-    It can be with BatchNorm, which cuDNN does not compute in bfloat16.
+    It can be in networks with BatchNorm, which cuDNN does not compute in bfloat16.
     """
     try:
         return compare_speed(settings, model, batch, "bfloat16", "float16", seconds=1)
@@ -141,7 +141,7 @@ class Trial:
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "float16")
 
     def seconds_per_step(self):
-        """Train, on a GPU for several steps, which it can queue."""
+        """Train on the batch, and return the seconds of a step; a GPU can queue several."""
         steps = 5 if self.Cuda else 1
         begin = time.perf_counter()
         for _ in range(steps):

@@ -13,7 +13,7 @@ from utils.plumbing.run import find_run, read_config, trained_files
 
 
 def continued_run(resume, save_dir):
-    """Return (folder, config.json, checkpoint or None) of the run to go on with; Nones for none."""
+    """Return (folder, config.json, checkpoint or None) of the run to continue; Nones for none."""
     run = find_run(resume, save_dir)
     if run is None:
         return None, None, None
@@ -22,7 +22,7 @@ def continued_run(resume, save_dir):
     if Path(run, LAST).exists():
         state = load_checkpoint(run)
         config["settings"]["Init_Epoch"] = state["epoch"]  # where train.py's loop begins
-    elif trained_files(run):  # it would be lost
+    elif trained_files(run):  # a new beginning would overwrite it
         raise cannot_continue(run, f"it holds {trained_files(run)[0]}, but its checkpoint is gone")
     config["trained"] = state is not None
     clear_drafts(run)
@@ -46,7 +46,7 @@ def load_checkpoint(run):
 
 def check_goes_on(run, config, state, settings, class_names):
     """Raise UserError where no epoch is left, or what was trained had other settings or classes."""
-    epochs = 0  # begun
+    epochs = 0  # that were begun
     if state is not None:
         epochs = state["epoch"] + (1 if state["step"] else 0)
         before = {**config["settings"], "ema_decay": state.get("ema") is not None}

@@ -24,6 +24,7 @@ class EpochSampler(Sampler):
         self.left_out = number % batch_size if shuffle else 0
 
     def set_epoch(self, epoch, first_step=0):
+        """Set the epoch, and the global batch that it begins at."""
         self.epoch = epoch
         self.first_step = first_step
 

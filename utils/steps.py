@@ -18,7 +18,7 @@ GO_ON, SAVE, END = 0, 1, 128
 
 
 class Steps:
-    """A run's steps, before each of which the processes agree.
+    """An epoch's batches: before each step the processes agree to go on, to save, or to end.
 
     A subclass has `position`, save(), is_due() and is_idle().
     """
@@ -39,7 +39,7 @@ class Steps:
 
     def note_signal(self, number, frame):
         """Note the first signal; end at once at a second Ctrl-C."""
-        repeated = time.monotonic() - self.signalled_at < 1  # by torchrun
+        repeated = time.monotonic() - self.signalled_at < 1  # torchrun sends its own
         if self.signal and number == signal.SIGINT and not repeated:
             say(
                 f"\nended at once: {self.run} is as it was saved last; "

@@ -82,8 +82,8 @@ def batch_sums(loss, logits, targets, settings):
 
     The tensors may have any shape. No number is read here: a GPU would have to finish the step
     first. 'pictures' is on the CPU, where it is known. loss: scalar mean over the batch. 'hits' is
-    (classes, 6): how many pictures of each class there are, then for how many of them the first,
-    second, … fifth of the highest logits is the class.
+    (classes, 1 + min(5, classes)): how many pictures of each class there are, then for how many of
+    them the first, second, … fifth of the highest logits is the class.
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
     # column 0 is the label itself, so its hits are the pictures of the class
@@ -150,7 +150,10 @@ def probabilities(logits):
 
 
 def top_classes(logits, number):
-    """Return the int64 (N, number) ids of the highest logits, of equal ones the lower first."""
+    """Return the int64 ids of the highest logits, of equal ones the lower first.
+
+    They are (N, number), or as many as there are classes.
+    """
     return logits.argsort(dim=1, descending=True, stable=True)[:, :number]
 
 

@@ -705,7 +705,10 @@ def test_items_that_cannot_be_read(number, monkeypatch, capsys):
     items = [f"{i}" for i in range(60)]
     assert on_all_cores(fragile, [*items, "wrong"], "tried") == {item: item for item in items}
     out, err = capsys.readouterr()
-    assert out == "unreadable: wrong (OSError: wrong)\n" and "tried 61/61 1 unreadable" in err
+    assert (
+        out == "unreadable: wrong (OSError: wrong)\n"
+        and "tried 61/61 0:00:00 left 1 unreadable" in err
+    )
     assert on_all_cores(fragile, [], "tried") == {}
 
 

@@ -323,6 +323,21 @@ def test_little_shared_memory(tmp_path):
 
 MESSAGES = [  # as PyTorch and the system write them
     (
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side "
+        "assertions.",
+        "out of memory",
+    ),
+    ("CUDA error: device-side assert triggered", "an index was out of range on the GPU"),
+    ("CUDA error: exclusive-thread device already in use", "has this GPU for itself"),
+    ("No valid triton configs. OutOfResources: out of resource: shared memory", "compile = False"),
+    (
+        "Caught AcceleratorError in replica 1 on device 1.\nOriginal Traceback (most recent call "
+        'last):\n  File "a.py", line 1, in _worker\n    output = module(*input)\n'
+        "torch.AcceleratorError: CUDA error: no kernel image is available\n"
+        "For debugging consider passing CUDA_LAUNCH_BLOCKING=1",
+        "this PyTorch was not built for this GPU",
+    ),
+    (
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "out of memory",
     ),

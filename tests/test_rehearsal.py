@@ -1,6 +1,7 @@
 """What is tried before training: it finds out what does not go together, and leaves no trace."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -154,6 +155,18 @@ def test_the_faster_type_is_taken_within_bounds(
     assert len(made) * (single + half) / 2 <= 3 + single + half
 
 
+def test_a_type_that_gives_no_numbers_is_not_taken(able_cpu, monkeypatch):
+    """As float16 on a GTX 1650, however fast it is."""
+
+    def broken(model, batches, Cuda, precision, scaler, recipe, real=rehearsal.backward):
+        [sums] = real(model, batches, Cuda, precision, scaler, recipe)
+        return [{**sums, "loss": sums["loss"] * math.nan}] if precision == "bfloat16" else [sums]
+
+    monkeypatch.setattr(rehearsal, "backward", broken)
+    model, recipe, batch = get_parts()
+    assert choose_precision(recipe.settings, model, batch) == "float32"
+
+
 @pytest.mark.parametrize("slow", [range(1, 10), range(2)], ids=["the others", "the first two"])
 def test_the_best_of_several_steps_counts(able_cpu, monkeypatch, slow):
     """Another program that takes the machine makes a step slower, never faster."""
@@ -174,13 +187,15 @@ def test_the_best_of_several_steps_counts(able_cpu, monkeypatch, slow):
         (True, 1, False, 0.1, "bfloat16"),
         (True, 1, False, 0.095, "bfloat16"),
         (True, 1, False, 0.08, "float16"),
-        (False, 1, False, 0.1, "float16"),
-        (True, 2, False, 0.1, "float16"),  # DataParallel
+        (False, 1, False, 0.1, "float32"),
+        (False, 1, False, 0.08, "float16"),
+        (True, 2, False, 0.08, "float16"),  # DataParallel
+        (True, 2, False, 0.1, "float32"),
         (True, 2, True, 0.1, "bfloat16"),
     ],
 )
 def test_what_a_gpu_trains_in(monkeypatch, supported, gpus, distributed, half, chosen):
-    """half: seconds of a step in float16, beside 0.1 in bfloat16."""
+    """half: seconds of a step in float16, beside 0.1 in bfloat16, or in float32 without it."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(rehearsal.Trial, "__init__", lambda trial, *words: None)

@@ -77,7 +77,8 @@ class Checkpoint(Steps):
                     restore_optimizer(part, saved)
                 elif part is not None and saved is not None:
                     part.load_state_dict(saved)
-            self.best = state.pop("best")
+            best = state.pop("best")
+            self.best = best if rank() == 0 else None  # which alone saves it
             self.position = Position(state["epoch"], state["step"], state["order"])
             if rank() == 0:
                 self.compare_scores(state["scored_on"])

@@ -74,10 +74,10 @@ def choose_precision(settings, model, batch):
     reason = ""
     if settings["fp16"] != "auto":
         precision = precision_name(Cuda, settings["fp16"])
-    elif not processes.computes_bfloat16(settings):
-        precision = "float16" if Cuda else "float32"
     elif Cuda:
         precision, reason = choose_on_cuda(settings, model, batch)
+    elif not processes.computes_bfloat16(settings):
+        precision = "float32"
     else:  # some networks train three times as fast in bfloat16, others half as fast
         few = [part[:8] for part in batch[:2]]
         precision, reason = compare_speed(settings, model, few, "float32", "bfloat16", seconds=3)
@@ -86,14 +86,17 @@ def choose_precision(settings, model, batch):
 
 
 def choose_on_cuda(settings, model, batch):
-    """Choose (type, why): bfloat16, which needs no scaler; float16 where it is FASTER.
+    """Choose (type, why): bfloat16, or float32 where there is none; float16 where it is FASTER.
 
-    It can be in networks with BatchNorm, which cuDNN does not compute in bfloat16.
+    bfloat16 needs no scaler. float16 can be faster in networks with BatchNorm, which cuDNN does not
+    compute in bfloat16; GPUs from before 2018 are slow in it, and the GTX 16 gives nan.
     """
+    has_bfloat16 = processes.computes_bfloat16(settings)
+    usual = "bfloat16" if has_bfloat16 else "float32"
     try:
-        return compare_speed(settings, model, batch, "bfloat16", "float16", seconds=1)
+        return compare_speed(settings, model, batch, usual, "float16", seconds=1)
     except torch.OutOfMemoryError:  # of the copies that are tried: training may fit
-        return "bfloat16", "no memory to try float16"
+        return "bfloat16" if has_bfloat16 else "float16", "no memory to try another"
 
 
 def compare_speed(settings, model, batch, usual, other, seconds):
@@ -141,15 +144,22 @@ class Trial:
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "float16")
 
     def seconds_per_step(self):
-        """Train on the batch, and return the seconds of a step; a GPU can queue several."""
+        """Train on the batch, and return the seconds of a step, inf where the loss is not finite.
+
+        A GPU can queue several steps.
+        """
         steps = 5 if self.Cuda else 1
         begin = time.perf_counter()
         for _ in range(steps):
             batches = [(*self.batch, [])]
-            backward(self.model, batches, self.Cuda, self.precision, self.scaler, self.recipe)
+            [sums] = backward(
+                self.model, batches, self.Cuda, self.precision, self.scaler, self.recipe
+            )
             optimizer_step(self.optimizer, self.scaler)
         if self.Cuda:
             torch.cuda.synchronize()
+        if not math.isfinite(sums["loss"] / sums["pictures"]):
+            return math.inf
         return (time.perf_counter() - begin) / steps
 
 

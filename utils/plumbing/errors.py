@@ -9,7 +9,9 @@ import traceback
 
 TOO_SMALL = "数据集过小,无法继续进行训练,请扩充数据集。"  # the documented words of a ValueError
 LOST = "another process of the launch has ended"
-NOT_FINITE = "lower Init_lr or clip_ratio; the files saved before it are intact"
+NOT_FINITE = (
+    "lower Init_lr or clip_ratio, or set fp16 = False; the files saved before it are intact"
+)
 LIBRARIES = ("torch", "torchvision", "numpy", "PIL", "multiprocessing")
 MACHINE_ERRORS = (RuntimeError, MemoryError, ConnectionError)
 # Error numbers of a machine that has no more of something: open files or memory
@@ -33,12 +35,12 @@ ADVICE = (
         "older CUDA, or set Cuda = False ({line})",
     ),
     (
-        "(busy or unavailable|exclusive)",
+        "busy or unavailable|exclusive-(thread|process)",
         "another program has this GPU for itself: wait for it, choose another GPU with "
         "CUDA_VISIBLE_DEVICES=1, or set Cuda = False ({line})",
     ),
     (
-        "device-side assert|CUBLAS_STATUS_EXECUTION_FAILED",
+        "device-side assert triggered|CUBLAS_STATUS_EXECUTION_FAILED",
         "an index was out of range on the GPU, often a class id: set CUDA_LAUNCH_BLOCKING=1, or "
         "Cuda = False, to see where ({line})",
     ),
@@ -60,9 +62,10 @@ ADVICE = (
         "--batch-size of a command), or input_shape ({line})",
     ),
     (
-        r"No working C\+\+ compiler|Failed to find C compiler|working triton installation",
-        "compile = True needs a C compiler and Triton: install them, or set compile = False "
-        "({line})",
+        r"No working C\+\+ compiler|Failed to find C compiler|working triton installation"
+        "|triton GPU compiler|out of resource:",
+        "compile = True needs a C compiler, Triton and a GPU that suits it: install them, or set "
+        "compile = False ({line})",
     ),
     (
         "more than 1 value per channel",
@@ -104,8 +107,10 @@ class UserError(ValueError):
 def explain(error):
     """Return what a user can do about an error, as a sentence; None for a programming error."""
     text = str(error).strip()
-    if "Traceback (most recent call last)" in text:  # from a loader worker; the message is last
-        text = text.splitlines()[-1]
+    if (
+        "Traceback (most recent call last)" in text
+    ):  # from a worker or a thread; the message is last
+        text = re.split(r"\n +.+\n(?=\S)", text)[-1]  # what follows the last indented line
     if isinstance(error, UserError) or TOO_SMALL in text:
         return text.rpartition("UserError: ")[2]
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):

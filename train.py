@@ -157,6 +157,8 @@ if __name__ == "__main__":
         np.random.seed(10101)
         np.random.shuffle(train_lines)
         np.random.seed(None)
+    if run:
+        check_goes_on(run, config, state, settings, class_names)
     num_train, num_val = len(train_lines), len(val_lines)
     num_classes = len(class_names)
     train_data = DataGenerator(
@@ -177,8 +179,6 @@ if __name__ == "__main__":
     if num_workers:
         train_data.share_memory()
         val_data.share_memory()
-    if run:
-        check_goes_on(run, config, state, settings, class_names)
 
     # The network
     torch.manual_seed(seed)

@@ -156,7 +156,8 @@ def find_run(resume, save_dir):
         read_config(run)
         lock(run, seconds)
         return run
-    for config, run in runs_in(save_dir) if launched else ():
+    runs = runs_in(save_dir) if launched or resume else []
+    for config, run in runs if launched else []:
         if config.get("launch") == processes.launch_id:
             if config["finished"]:
                 raise UserError(
@@ -165,16 +166,16 @@ def find_run(resume, save_dir):
                 )
             lock(run, seconds)
             return run
-    return find_unfinished(save_dir, seconds) if resume else None
+    return find_unfinished(runs, save_dir, seconds) if resume else None
 
 
-def find_unfinished(save_dir, seconds):
-    """Return the newest unfinished run, locked, or None.
+def find_unfinished(runs, save_dir, seconds):
+    """Return the newest unfinished one of runs_in(save_dir), locked, or None.
 
     One that has saved nothing is taken where there is no other.
     """
     empty = None
-    for config, run in runs_in(save_dir):
+    for config, run in runs:
         if config["finished"]:
             continue
         lock(run, seconds)

@@ -76,8 +76,8 @@ class Classifier:
         """Load weights for the whole network from a file."""
         try:
             state = load_weights(path, "weights")
-            check_numbers(self.network.state_dict(), state, f"weights: {path}")
             own = self.network.state_dict()
+            check_numbers(own, state, f"weights: {path}")
             counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
             marked = OrderedDict({**counters, **state})  # older files have no counters
             marked._metadata = own._metadata  # MNASNet loads nothing without its version's mark

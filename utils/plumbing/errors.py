@@ -107,9 +107,8 @@ class UserError(ValueError):
 def explain(error):
     """Return what a user can do about an error, as a sentence; None for a programming error."""
     text = str(error).strip()
-    if (
-        "Traceback (most recent call last)" in text
-    ):  # from a worker or a thread; the message is last
+    # an error from a worker or a thread has its traceback inside, and the message last
+    if "Traceback (most recent call last)" in text:
         text = re.split(r"\n +.+\n(?=\S)", text)[-1]  # what follows the last indented line
     if isinstance(error, UserError) or TOO_SMALL in text:
         return text.rpartition("UserError: ")[2]

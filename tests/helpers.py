@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from py_compile import PycInvalidationMode
@@ -261,15 +262,17 @@ def launch(folder, *words, code=0, timeout=900, **options):
     fails.
     """
     group = start_group(folder, *words, **options)
-    failed, running = None, True
+    failed, running, end = None, True, time.monotonic() + timeout
     while failed is None and running:
         running = any(process.poll() is None for process in group)  # before their codes are read
         failed = next((process.poll() for process in group if process.poll()), None)
+        if running and time.monotonic() > end:
+            failed = f"none within {timeout} s"  # they wait for each other
         time.sleep(0.02)
     outputs = []
     for process in group:
         if failed is not None and process.poll() is None:
-            process.terminate()
+            process.kill()  # one that saves at SIGTERM would wait for the others
         outputs.append(process.communicate(timeout=timeout))
     out, err = ("".join(texts) for texts in zip(*outputs, strict=True))
     assert (failed or 0) == code, f"exit {failed}, not {code}:\n{out}\n{err}"
@@ -277,6 +280,17 @@ def launch(folder, *words, code=0, timeout=900, **options):
 
 
 reserved = []
+
+
+def children(pid):
+    """Process ids of pid's living children (of Linux's /proc)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def free_port():
@@ -347,14 +361,8 @@ def make_run(folder, names, backbone="squeezenet1_1", **settings):
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = default_settings(
-        backbone=backbone,
-        input_shape=[32, 32],
-        Unfreeze_batch_size=8,
-        fp16=False,
-        Cuda=False,
-        **settings,
-    )
+    usual = dict(input_shape=[32, 32], Unfreeze_batch_size=8, fp16=False, Cuda=False)
+    values = default_settings(backbone=backbone, **{**usual, **settings})
     write_config(folder, {"settings": values, "class_names": list(names), "finished": True})
     torch.manual_seed(0)
     torch.save(

@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.helpers import environment
+from tests.helpers import children, environment
 
 PLACES = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 PROGRAMS = {
@@ -78,19 +78,10 @@ def free_ports(number):
 
 
 def descendants(pid):
-    """Process ids of pid's living children, their children, and so on (of Linux's /proc)."""
-    children = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            children.setdefault(int(parent), []).append((int(stat.parent.name), state))
-        except OSError:
-            pass  # it has ended
-    found, queue = [], [pid]
-    while queue:
-        for child, state in children.get(queue.pop(), []):
-            queue.append(child)
-            found += [child] * (state != "Z")
+    """Process ids of pid's living children, their children, and so on."""
+    found = children(pid)
+    for child in found:  # it grows meanwhile
+        found += children(child)
     return found
 
 

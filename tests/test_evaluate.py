@@ -20,7 +20,7 @@ from sklearn import metrics
 import nets
 from tests.helpers import ROOT, environment, make_data, make_run, picture, weights
 from utils import evaluate as module
-from utils import export, predict
+from utils import export, predict, trained
 from utils.evaluate import evaluate
 from utils.fit import score_batch
 from utils.pictures import centre_box, read_crop
@@ -210,6 +210,40 @@ def test_few_and_many_classes(folder, tmp_path, capsys, number):
     assert "inf" not in capsys.readouterr().out
 
 
+def test_what_is_printed_comes_after_what_is_saved(folder, tmp_path, monkeypatch):
+    """As '| head' ends the program while it prints."""
+
+    def gone(rows):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module, "print_table", gone)
+    with pytest.raises(BrokenPipeError):
+        evaluate("run", out=tmp_path, num_workers=0)
+    assert {file.name for file in tmp_path.iterdir()} >= set(module.OUTPUTS) - {"mistakes.png"}
+
+
+@pytest.mark.parametrize(
+    "pictures, batch_size, expected",
+    [(18, 8, (8, 2)), (18, 32, (32, 0)), (600, 2048, (256, 2)), (600, 4, (4, 5))],
+)
+def test_what_reads_is_not_more_than_there_is_to_read(
+    folder, tmp_path, monkeypatch, pictures, batch_size, expected
+):
+    """On a machine of five cores."""
+    seen = []
+
+    def loader(data, batch_size, num_workers, **options):
+        seen.append((batch_size, num_workers))
+        return torch.utils.data.DataLoader(data, batch_size, num_workers=0, **options)
+
+    run = make_run(tmp_path / "run", ["class0", "class1", "class2"], Unfreeze_batch_size=batch_size)
+    write_list("some.txt", [0] * pictures)
+    monkeypatch.setattr(trained, "DataLoader", loader)
+    monkeypatch.setattr(trained, "cores", lambda: 5)
+    evaluate(run, annotation="some.txt")
+    assert seen == [expected]
+
+
 def test_figures_of_a_fork_are_printed(folder, tmp_path, monkeypatch, capsys):
     real = module.task.batch_sums, module.task.metrics_from
     monkeypatch.setattr(
@@ -310,6 +344,15 @@ def test_mixed_precision_is_the_runs(folder, tmp_path):
     (half / "config.json").write_text(json.dumps(config))
     losses = [evaluate(run, out=tmp_path / "out", num_workers=0)["loss"] for run in ("run", half)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("able, name", [({"amx_bf16": True}, "bfloat16"), ({}, "float32")])
+def test_a_precision_that_this_machine_emulates_is_not_used(
+    folder, tmp_path, monkeypatch, able, name
+):
+    run = make_run(tmp_path / "run", ["class0", "class1", "class2"], fp16="bfloat16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert predict.Classifier(run).fp16 == name
 
 
 DAMAGED = [

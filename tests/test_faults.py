@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.helpers import (
+    children,
     edit,
     environment,
     history,
@@ -25,7 +26,7 @@ from tests.helpers import (
     train,
     write_network,
 )
-from tests.test_resume import children, wait_for
+from tests.test_resume import wait_for
 from utils.plumbing.errors import explain
 
 
@@ -251,6 +252,15 @@ def test_printing_decides_nothing(tmp_path, where):
         len(history(run_of(folder))) == 2
         and '"finished": true' in (run_of(folder) / "config.json").read_text()
     )
+
+
+def test_an_error_ends_the_process_where_it_cannot_be_printed(tmp_path):
+    """At once: Python's own clean-up could wait for other processes."""
+    folder = make_project(tmp_path)
+    code = "import atexit\natexit.register(lambda: open('cleaned', 'w'))\n"
+    command = f"{sys.executable} {hooked(folder, code)} --backbone none 2> /dev/full"
+    result = subprocess.run(["bash", "-c", command], cwd=folder, env=environment(), timeout=300)
+    assert result.returncode == 1 and not (folder / "cleaned").exists()
 
 
 def test_the_second_interrupt_ends_at_once(tmp_path):

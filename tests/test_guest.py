@@ -1,5 +1,6 @@
 """In other people's programs: importing changes nothing, and a session outlives what it runs."""
 
+import resource
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, environment, make_data, make_project
+from utils.pictures import read_crop
 from utils.plumbing.errors import UserError, explain
 
 MODULES = sorted(
@@ -17,14 +19,18 @@ MODULES = sorted(
 
 UNCHANGED = """
 import atexit, importlib, os, signal, sys
-import numpy, torch, torchvision, PIL.Image  # may change what they like
+import logging, multiprocessing
+import numpy, torch, torchvision  # may change what they like
+from PIL import Image, PngImagePlugin
 
 def state():
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     precision = torch.get_float32_matmul_precision(), torch.get_num_threads()
     random_state = torch.random.get_rng_state().sum().item(), numpy.random.get_state()[2]
     return (sys.excepthook, sys.displayhook, dict(os.environ), handlers, atexit._ncallbacks(),
-            precision, random_state, sys.stdout.errors, os.umask(os.umask(0)))
+            precision, random_state, sys.stdout.errors, os.umask(os.umask(0)),
+            PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS, logging.getLogger("PIL").level,
+            multiprocessing.get_start_method(allow_none=True))
 
 importlib.import_module("torch.utils.data")
 importlib.import_module("torchvision.transforms.v2")
@@ -79,12 +85,13 @@ def test_a_session_goes_on_after_a_training(tmp_path):
     folder = make_project(tmp_path, UnFreeze_Epoch=1, num_workers=1)
     make_data(folder, train=16, test=8)
     session = (
-        "import runpy, signal\n"
+        "import runpy, signal, sys\n"
         "try:\n"
         "    runpy.run_path('train.py', run_name='__main__')\n"
         "except SystemExit as end:\n"
         "    assert not end.code\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "assert sys.excepthook is sys.__excepthook__\n"
         "print('still here')"
     )
     assert run_python(folder, "-c", session).endswith("still here\n")
@@ -147,6 +154,26 @@ def test_an_error_of_one_s_own_in_a_worker(tmp_path):
     with pytest.raises(ValueError) as caught:
         list(torch.utils.data.DataLoader(Data(), 1, num_workers=1, sampler=[1]))
     assert explain(caught.value) is None
+
+
+class Opens(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            return read_crop(__file__, (8, 8), None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_no_more_open_files_is_a_sentence_also_in_a_worker(num_workers):
+    with pytest.raises(OSError) as caught:
+        list(torch.utils.data.DataLoader(Opens(), 1, num_workers=num_workers))
+    assert "raise the limit" in (explain(caught.value) or "")
 
 
 def test_torch_s_own_errors_are_explained():

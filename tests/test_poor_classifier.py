@@ -415,6 +415,7 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     pixels[40:, 60:] = 255
     Image.fromarray(pixels).save(tmp_path / "corner.png")
     classify = predict.Classifier(run)
+    classify.network.requires_grad_(False)  # as a network may fix what it does not train
     heat = explain.grad_cam(classify, *classify.read(tmp_path / "corner.png"), class_id=1)
     assert heat.shape == (32, 32) and heat.min() >= 0 and heat.max() == 1
     inside = torch.zeros(32, 32, dtype=torch.bool)
@@ -443,6 +444,15 @@ def test_explain_finds_the_last_layer_with_places(name):
     [gradient] = torch.autograd.grad(logits.max(), features)
     assert gradient.shape == features.shape and gradient.abs().sum() > 0
     assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize(
+    "places, is_map",
+    [((7, 7), True), ((2, 4), True), ((2, 768), False), ((768, 4), False)],
+    ids=["VGG's, for any input", "usual", "channels last", "channels first"],
+)
+def test_explain_takes_maps_of_long_pictures(places, is_map):
+    assert explain.is_map(torch.zeros(1, 2, *places), (1, 3, 64, 128)) == is_map
 
 
 @pytest.mark.parametrize("name, size", [("vit_b_32", 64), ("resnet18", 8), ("swin_t", 32)])

@@ -18,6 +18,7 @@ import torch
 from tests import helpers
 from tests.helpers import HOOKS, ROOT, environment, make_run, picture, weights
 from utils import dataloader, predict, trained
+from utils.plumbing import processes
 from utils.plumbing.errors import UserError, explain
 
 
@@ -228,6 +229,13 @@ def test_ctrl_c_in_a_folder(folder, when):
     assert (
         process.returncode == -signal.SIGINT and b"Traceback" not in err and out.count(b"\n") < 2900
     ), err
+
+
+def test_a_service_registers_nothing_with_each_picture(folder, monkeypatch):
+    """Python up to 3.13 keeps a slot for whatever has ever been registered."""
+    classify = predict.Classifier(folder / "run")
+    monkeypatch.setattr(processes.atexit, "register", None)  # it is not called
+    assert classify(folder / "many/00.png")
 
 
 @pytest.mark.slow

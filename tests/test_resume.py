@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tests.helpers import (
+    children,
     edit,
     environment,
     history,
@@ -21,6 +23,7 @@ from tests.helpers import (
     launch,
     make_data,
     make_project,
+    originals,
     run_of,
     runs,
     same,
@@ -161,6 +164,19 @@ def wait_for(process, text, timeout=300):
     return seen
 
 
+def test_the_unedited_file_goes_on(tmp_path):
+    """With pictures in memory, and loader workers in one leg alone."""
+    shutil.copytree(originals(), tmp_path, dirs_exist_ok=True)
+    make_data(tmp_path, train=96, test=30)
+    words = ("--Cuda", False, "--fp16", False)  # 'auto' measures
+    train(tmp_path, *words, "--save_dir", "whole")
+    stops = hooked(tmp_path, "before('torch.optim:SGD.step', send_sigterm, 5)")  # of 3 an epoch
+    train(tmp_path, *words, script=stops, code=128 + signal.SIGTERM)
+    out, _ = train(tmp_path, *words, "--resume", True, "--num_workers", 2)
+    assert "continuing" in out
+    assert same(weights(run_of(tmp_path)), weights(next((tmp_path / "whole").iterdir())))
+
+
 @pytest.mark.parametrize(
     "number, world",
     [
@@ -242,10 +258,10 @@ def test_the_printed_command_continues_the_run(tmp_path, launcher):
     launcher = torchrun() if launcher == "torchrun" else launcher
     folder = make_project(tmp_path / "it's a project", distributed="'LOCAL_RANK' in os.environ")
     make_data(folder, train=64, test=16)
-    words = ("--input_shape", "[40, 40]", "--UnFreeze_Epoch", 20, "--save_dir", "my runs")
+    words = ("--input_shape", "[40, 40]", "--UnFreeze_Epoch", 200, "--save_dir", "my runs")
     words = (*words, "--num_workers", 1, "--Cuda=False")
     process = start(folder, *words, launcher=launcher)
-    seen = wait_for(process, "epoch 2/20:")
+    seen = wait_for(process, "epoch 2/200:")
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=300)
     command = re.search(r"continue with\n  (.*)\n", seen + out)[1]
@@ -258,7 +274,7 @@ def test_the_printed_command_continues_the_run(tmp_path, launcher):
         command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert f"UnFreeze_Epoch: 20 → {last}" in result.stdout and "nothing" not in result.stdout
+    assert f"UnFreeze_Epoch: 200 → {last}" in result.stdout and "nothing" not in result.stdout
     assert "pretrained" not in result.stdout
     config = json.loads((run / "config.json").read_text())
     assert config["settings"]["input_shape"] == [40, 40] and config["settings"]["num_workers"] == 1
@@ -314,15 +330,6 @@ def test_a_run_without_its_checkpoint_is_not_begun_anew(tmp_path):
             (run / name).unlink()
     _, err = train(folder, "--resume", True, code=1)
     assert "history.csv" in err
-
-
-def children(pid):
-    return [
-        int(line)
-        for line in subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
-        ).stdout.split()
-    ]
 
 
 def torchrun_kills(folder, reference_folder, kills, rng, seconds):

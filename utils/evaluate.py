@@ -53,7 +53,8 @@ def evaluate(
     """Score a run, print and write everything; return {**metrics, "scored": number of pictures}."""
     classifier = Classifier(run, weights, mirrored)
     if batch_size is None:
-        batch_size = classifier.settings["Unfreeze_batch_size"]
+        # one device takes what several shared in training
+        batch_size = min(256, classifier.settings["Unfreeze_batch_size"])
     check_value("Unfreeze_batch_size", batch_size)
     check_value("num_workers", num_workers or 0)
     out = make_folder(out or classifier.folder, "name another folder with --out")
@@ -66,17 +67,18 @@ def evaluate(
     metrics, indices, targets, predictions = score(classifier, data, batch_size, num_workers)
     rows, files, more = task.whole_set(targets, predictions, names)
     metrics.update(more)
-    if rows:
-        print_table(rows)
     mistakes = task.mistakes(targets, predictions, names)
     if mistakes:
         files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
     files["predictions.csv"] = tabulate(data, indices, targets, predictions, names)
+    save_outputs(out, files)  # before anything is printed: '| head' ends the program there
 
+    if rows:
+        print_table(rows)
     texts = task.metric_texts(metrics, exact=True)
     unreadable = len(data) - len(indices)
     print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
-    save_outputs(out, files)
+    print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
     return {**metrics, "scored": len(indices)}
 
 
@@ -208,7 +210,6 @@ def save_outputs(out, files):
         save(out / name, content)
     if "mistakes.png" not in files:  # it may be of weights that made some
         discard(out / "mistakes.png")
-    print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
 
 
 def save_csv(path, rows):
@@ -233,8 +234,10 @@ def main(arguments=None):
     parser = begin_command("evaluate", __doc__)
     parser.add_argument("--annotation", help="list of 'class_id;path' lines (the run's test list)")
     parser.add_argument("--out", help="folder to write into (the run's)")
-    parser.add_argument("--batch-size", type=int, help="pictures a step (the run's)")
-    parser.add_argument("--num-workers", type=int, help="data-loader processes (one a core)")
+    parser.add_argument("--batch-size", type=int, help="pictures a step (the run's, at most 256)")
+    parser.add_argument(
+        "--num-workers", type=int, help="data-loader processes (at most one a core)"
+    )
     evaluate(**vars(parser.parse_args(arguments)))
 
 

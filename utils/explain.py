@@ -57,6 +57,7 @@ def grad_cam(classifier, images, targets, class_id):
     logit; what speaks against the class is cut off.
     """
     inputs, _ = network_inputs(classifier.network, images, targets, classifier.settings)
+    classifier.network.requires_grad_()  # it may have fixed its backbone
     logits, features = last_map(classifier.network, inputs, images.shape)
     [gradient] = torch.autograd.grad(logits[0, class_id], features)
     weights = gradient.mean((2, 3), keepdim=True)
@@ -95,7 +96,7 @@ def is_map(output, shape):
     if output.dim() != 4:
         return False
     height, width = output.shape[2:]
-    return 0.5 < height / width * shape[3] / shape[2] < 2
+    return 0.2 < height / width * shape[3] / shape[2] < 5
 
 
 def main(arguments=None):

@@ -20,7 +20,7 @@ from utils.plumbing.console import prepare_program
 from utils.plumbing.errors import UserError
 from utils.plumbing.folders import say_left_out, walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, PROJECT
-from utils.plumbing.processes import cores, iterate, prepare_worker
+from utils.plumbing.processes import computes_bfloat16, cores, iterate, prepare_worker
 from utils.plumbing.run import find_folder, read_config
 from utils.plumbing.settings import check_value
 from utils.recipe import precision_name
@@ -62,7 +62,10 @@ class Classifier:
         fp16 = self.settings["fp16"]
         self.Cuda = trained_on_gpu and torch.cuda.is_available()
         self.fp16 = "float32"  # a GPU's precision on a CPU would give other scores
-        if self.Cuda == trained_on_gpu and fp16 != "auto":
+        # one GPU scores, also where DataParallel would train on several
+        device = {"Cuda": self.Cuda, "distributed": True}
+        emulated = fp16 == "bfloat16" and not computes_bfloat16(device)
+        if self.Cuda == trained_on_gpu and fp16 != "auto" and not emulated:
             self.fp16 = precision_name(self.Cuda, fp16)
         self.network = build(self.settings, len(self.class_names)).eval()
         self.load(weights or Path(self.folder, "best_epoch_weights.pth"))
@@ -132,8 +135,7 @@ class Classifier:
         It is a sentence where there is none, as the picture cannot be read.
         """
         data = self.pictures(pictures)
-        num_workers = min(cores(), len(pictures) // batch_size)
-        for logits, indices, unreadable in self.score(data, batch_size, num_workers):
+        for logits, indices, unreadable in self.score(data, batch_size):
             batch = {index: f"unreadable picture ({reason})" for index, reason in unreadable}
             if logits is not None:
                 batch.update(zip(indices.tolist(), task.top_predictions(logits, self.class_names)))
@@ -155,10 +157,12 @@ class Classifier:
         Logits and targets are on the model's device; the logits are None where none of the batch's
         pictures can be read.
         """
+        if num_workers is None:  # each holds two batches in shared memory
+            num_workers = min(cores(), 32, len(data) // batch_size)
         loader = DataLoader(
             data,
             batch_size,
-            num_workers=cores() if num_workers is None else num_workers,
+            num_workers=num_workers,
             pin_memory=self.Cuda,
             collate_fn=detection_collate,
             worker_init_fn=prepare_worker,

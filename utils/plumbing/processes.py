@@ -236,11 +236,13 @@ def iterate(loader):
     It would raise at any instant, also while an error is shown. Without it a dead worker is found
     when its batch is missing, within five seconds.
     """
+    if not getattr(loader, "num_workers", 0):
+        return iter(loader)
     atexit.unregister(stop_workers)  # it would be registered once an epoch
     atexit.register(stop_workers)
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     handler = number and signal.getsignal(number)
-    with held_signals() if getattr(loader, "num_workers", 0) else contextlib.nullcontext():
+    with held_signals():
         batches = iter(loader)
     if number and threading.current_thread() is threading.main_thread():
         signal.signal(number, handler or signal.SIG_DFL)
@@ -304,6 +306,7 @@ def leave(code):
     while held_runs:
         os.close(held_runs.popitem()[1])
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.excepthook = sys.__excepthook__
     raise SystemExit(code)
 
 

@@ -88,6 +88,18 @@ def test_a_later_step_and_the_first_unfrozen_one(optimizer_type):
     assert_same(skipped, clean)
 
 
+def test_a_state_with_shorter_sides_goes_on():
+    """Adafactor's averages over rows and columns; that of another network is refused."""
+    layers = [torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), torch.nn.Linear(5, 3)]
+    first, second, third = (torch.optim.Adafactor(layer.parameters()) for layer in layers)
+    layers[0](torch.ones(2, 4)).sum().backward()
+    first.step()
+    restore_optimizer(second, copy.deepcopy(first.state_dict()))
+    assert same(second.state_dict()["state"], first.state_dict()["state"])
+    with pytest.raises(RuntimeError):
+        restore_optimizer(third, first.state_dict())
+
+
 @pytest.mark.parametrize("optimizer_type", OPTIMIZERS)
 @pytest.mark.parametrize("lacking", ["all", "one", "none as a value"])
 def test_a_checkpoint_that_lacks_buffers(optimizer_type, lacking):

@@ -16,7 +16,7 @@ from torch import nn
 from nets._weights import load_matching, load_weights
 from tests.helpers import same
 from utils.plumbing.errors import UserError
-from utils.plumbing.files import load_tensors
+from utils.plumbing.files import load_tensors, save_tensors
 
 
 def tiny():
@@ -124,6 +124,12 @@ def test_safetensors_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match="pip install safetensors"):
         load_weights(tmp_path / "w.safetensors")
+
+
+def test_numpy_s_numbers_are_saved_as_plain_ones(tmp_path):
+    """A fork's curve or metric may give some."""
+    save_tensors(tmp_path / "w.pth", {"lr": np.float64(0.5), "rows": [(np.int64(3), np.ones(2))]})
+    assert load_tensors(tmp_path / "w.pth") == {"lr": 0.5, "rows": [(3, [1.0, 1.0])]}
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,8 @@ def restore_optimizer(optimizer, state):
         fill_momentum(optimizer)
     for parameter, values in optimizer.state.items():
         for value in values.values():
-            if torch.as_tensor(value).shape not in ((), parameter.shape):
-                raise ValueError("the optimizer's state is of another network")
+            # RuntimeError where it is another network's; Adafactor's have sides of length 1
+            torch.as_tensor(value).expand_as(parameter)
 
 
 def check_trained(optimizer, model):

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.plumbing.errors import UserError
@@ -125,7 +126,8 @@ def on_cpu(state):
         return moved
     if isinstance(state, (list, tuple)):
         return type(state)(map(on_cpu, state))
-    return state
+    # a fork's numpy numbers would be refused when it is loaded
+    return state.tolist() if isinstance(state, (np.generic, np.ndarray)) else state
 
 
 def as_json(settings):

@@ -68,7 +68,7 @@ sync_bn = False  # BatchNorm statistics over all GPUs of a torchrun launch
 fp16 = "auto"  # mixed precision: True, False, a type such as 'bfloat16', or 'auto': what is fast
 compile = False  # torch.compile the network; may pay on CUDA
 num_workers = "auto"  # loader processes for each training process; 'auto': what suits the device
-cache_mb = 500  # each process keeps a list's pictures in memory if all fit into these MB; 0 = off
+cache_mb = 500  # MB to keep all of a list's pictures in memory (not with random crops); 0 = off
 seed = 11  # of weights, order and augmentation
 
 # The data: lines of 'class_id;path', written by python -m utils.annotation
@@ -238,7 +238,8 @@ if __name__ == "__main__":
     )
     if state:
         checkpoint.load(state, save_period, UnFreeze_Epoch)
-    config = on_rank_0(begin_run, save_dir, settings, class_names, recorded)
+    if rank() == 0:
+        config = begin_run(save_dir, settings, class_names, recorded)
     checkpoint.catch_signals()
     if state is None and rank() == 0:
         save_first_batch(f"{save_dir}/first_batch.png", batch, class_names)

@@ -10,6 +10,7 @@ from tests.helpers import (
     edit,
     free_port,
     history,
+    hooked,
     launch,
     make_data,
     make_project,
@@ -29,7 +30,12 @@ def alone(tmp_path_factory):
         tmp_path_factory.mktemp("alone"), backbone="'convnext_tiny_plain'", UnFreeze_Epoch=3
     )
     plain_network(folder)
-    make_data(folder, train=50, test=21)
+    imports, main, rest = (
+        (folder / "train.py").read_text(encoding="utf-8").rpartition("\nif __name__")
+    )
+    mine = "\nF = torch.nn.functional  # a fork's, which no process can send another\n"
+    (folder / "train.py").write_text(imports + mine + main + rest, encoding="utf-8")
+    make_data(folder, train=50, test=17)  # a process has none of the last step's one picture
     train(folder)
     return folder, history(run_of(folder)), weights(run_of(folder))
 
@@ -71,7 +77,19 @@ def agree(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
-        assert a["top1"] == b["top1"] and a["scored"] == b["scored"] == 21
+        assert a["top1"] == b["top1"] and a["scored"] == b["scored"] == 17
+
+
+def test_an_early_stop_ends_all_processes(alone):
+    folder, _, _ = alone
+    code = """
+from utils.loss_history import LossHistory
+LossHistory.best = lambda self: next(iter(self.rows), None)  # the first epoch stays the best
+"""
+    words = ("--early_stop", 1, "--save_dir", "early")
+    out, _ = launch(folder, *words, script=hooked(folder, code))
+    (run,) = (folder / "early").iterdir()
+    assert len(history(run)) == 2 and out.count("early_stop = 1: no better epoch") == 1
 
 
 def test_two_nodes(alone):
@@ -158,7 +176,7 @@ def test_validation_is_the_same_for_the_same_weights(alone):
             processes=processes,
         )
     one, two = (history(next((folder / f"{name}_val").iterdir()))[0] for name in ("one", "two"))
-    assert one["scored"] == two["scored"] == 21 and one["top1"] == two["top1"]
+    assert one["scored"] == two["scored"] == 17 and one["top1"] == two["top1"]
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-6)
 
 
@@ -226,4 +244,4 @@ def test_unreadable_pictures_are_counted_over_the_processes(alone):
     words = "--test_annotation_path model_data/one_broken.txt --UnFreeze_Epoch 1 --save_dir broken"
     out, _ = launch(folder, *words.split())
     (row,) = history(next((folder / "broken").iterdir()))
-    assert row["unreadable"] == 1 and row["scored"] == 20 and out.count("unreadable picture") == 1
+    assert row["unreadable"] == 1 and row["scored"] == 16 and out.count("unreadable picture") == 1

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unicodedata import normalize
@@ -396,7 +397,7 @@ def test_class_names_with_space_around_them(name):
     assert classes() == ["a", "zz"]
 
 
-@pytest.mark.parametrize("output", ["blocked/list", "/proc/list"])
+@pytest.mark.parametrize("output", ["blocked/list", "/proc/list", "blocked/"])
 def test_outputs_that_cannot_be_made_are_found_first(output, monkeypatch):
     numbered("ds/cat", "ds/dog")
     Path("blocked").write_text("a file")
@@ -699,6 +700,17 @@ def fragile(path):
     return path.upper()
 
 
+def without_memory(path):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_machine_without_memory_makes_no_picture_unreadable(number, monkeypatch):
+    monkeypatch.setattr("utils.plumbing.shrink.cores", lambda: number)
+    with pytest.raises(MemoryError):
+        on_all_cores(without_memory, ["a", "b"], "tried")
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_items_that_cannot_be_read(number, monkeypatch, capsys):
     monkeypatch.setattr("utils.plumbing.shrink.cores", lambda: number)
@@ -843,10 +855,9 @@ def test_ctrl_c_ends_a_check_at_once():
         )
 
     def group():
-        found = subprocess.run(
-            ["pgrep", "-g", str(process.pid)], capture_output=True, text=True
-        ).stdout.split()
-        return set(found) - {str(process.pid)}
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            return True
 
     while not os.path.exists("begun"):
         assert process.poll() is None, Path("out.txt").read_text()

@@ -342,11 +342,10 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
     assert not list((folder / "logs").iterdir() if (folder / "logs").exists() else [])
 
 
-def test_a_day_is_no_end_of_the_time_left(capsys):
-    from utils.plumbing.console import ProgressLine
-
-    line = ProgressLine("epoch 1/2", 1000)
-    line.begin -= 100  # seconds ago
+def test_a_day_is_no_end_of_the_time_left(capsys, monkeypatch):
+    clock = SimpleNamespace(monotonic=iter([0.0, 100.0]).__next__)
+    monkeypatch.setattr(console, "time", clock)
+    line = console.ProgressLine("epoch 1/2", 1000)
     line.show(1, 8, lambda: "", due=True)
     assert "1 day, 3:45:00 left" in capsys.readouterr().out
 
@@ -438,6 +437,23 @@ def test_a_foreign_config_stops_no_new_training(tmp_path, change):
     assert run.find_run(True, str(tmp_path)) == str(tmp_path / "mine")
 
 
+def test_two_runs_that_begin_in_one_second(tmp_path, monkeypatch):
+    names = iter(["2026_01_01_00_00_00"] * 2 + ["2026_01_01_00_00_01"])
+    monkeypatch.setattr(run.time, "strftime", lambda form: next(names))
+    made = [os.path.basename(run.new_run(str(tmp_path))) for _ in range(2)]
+    assert made == ["2026_01_01_00_00_00", "2026_01_01_00_00_01"]
+
+
+def test_tensorboard_is_told_each_figure(tmp_path, monkeypatch):
+    """By a stand-in for it."""
+    told = []
+    writer = SimpleNamespace(add_scalar=lambda *words: told.append(words))
+    module = SimpleNamespace(SummaryWriter=lambda log_dir, flush_secs: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    LossHistory(tmp_path).append_loss({"epoch": 3, "top1": 0.5, "val_loss": 1.0})
+    assert told == [("epoch", 3, 3), ("top1", 0.5, 3), ("val_loss", 1.0, 3)]
+
+
 def test_the_highest_start_is_no_dead_end(tmp_path):
     finished_run(tmp_path / "foreign", 10**9)
     new = run.new_run(str(tmp_path))
@@ -454,6 +470,16 @@ def test_a_folder_that_is_no_run_names_the_newest(tmp_path, monkeypatch):
     for name in ("RUN", "logs", "logs/typo"):
         with pytest.raises(UserError, match="; the newest run in 'logs' is 'logs/new'$"):
             run.read_config(name)
+    (tmp_path / "logs/link").mkdir()
+    (tmp_path / "logs/link/config.json").symlink_to("nowhere")
+    glob = run.Path.glob  # from Python 3.13 on it finds such links, too
+
+    def with_links(folder, pattern):
+        link = folder / "link/config.json"
+        return [*glob(folder, pattern), *[link] * os.path.lexists(link)]
+
+    monkeypatch.setattr(run.Path, "glob", with_links)
+    assert [name for _, name in run.runs_in("logs")] == ["logs/new", "logs/old"]
     with pytest.raises(UserError, match="is not a run's folder"):  # beyond what a path may have
         run.find_run("x" * 5000, "logs")
 

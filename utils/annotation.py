@@ -185,7 +185,7 @@ def main(arguments=None):
     prepare_program()
     options = read_arguments(arguments)
     paths = [f"{options.out}_{part}.txt" for part in ("classes", "train", "test", "holdout")]
-    make_folder(Path(options.out).parent, "name another place with --out")
+    make_folder(Path(paths[0]).parent, "name another place with --out")
     names, lists, left_out = collect(
         options.datasets, options.test_share, options.seed, options.nested
     )

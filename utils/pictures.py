@@ -87,7 +87,8 @@ def read_crop(source, input_shape, choose_box):
     # below four times the sides, decoding all by torchvision is faster than reducing by Pillow
     is_small = height * width < 16 * math.prod(input_shape)
     if decode_jpeg and is_jpeg_file and is_small and orientation(image) == 1:
-        with suppress(RuntimeError):  # of a broken file: Pillow names what is wrong
+        # of a broken file: Pillow names what is wrong; warnings may be errors
+        with suppress(RuntimeError, Warning):
             return crop_jpeg(image.fp.getvalue(), input_shape, box)
 
     top, left, box_height, box_width = box

@@ -196,5 +196,5 @@ def show_error(kind, error, trace):
         text = f"[rank {rank()}] {text}"
     if sentence and sentence.startswith(LOST):
         time.sleep(5)
-    print(text, file=sys.stderr)
+    say(text, everyone=True, as_it_is=True, file=sys.stderr)
     end(1)

@@ -132,7 +132,9 @@ def comes_from_library(error):
     in_library = place is None or in_libraries(place[0])
     if not in_library and re.search(r"\braise\b", place[1]):
         return False
-    is_used_up = getattr(error, "errno", None) in USED_UP
+    # by its text: an error from a worker has lost its errno
+    numbers = re.findall(r"\[Errno (\d+)\]", str(error))
+    is_used_up = isinstance(error, OSError) and any(int(number) in USED_UP for number in numbers)
     return in_library or is_used_up or isinstance(error, MACHINE_ERRORS)
 
 

@@ -99,7 +99,8 @@ def failure_reason(error):
     Errors of the machine (no memory, too many open files) are raised again: the picture is not to
     blame.
     """
-    if isinstance(error, OSError) and error.errno in USED_UP:
+    out_of_files = isinstance(error, OSError) and error.errno in USED_UP
+    if out_of_files or isinstance(error, MemoryError):
         raise error
     if isinstance(error, FileNotFoundError):
         return "it does not exist"

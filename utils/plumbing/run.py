@@ -66,7 +66,8 @@ def find_folder(run, places):
 
 def newest_hint(run):
     """Return '; the newest run is …' for a folder that is no run but stands beside some, or ''."""
-    if os.path.exists(Path(run, "config.json")):
+    # also a link to nowhere, which runs_in finds from Python 3.13 on
+    if os.path.lexists(Path(run, "config.json")):
         return ""
     for folder in (Path(run).parent, Path("logs")):
         runs = runs_in(folder)

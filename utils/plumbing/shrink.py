@@ -78,7 +78,7 @@ def jpeg_warnings(data):
         os.dup2(printed.fileno(), 2)
         try:
             decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        except RuntimeError:
+        except (RuntimeError, Warning):
             pass  # Pillow says why, or can read it
         finally:
             os.dup2(stderr, 2)

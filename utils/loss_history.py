@@ -29,7 +29,7 @@ class LossHistory:
             from torch.utils.tensorboard import SummaryWriter
         except Exception:  # absent or broken: its files are all that is missing then
             SummaryWriter = NoWriter
-        self.writer = SummaryWriter(log_dir)
+        self.writer = SummaryWriter(log_dir, flush_secs=1)  # as a process may end at once
 
     def append_loss(self, metrics):
         """Add an epoch's metrics, and return whether it is the best so far."""
@@ -132,7 +132,7 @@ def describe_waiting(seconds, epoch_seconds, gen):
 class NoWriter:
     """A stand-in for TensorBoard's writer where that is not installed."""
 
-    def __init__(self, log_dir):
+    def __init__(self, log_dir, flush_secs):
         pass
 
     def add_scalar(self, name, value, epoch):

@@ -63,6 +63,7 @@ FASHION94 = {
     "input_shape": "[28, 28]",
     "Unfreeze_batch_size": 128,
     "UnFreeze_Epoch": 14,
+    "lr_decay_type": "cos",
     "label_smoothing": 0.1,
     "random_erasing": 0.25,
 }

@@ -22,6 +22,7 @@ from tests.helpers import (
     train,
     weights,
 )
+from utils import task
 from utils.fit import backward, compute_loss, optimizer_step, score_batch
 from utils.optimizer import check_trained, get_optimizer
 from utils.pictures import normalize
@@ -178,6 +179,15 @@ def test_a_second_input_needs_one_function(monkeypatch):
     loss, sums = compute_loss(model, images, targets, False, False, Recipe())
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, class_ids))
     assert not any(value.requires_grad for value in sums.values())
+
+
+def test_weights_of_mixed_pictures_are_float32():
+    """A class of one picture in 300,000 has a weight that float16 does not have."""
+    weights = torch.tensor([1e5, 0.5])
+    targets = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    with torch.autocast("cpu", torch.float16):
+        loss = task.get_criterion({}, weights, True)(torch.zeros(2, 2), targets)
+    assert loss.item() == pytest.approx(math.log(2) * (0.5 * 1e5 + 0.25 + 1e5) / 2)
 
 
 def test_label_smoothing_and_class_weights():

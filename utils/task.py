@@ -51,7 +51,7 @@ def get_criterion(settings, weights=None, training=False):
         if targets.dim() == 1:
             picture_weights = weights[targets]
         else:  # mixed: each label by its own weight
-            picture_weights = targets @ weights
+            picture_weights = (targets * weights).sum(1)  # float32, where @ would be half
             targets = targets * weights / picture_weights[:, None]
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
         return (picture_weights * losses).mean()

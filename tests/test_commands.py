@@ -13,7 +13,17 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
-from tests.helpers import command, history, make_project, picture, run_of, train
+from tests.helpers import (
+    begin,
+    command,
+    ended,
+    environment,
+    history,
+    make_project,
+    picture,
+    run_of,
+    train,
+)
 from utils.annotation import main as annotate
 from utils.plumbing import charts
 from utils.plumbing.charts import draw_line_chart, draw_matrix, drawable_names
@@ -267,6 +277,27 @@ def test_export(trained, tmp_path):
 def test_first_batch(trained):
     folder, run, _ = trained
     assert Image.open(folder / run / "first_batch.png").width > 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        ("annotation", ["photos", "--shrink", "16", "--out", "spawned"]),
+        ("evaluate", ["RUN", "--batch-size", "4"]),
+        ("predict", ["RUN", "photos"]),
+    ],
+)
+def test_commands_whose_processes_are_spawned(trained, module, words):
+    """As on macOS and Windows: what they need travels, and none of them runs the command again."""
+    folder, run, _ = trained
+    code = "import multiprocessing\nmultiprocessing.set_start_method('spawn')\n"
+    (folder / "sitecustomize.py").write_text(code)
+    env = {**environment(), "PYTHONPATH": str(folder)}
+    words = [str(run) if word == "RUN" else word for word in words]
+    out, err = ended(begin(folder, "-m", f"utils.{module}", *words, env=env, fresh=True))
+    (folder / "sitecustomize.py").unlink()
+    assert "Traceback" not in err and out.count("looking for") == (module == "annotation")
 
 
 @pytest.mark.parametrize("number", [2, 30, 100, 1000])

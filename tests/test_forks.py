@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -27,16 +26,15 @@ from tests.helpers import (
     edit,
     environment,
     history,
+    hooked,
     launch,
     make_data,
     originals,
     runs,
     same,
-    start,
     train,
     weights,
 )
-from tests.test_resume import kill_group
 from utils.plumbing.errors import UserError
 
 SECTION = (
@@ -210,14 +208,10 @@ def check_commands(folder, run, best_by, export=False):
 def check_resume(folder, words):
     """A run that is stopped within an epoch and goes on ends as the first one."""
     first = runs(folder)[0]
-    process = start(folder, *words)
-    while process.poll() is None and not (
-        len(runs(folder)) > 1 and (runs(folder)[1] / "last_checkpoint.pth").exists()
-    ):
-        time.sleep(0.02)
-    kill_group(process, signal.SIGTERM)
-    process.communicate(timeout=300)
-    train(folder, *words, "--resume", True)
+    stops = hooked(folder, "before('utils.fit:optimizer_step', send_sigterm, 5)")
+    train(folder, *words, script=stops, code=128 + signal.SIGTERM)
+    out, _ = train(folder, *words, "--resume", True)
+    assert "continuing" in out
     assert same(weights(runs(folder)[1]), weights(first))
 
 

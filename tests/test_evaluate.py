@@ -222,6 +222,16 @@ def test_what_is_printed_comes_after_what_is_saved(folder, tmp_path, monkeypatch
     assert {file.name for file in tmp_path.iterdir()} >= set(module.OUTPUTS) - {"mistakes.png"}
 
 
+def test_what_cannot_be_written_costs_no_score(folder, tmp_path, monkeypatch, capsys):
+    def refused(path, content):
+        raise UserError("is open in another program")
+
+    monkeypatch.setattr(module, "save_csv", refused)
+    with pytest.raises(UserError, match="another program"):
+        evaluate("run", out=tmp_path, num_workers=0)
+    assert "18 pictures scored" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "pictures, batch_size, expected",
     [(18, 8, (8, 2)), (18, 32, (32, 0)), (600, 2048, (256, 2)), (600, 4, (4, 5))],
@@ -336,8 +346,9 @@ def test_data_of_ones_own(folder, tmp_path, monkeypatch):
             evaluate("run", out=tmp_path, num_workers=0)
 
 
-def test_mixed_precision_is_the_runs(folder, tmp_path):
+def test_mixed_precision_is_the_runs(folder, tmp_path, monkeypatch):
     """On a CPU bfloat16, whose figures differ from float32's a little."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     half = make_run(tmp_path / "half", ["class0", "class1", "class2"])
     config = json.loads((half / "config.json").read_text())
     config["settings"]["fp16"] = True
@@ -347,10 +358,11 @@ def test_mixed_precision_is_the_runs(folder, tmp_path):
 
 
 @pytest.mark.parametrize("able, name", [({"amx_bf16": True}, "bfloat16"), ({}, "float32")])
+@pytest.mark.parametrize("fp16", ["bfloat16", True])
 def test_a_precision_that_this_machine_emulates_is_not_used(
-    folder, tmp_path, monkeypatch, able, name
+    folder, tmp_path, monkeypatch, able, name, fp16
 ):
-    run = make_run(tmp_path / "run", ["class0", "class1", "class2"], fp16="bfloat16")
+    run = make_run(tmp_path / "run", ["class0", "class1", "class2"], fp16=fp16)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert predict.Classifier(run).fp16 == name
 

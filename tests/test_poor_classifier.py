@@ -416,6 +416,7 @@ def test_explain_marks_the_place(tmp_path, monkeypatch):
     Image.fromarray(pixels).save(tmp_path / "corner.png")
     classify = predict.Classifier(run)
     classify.network.requires_grad_(False)  # as a network may fix what it does not train
+    classify.network.table = torch.nn.Parameter(torch.arange(3), requires_grad=False)
     heat = explain.grad_cam(classify, *classify.read(tmp_path / "corner.png"), class_id=1)
     assert heat.shape == (32, 32) and heat.min() >= 0 and heat.max() == 1
     inside = torch.zeros(32, 32, dtype=torch.bool)

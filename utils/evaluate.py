@@ -26,7 +26,7 @@ from utils import task
 from utils.dataloader import own_data
 from utils.plumbing import lists
 from utils.plumbing.charts import draw_contact_sheet, drawable_text
-from utils.plumbing.console import ProgressLine
+from utils.plumbing.console import ProgressLine, say
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import discard, make_folder, save_file, save_image
 from utils.plumbing.settings import check_value
@@ -71,13 +71,14 @@ def evaluate(
     if mistakes:
         files["mistakes.png"] = draw_mistakes(data, indices, mistakes)
     files["predictions.csv"] = tabulate(data, indices, targets, predictions, names)
-    save_outputs(out, files)  # before anything is printed: '| head' ends the program there
-
-    if rows:
-        print_table(rows)
-    texts = task.metric_texts(metrics, exact=True)
-    unreadable = len(data) - len(indices)
-    print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
+    try:  # before anything is printed: '| head' ends the program there
+        save_outputs(out, files)
+    finally:  # a file that cannot be written costs no score
+        if rows:
+            print_table(rows)
+        texts = task.metric_texts(metrics, exact=True)
+        unreadable = len(data) - len(indices)
+        print(*texts, f"{len(indices)} pictures scored", f"{unreadable} unreadable", sep=", ")
     print(f"wrote {', '.join(sorted(files))} into {printable(out)}", flush=True)
     return {**metrics, "scored": len(indices)}
 
@@ -142,7 +143,7 @@ def score(classifier, data, batch_size, num_workers=None):
         logits, targets, unread = batch
         for index, reason in unread:
             unreadable.append(index)
-            print(f"\nunreadable picture: {printable(data.name(index))} ({printable(reason)})")
+            say(f"\nunreadable picture: {data.name(index)} ({reason})", everyone=True)
         if logits is None:
             continue
         loss = criterion(logits, targets)

@@ -57,7 +57,8 @@ def grad_cam(classifier, images, targets, class_id):
     logit; what speaks against the class is cut off.
     """
     inputs, _ = network_inputs(classifier.network, images, targets, classifier.settings)
-    classifier.network.requires_grad_()  # it may have fixed its backbone
+    for parameter in classifier.network.parameters():  # it may have fixed its backbone
+        parameter.requires_grad_(parameter.is_floating_point())
     logits, features = last_map(classifier.network, inputs, images.shape)
     [gradient] = torch.autograd.grad(logits[0, class_id], features)
     weights = gradient.mean((2, 3), keepdim=True)

@@ -59,14 +59,14 @@ class Classifier:
         for name in USED:
             check_value(name, self.settings[name])
         trained_on_gpu = self.settings["Cuda"]
-        fp16 = self.settings["fp16"]
         self.Cuda = trained_on_gpu and torch.cuda.is_available()
         self.fp16 = "float32"  # a GPU's precision on a CPU would give other scores
         # one GPU scores, also where DataParallel would train on several
         device = {"Cuda": self.Cuda, "distributed": True}
-        emulated = fp16 == "bfloat16" and not computes_bfloat16(device)
-        if self.Cuda == trained_on_gpu and fp16 != "auto" and not emulated:
-            self.fp16 = precision_name(self.Cuda, fp16)
+        precision = precision_name(self.Cuda, self.settings["fp16"])
+        emulated = precision == "bfloat16" and not computes_bfloat16(device)
+        if self.Cuda == trained_on_gpu and precision != "auto" and not emulated:
+            self.fp16 = precision
         self.network = build(self.settings, len(self.class_names)).eval()
         self.load(weights or Path(self.folder, "best_epoch_weights.pth"))
         self.network = to_device(self.network, "cuda" if self.Cuda else "cpu")

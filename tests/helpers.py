@@ -279,18 +279,18 @@ def launch(folder, *words, code=0, timeout=900, **options):
     return out, err
 
 
-reserved = []
-
-
 def children(pid):
     """Process ids of pid's living children (of Linux's /proc)."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
             if int(parent) == pid and state != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+reserved = []
 
 
 def free_port():

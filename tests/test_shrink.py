@@ -311,6 +311,14 @@ def test_pictures_that_are_too_large_for_pillow(monkeypatch, capsys):
         assert out.count("unreadable") == 2
 
 
+def test_a_row_that_pillow_s_decoders_cannot_hold(capsys):
+    """They call it a lack of memory, which would end the check."""
+    large()
+    Path("photos/cat/row.ppm").write_bytes(b"P6 100000000 1 255\n" + bytes(9))
+    annotate(["photos", "--check", "--seed", "1"])
+    assert "unreadable: photos/cat/row.ppm (DecompressionBombError: " in capsys.readouterr().out
+
+
 def test_a_panorama_whose_copy_would_be_longer_than_a_jpeg_can_be():
     """It is listed as it is."""
     large()

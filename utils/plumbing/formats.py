@@ -40,7 +40,8 @@ def upright(image):
     """Return a Pillow image of any mode as RGB and as seen. It may change the image."""
     # Pillow opens nothing larger, but open_bytes does
     most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
-    if image.format in REDUCIBLE and image.width * image.height > most:
+    too_many = image.format in REDUCIBLE and image.width * image.height > most
+    if too_many or image.width > 3e7:  # Pillow's decoders call a longer row a lack of memory
         raise Image.DecompressionBombError(
             f"{image.width} × {image.height} pixels are too many for memory: save a smaller copy"
         )

@@ -25,6 +25,7 @@ from tests.helpers import (
     run_of,
     train,
 )
+from utils import dataloader
 from utils.dataloader import AUGMENTATIONS, DataGenerator, detection_collate
 from utils.fit import fingerprint_of, fit_one_epoch
 from utils.loss_history import LossHistory
@@ -183,6 +184,9 @@ def test_normalize():
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     grey = normalize(images, "cpu", dict(mean=[0.5, 0.5, 0.5], std=(0.25, 0.25, 0.25)))
     torch.testing.assert_close(grey, (images / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
+    own = images.float()  # as a fork may read them
+    torch.testing.assert_close(normalize(own, "cpu"), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(own, images.float())
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +344,8 @@ class Items(list):
     "setting, Cuda, in_memory, cores, processes, expected",
     [
         ("auto", False, True, 16, 1, 0),
-        ("auto", False, False, 1, 1, 2),
+        ("auto", False, False, 1, 1, 1),
+        ("auto", False, False, 4, 1, 2),
         ("auto", True, True, 16, 1, 8),
         ("auto", True, False, 64, 4, 8),
         ("auto", True, False, 16, 4, 4),
@@ -462,6 +467,15 @@ class Interrupted:
 
 def test_an_interrupted_wait_goes_on():
     assert list(uninterrupted(Interrupted())) == [1, 2]
+
+
+def test_memory_keeps_a_fork_s_kind_of_picture(lines, monkeypatch):
+    """Floats, or 16 bits."""
+    read = dataloader.read_crop
+    monkeypatch.setattr(dataloader, "read_crop", lambda *words: read(*words) / np.float32(300))
+    data = data_of(lines, (8, 8), False, cache_mb=100)
+    first, again = data[0][0], data[0][0]
+    assert data.memory.filled[0] and again.dtype == torch.float32 and torch.equal(first, again)
 
 
 def test_what_is_kept_in_memory(lines):

@@ -234,12 +234,12 @@ def test_what_cannot_be_written_costs_no_score(folder, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(
     "pictures, batch_size, expected",
-    [(18, 8, (8, 2)), (18, 32, (32, 0)), (600, 2048, (256, 2)), (600, 4, (4, 5))],
+    [(18, 8, (8, 2)), (18, 32, (32, 0)), (600, 2048, (256, 2)), (600, 4, (4, 5)), (600, 5, (5, 3))],
 )
 def test_what_reads_is_not_more_than_there_is_to_read(
     folder, tmp_path, monkeypatch, pictures, batch_size, expected
 ):
-    """On a machine of five cores."""
+    """On a machine of five cores; half of what is free in shared memory is used."""
     seen = []
 
     def loader(data, batch_size, num_workers, **options):
@@ -250,6 +250,8 @@ def test_what_reads_is_not_more_than_there_is_to_read(
     write_list("some.txt", [0] * pictures)
     monkeypatch.setattr(trained, "DataLoader", loader)
     monkeypatch.setattr(trained, "cores", lambda: 5)
+    room = 6 * 2 * batch_size * 32 * 32 * 3 if batch_size == 5 else 1e12  # of six workers
+    monkeypatch.setattr(trained, "free_shared_memory", lambda: room)
     evaluate(run, annotation="some.txt")
     assert seen == [expected]
 
@@ -355,6 +357,17 @@ def test_mixed_precision_is_the_runs(folder, tmp_path, monkeypatch):
     (half / "config.json").write_text(json.dumps(config))
     losses = [evaluate(run, out=tmp_path / "out", num_workers=0)["loss"] for run in ("run", half)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_the_mean_of_mirrored_logits_is_float32():
+    class Views(torch.nn.Module):
+        answers = [1.0, 1.0078125]  # neighbours in bfloat16
+
+        def forward(self, pictures):
+            return torch.full((1, 2), self.answers.pop(), dtype=torch.bfloat16)
+
+    logits = trained.Mirrored(Views())(torch.zeros(1, 3, 2, 2))
+    assert logits.tolist() == [[1.00390625] * 2]
 
 
 @pytest.mark.parametrize("able, name", [({"amx_bf16": True}, "bfloat16"), ({}, "float32")])

@@ -1,5 +1,6 @@
 """Disks, pictures, losses, workers and memory that fail while training."""
 
+import errno
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tests.helpers import (
+    ROOT,
     children,
     edit,
     environment,
@@ -27,7 +29,8 @@ from tests.helpers import (
     write_network,
 )
 from tests.test_resume import wait_for
-from utils.plumbing.errors import explain
+from utils.plumbing import console, processes
+from utils.plumbing.errors import UserError, explain
 
 
 def test_disk_full(tmp_path):
@@ -263,6 +266,74 @@ def test_an_error_ends_the_process_where_it_cannot_be_printed(tmp_path):
     assert result.returncode == 1 and not (folder / "cleaned").exists()
 
 
+def test_over_quota_is_as_a_full_disk():
+    assert "cannot be written" in explain(OSError(errno.EDQUOT, "Disk quota exceeded"))
+
+
+def test_a_stream_that_cannot_be_written_silences_no_other():
+    code = "import sys; from utils.plumbing.console import say; say('a', file=sys.stderr); say('b')"
+    command = f'{sys.executable} -c "{code}" 2> /dev/full'
+    out = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True).stdout
+    assert out == "b\n"
+
+
+def test_a_long_tmpdir(tmp_path):
+    """Loader workers hand batches over through sockets there, whose paths are limited."""
+    folder = make_project(tmp_path, UnFreeze_Epoch=1, num_workers=1)
+    make_data(folder, train=16, test=8)
+    place = folder / ("x" * 90)
+    place.mkdir()
+    train(folder, env={**environment(), "TMPDIR": str(place)}, fresh=True, timeout=120)
+
+
+def test_no_folder_for_temporary_files_is_one_sentence(monkeypatch):
+    def none():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(console.tempfile, "gettempdir", none)
+    with pytest.raises(UserError, match="No usable temporary directory found: set TMPDIR"):
+        console.make_temp_dir()
+
+
+def test_ctrl_c_ends_process_1_of_a_container():
+    """The kernel sends it no signal that it has no handler for."""
+    code = """
+import os, signal, time
+pid, os.getpid = os.getpid(), lambda: 1
+from utils.plumbing.console import prepare_program
+prepare_program()
+assert callable(signal.getsignal(signal.SIGINT))
+os.kill(pid, signal.SIGINT)
+time.sleep(60)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130
+
+
+@pytest.mark.parametrize(
+    "quota, number",
+    [("200000 100000", 2), ("max 100000", 8), ("50000 100000", 1), ("900000 100000", 8), (None, 8)],
+)
+def test_a_container_s_quota_of_cores(tmp_path, monkeypatch, quota, number):
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(processes, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert processes.cores() == number
+
+
+@pytest.mark.parametrize("before, after", [(4, 1), (1, 1)])
+def test_threads_keep_to_the_quota(before, after):
+    code = f"""
+import torch
+from utils.plumbing import console
+torch.set_num_threads({before})
+console.cores = lambda: 1
+console.prepare_program()
+assert torch.get_num_threads() == {after}
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_the_second_interrupt_ends_at_once(tmp_path):
     """While a worker is stuck, no step ends, and so none is saved."""
     folder = make_project(tmp_path, UnFreeze_Epoch=1000, num_workers=1, cache_mb=0)
@@ -362,6 +433,7 @@ MESSAGES = [  # as PyTorch and the system write them
     ("No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')", "compile"),
     ("Cannot find a working triton installation. Either the package is", "compile = False"),
     ("Distributed package doesn't have NCCL built in", "without torchrun"),
+    ("can't start new thread", "ulimit -u"),
     ("NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:219", "NCCL_SOCKET_IFNAME"),
     (
         "Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144] no error",

@@ -57,7 +57,8 @@ def own_data(settings):
     An exception of formats.BROKEN counts as an unreadable picture; any other ends the program. It
     is asked by index alone: what is to change with the epoch belongs in
     DataGenerator.__getitem__, which knows it. An attribute that is set during training does not
-    reach the worker processes, which have their own copy.
+    reach the worker processes, which have their own copy. Some pictures are read before these are
+    forked: a file that stays open has to be opened anew where os.getpid() has changed.
     """
     return None
 
@@ -216,7 +217,7 @@ class DataGenerator(Dataset):
         target = self.target(index, label)
         if self.in_memory:
             if self.memory is None:
-                self.memory = PictureMemory(len(self), self.input_shape, target)
+                self.memory = PictureMemory(len(self), image, target)
             self.memory.keep(index, image, target)
         return image, target
 

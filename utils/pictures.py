@@ -1,8 +1,6 @@
 """Pictures as the network gets them: decoded, cropped, normalised, kept."""
 
 import math
-import os
-import shutil
 from contextlib import suppress
 from functools import cache
 
@@ -24,7 +22,7 @@ from utils.plumbing.formats import (
     seen_size,
     upright,
 )
-from utils.plumbing.processes import local_world_size
+from utils.plumbing.processes import free_shared_memory, local_world_size
 
 # torchvision has announced that its decoders will go; Pillow's does the same, a little slower
 decode_jpeg = getattr(getattr(torchvision, "io", None), "decode_jpeg", None)
@@ -58,7 +56,8 @@ def normalize(images, device, settings={}):  # noqa: B006, as it is only read
 
     The memory format stays. settings: train.py's; without `mean` and `std` MEAN and STD hold.
     """
-    images = images.to(device, non_blocking=True).to(torch.float32)
+    # a copy, also of a fork's float32, as it is changed below
+    images = images.to(device, non_blocking=True).to(torch.float32, copy=True)
     # while tracing, the tensor is symbolic and must not be cached
     planes = channel_planes if torch.compiler.is_compiling() else cached_planes
     height, width = images.shape[2:]
@@ -122,10 +121,13 @@ def centre_box(input_shape, share, height, width):
 
 
 def random_box(smallest, height, width, proportions=1.0):
-    """Return a random box ("Going Deeper with Convolutions"): `smallest` to all of the area.
+    """Return a random box ("Going Deeper with Convolutions").
 
-    Its width is 3/4 to 4/3 of `proportions` times its height.
+    Its width is 3/4 to 4/3 of `proportions` times its height. Its area is at least `smallest` of
+    the largest box with these proportions (of what is larger, little would fit), at most all.
     """
+    stretch = width / height / proportions
+    smallest *= min(stretch, 1 / stretch)
     image = torch.empty(1, 1, 1).expand(3, height, width)  # only its size is read
     ratios = [3 / 4 * proportions, 4 / 3 * proportions]
     return RandomResizedCrop.get_params(image, [smallest, 1.0], ratios)
@@ -176,13 +178,13 @@ def describe_cut(sizes, input_shape):
 class PictureMemory:
     """Pictures and their targets by index, kept when they are read first.
 
-    images: uint8 (N, H, W, 3). targets: (N, …) of the kind of the first target. filled: uint8 (N,),
-    1 where both are kept.
+    images: uint8 (N, H, W, 3), or of the kind of a fork's first one. targets: (N, …) of the kind of
+    the first target. filled: uint8 (N,), 1 where both are kept.
     """
 
-    def __init__(self, number, input_shape, target):
+    def __init__(self, number, image, target):
         target = torch.as_tensor(target)
-        self.images = torch.empty(number, *input_shape, 3, dtype=torch.uint8)
+        self.images = torch.empty(number, *image.shape, dtype=image.dtype)
         self.targets = torch.empty(number, *target.shape, dtype=target.dtype)
         self.filled = torch.zeros(number, dtype=torch.uint8)
 
@@ -191,10 +193,8 @@ class PictureMemory:
 
         They ask at the same time, and batches need it as well.
         """
-        if not os.path.isdir("/dev/shm"):
-            return True
-        needed = 2 * self.images.numel() * local_world_size()
-        return needed < shutil.disk_usage("/dev/shm").free
+        needed = 2 * self.images.nbytes * local_world_size()
+        return needed < free_shared_memory()
 
     def share(self):
         """Move all to memory that worker processes fill and read together."""

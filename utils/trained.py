@@ -1,5 +1,6 @@
 """A finished run, loaded once: what evaluate, predict, explain and export share."""
 
+import math
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -20,7 +21,13 @@ from utils.plumbing.console import prepare_program
 from utils.plumbing.errors import UserError
 from utils.plumbing.folders import say_left_out, walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, PROJECT
-from utils.plumbing.processes import computes_bfloat16, cores, iterate, prepare_worker
+from utils.plumbing.processes import (
+    computes_bfloat16,
+    cores,
+    free_shared_memory,
+    iterate,
+    prepare_worker,
+)
 from utils.plumbing.run import find_folder, read_config
 from utils.plumbing.settings import check_value
 from utils.recipe import precision_name
@@ -158,7 +165,9 @@ class Classifier:
         pictures can be read.
         """
         if num_workers is None:  # each holds two batches in shared memory
-            num_workers = min(cores(), 32, len(data) // batch_size)
+            worker_bytes = 2 * batch_size * 3 * math.prod(data.input_shape)
+            room = free_shared_memory() / 2 // worker_bytes
+            num_workers = int(min(cores(), 32, room, len(data) // batch_size))
         loader = DataLoader(
             data,
             batch_size,
@@ -191,7 +200,8 @@ class Mirrored(torch.nn.Module):
         views = [pictures, pictures.flip(3)]
         if self.upside_down:
             views += [view.flip(2) for view in views]
-        return torch.stack([self.network(view) for view in views]).mean(0)
+        # float32 before the mean, which bfloat16 would round once more
+        return torch.stack([task.logits_from(self.network(view)) for view in views]).mean(0)
 
 
 class Pictures(DataGenerator):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from utils.plumbing.errors import LOST, explain, printable
+from utils.plumbing.errors import LOST, UserError, explain, printable
 from utils.plumbing.processes import (
+    cores,
     end,
     local_rank,
     local_world_size,
@@ -40,16 +42,16 @@ def say(text, everyone=False, as_it_is=False, **options):
     try:
         print(text, **options, flush=True)
     except OSError:
-        discard_output()
+        discard_output(options.get("file") or sys.stdout)
     except ValueError:  # the stream was closed
         pass
 
 
-def discard_output():
-    """Point standard output to nowhere: what waits in its buffer would fail at each later flush."""
+def discard_output(stream):
+    """Point a stream to nowhere: what waits in its buffer would fail at each later flush."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 
@@ -167,16 +169,37 @@ def prepare_program():
     sys.excepthook = show_error
     own_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not under nohup
     if own_handler and not hasattr(builtins, "__IPYTHON__"):  # a session outlives what it runs
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # process 1, as in a container, is sent no signal that it has no handler for
+        signal.signal(signal.SIGINT, end_by_signal if os.getpid() == 1 else signal.SIG_DFL)
+    if cores() < torch.get_num_threads():  # beyond a container's quota they stop one another
+        torch.set_num_threads(cores())
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     prepare_pillow()
     if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
         # Python 3.14's fork server would end at a signal to the group, and loader workers with it
         multiprocessing.set_start_method("fork")
-    multiprocessing.util.get_temp_dir()  # shared with workers, which leave theirs when killed
+    make_temp_dir()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # odd file names must not break an ASCII terminal
             stream.reconfigure(errors="backslashreplace")
+
+
+def end_by_signal(number, frame):
+    """End this process as a signal without a handler does."""
+    os._exit(128 + number)
+
+
+def make_temp_dir():
+    """Make the folder of temporary files that workers share, which leave theirs when killed.
+
+    Batches travel through sockets in it, whose whole path has 107 bytes at most.
+    """
+    try:
+        if os.name != "nt" and len(os.fsencode(tempfile.gettempdir())) > 70:
+            tempfile.tempdir = "/tmp"
+        multiprocessing.util.get_temp_dir()
+    except OSError as error:
+        raise UserError(f"{error.strerror}: set TMPDIR to a folder that can be written") from None
 
 
 def show_error(kind, error, trace):

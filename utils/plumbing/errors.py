@@ -97,11 +97,27 @@ ADVICE = (
         LOST + ", or did not answer within the time-out of torch.distributed: its own output says "
         "why ({line})",
     ),
+    (
+        "Resource temporarily unavailable|can't start new thread",
+        "the system allows no more processes or threads: lower num_workers, or raise the limit "
+        "(ulimit -u, docker run --pids-limit) ({line})",
+    ),
 )
 
 
 class UserError(ValueError):
     """Say what a user can mend: shown as one sentence, without a traceback, exit code 1."""
+
+
+def hint(path):
+    """Return ' (why a path may lead nowhere)', or ''."""
+    if str(path).startswith("~"):
+        return " ('~' means nothing outside of a shell: write the whole path)"
+    if re.search(r"[\x00-\x1f]", str(path)):
+        return " (in quotes a backslash begins an escape, as \\t a tab: divide folders by '/')"
+    if "\\" in str(path) and os.sep == "/":
+        return " (folders are divided by '/', not by a backslash)"
+    return ""
 
 
 def explain(error):
@@ -112,7 +128,7 @@ def explain(error):
         text = re.split(r"\n +.+\n(?=\S)", text)[-1]  # what follows the last indented line
     if isinstance(error, UserError) or TOO_SMALL in text:
         return text.rpartition("UserError: ")[2]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
         return f"the output cannot be written ({error.strerror})"
     if not comes_from_library(error):
         return None

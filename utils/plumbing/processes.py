@@ -7,8 +7,10 @@ import atexit
 import contextlib
 import ctypes
 import logging
+import math
 import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -27,6 +29,7 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 STOP_SIGNALS = [  # Windows has no SIGHUP
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 ]
+CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # of a Linux container
 held_runs = {}  # a run's real path: the number of its open lock
 launch_id = uuid.uuid4().hex  # of all processes of one launch, also after torchrun restarts them
 
@@ -72,9 +75,17 @@ def several_machines():
 
 def cores():
     """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    number = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open(CPU_QUOTA) as file:
+        quota, period = map(int, file.read().split())  # microseconds; without a quota 'max'
+        number = min(number, max(1, quota // period))
+    return number
+
+
+def free_shared_memory():
+    """Return the bytes that are free in /dev/shm, inf where there is none."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
 
 
 def count_workers(num_workers, Cuda, in_memory):
@@ -84,7 +95,7 @@ def count_workers(num_workers, Cuda, in_memory):
     if Cuda:
         return min(8, max(1, cores() // local_world_size()))
     # with pictures in memory, loader processes would cost a CPU more than they save
-    return 0 if in_memory else 2
+    return 0 if in_memory else min(2, cores())
 
 
 def connect(Cuda):

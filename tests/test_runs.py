@@ -454,6 +454,20 @@ def test_tensorboard_is_told_each_figure(tmp_path, monkeypatch):
     assert told == [("epoch", 3, 3), ("top1", 0.5, 3), ("val_loss", 1.0, 3)]
 
 
+def test_tensorboard_ends_no_run(tmp_path, capsys):
+    """It raises what an earlier write has met."""
+
+    def full(*words):
+        raise OSError("No space left on device")
+
+    loss_history = LossHistory(tmp_path)
+    loss_history.writer = SimpleNamespace(add_scalar=full)
+    for epoch in (1, 2):
+        loss_history.append_loss({"epoch": epoch, "top1": 0.5})
+    assert loss_history.last_epoch() == 2
+    assert capsys.readouterr().out.count("WARNING: no more TensorBoard files (No space left") == 1
+
+
 def test_the_highest_start_is_no_dead_end(tmp_path):
     finished_run(tmp_path / "foreign", 10**9)
     new = run.new_run(str(tmp_path))

@@ -34,8 +34,12 @@ class LossHistory:
     def append_loss(self, metrics):
         """Add an epoch's metrics, and return whether it is the best so far."""
         self.rows.append(metrics)
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, metrics["epoch"])
+        try:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, metrics["epoch"])
+        except OSError as error:  # perhaps of an earlier write: only its files are missing then
+            say(f"WARNING: no more TensorBoard files ({error})")
+            self.writer = NoWriter()
         return self.best() is metrics
 
     def best(self):
@@ -132,7 +136,7 @@ def describe_waiting(seconds, epoch_seconds, gen):
 class NoWriter:
     """A stand-in for TensorBoard's writer where that is not installed."""
 
-    def __init__(self, log_dir, flush_secs):
+    def __init__(self, log_dir=None, flush_secs=None):
         pass
 
     def add_scalar(self, name, value, epoch):

@@ -89,15 +89,39 @@ def test_a_later_step_and_the_first_unfrozen_one(optimizer_type):
 
 
 def test_a_state_with_shorter_sides_goes_on():
-    """Adafactor's averages over rows and columns; that of another network is refused."""
-    layers = [torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), torch.nn.Linear(5, 3)]
-    first, second, third = (torch.optim.Adafactor(layer.parameters()) for layer in layers)
+    """Adafactor's averages over rows and columns."""
+    layers = [torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)]
+    first, second = (torch.optim.Adafactor(layer.parameters()) for layer in layers)
     layers[0](torch.ones(2, 4)).sum().backward()
     first.step()
     restore_optimizer(second, copy.deepcopy(first.state_dict()))
     assert same(second.state_dict()["state"], first.state_dict()["state"])
-    with pytest.raises(RuntimeError):
-        restore_optimizer(third, first.state_dict())
+
+
+def test_what_an_optimizer_keeps_in_its_groups_is_restored_and_the_settings_are_not():
+    class Counts(torch.optim.SGD):
+        def __init__(self, parameters, lr):
+            super().__init__(parameters, lr)
+            self.param_groups[0]["steps"] = 0
+
+    layer = torch.nn.Linear(4, 3)
+    first, second = Counts(layer.parameters(), 0.1), Counts(layer.parameters(), 0.2)
+    first.param_groups[0]["steps"] = 7
+    restore_optimizer(second, first.state_dict())
+    assert second.param_groups[0]["steps"] == 7 and second.param_groups[0]["lr"] == 0.2
+    assert second.param_groups[0]["params"] == list(layer.parameters())
+
+
+@pytest.mark.parametrize("optimizer_type", OPTIMIZERS)
+def test_a_state_of_another_network_is_refused(optimizer_type):
+    trained, other = setting(optimizer_type), setting(optimizer_type)
+    step(*trained, 0)
+    state = copy.deepcopy(trained[1].state_dict())
+    values = next(iter(state["state"].values()))
+    name = next(name for name in values if values[name].dim())
+    values[name] = torch.zeros(7)
+    with pytest.raises(ValueError, match="another network"):
+        restore_optimizer(other[1], state)
 
 
 @pytest.mark.parametrize("optimizer_type", OPTIMIZERS)

@@ -31,6 +31,10 @@ def adamw(parameters, momentum):
     return torch.optim.AdamW(parameters, betas=(momentum, 0.999), fused=True)
 
 
+# What settings decide of a parameter group; the rest is an optimizer's own
+OPTIONS = ("lr", "lr_scale", "weight_decay", "momentum", "nesterov", "betas")
+
+
 class Optimizer(NamedTuple):
     make: Callable  # (parameter groups, momentum) → optimizer
     limits: tuple  # lowest and highest Init_lr_fit; a hundredth of them hold for Min_lr_fit
@@ -94,20 +98,22 @@ def fill_momentum(optimizer):
 
 
 def restore_optimizer(optimizer, state):
-    """Load what an optimizer has learned (momentum); its options stay those of the settings.
+    """Load what an optimizer has learned (momentum); its OPTIONS stay those of the settings.
 
     Raise nearly any exception where the state is of another network.
     """
     own_groups = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, own_groups):
-        group.update(own)
+        group.update({name: own[name] for name in own if name in OPTIONS or name not in group})
     if isinstance(optimizer, torch.optim.SGD):
         fill_momentum(optimizer)
+    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam)):
+        return  # states of others may have any shape
     for parameter, values in optimizer.state.items():
         for value in values.values():
-            # RuntimeError where it is another network's; Adafactor's have sides of length 1
-            torch.as_tensor(value).expand_as(parameter)
+            if torch.as_tensor(value).shape not in ((), parameter.shape):
+                raise ValueError("the optimizer's state is of another network")
 
 
 def check_trained(optimizer, model):
@@ -121,7 +127,7 @@ def check_trained(optimizer, model):
         raise UserError(
             "the optimizer trains parameters that are not in the network, so they would be "
             "neither saved nor the same in all processes: make their module an attribute of the "
-            "network before the optimizer is made (model.my_loss = …)"
+            "network, in its file of nets/, from which the commands build it, too"
         )
 
 
@@ -195,7 +201,7 @@ def linear(lr, min_lr, total, epoch):
 def step(lr, min_lr, total, epoch):
     """Return the rate of the documented 'step': ten stairs, each lower by the same factor."""
     rate = (min_lr / lr) ** (1 / 9)
-    return lr * rate ** (math.floor(epoch) // (total / 10))
+    return lr * rate ** math.floor(10 * epoch / total)
 
 
 # lr_decay_type: function of the highest rate, the lowest, the number of epochs, and the epoch

@@ -225,7 +225,7 @@ before("torch.optim:SGD.step", note)
     curve = get_lr_scheduler(kind, 0.1, 1e-3, 4)
     expected = [curve(epoch + step / 5) for epoch, step in product(range(4), (0, 2, 4))]
     assert rates == pytest.approx(expected, rel=1e-6)
-    assert len(set(rates)) == {"cos": 10, "step": 4}[kind]
+    assert len(set(rates)) == {"cos": 10, "step": 10}[kind]
 
 
 def test_each_phase_has_the_rates_of_its_batch_and_of_its_network(tmp_path):

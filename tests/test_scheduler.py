@@ -51,7 +51,16 @@ def test_step():
     )
     assert curve(49) == pytest.approx(0.001)
     assert [curve(e + 0.99) for e in range(50)] == [curve(e) for e in range(50)]
-    assert get_lr_scheduler("step", 0.1, 0.001, 25)(2.9) == 0.1  # stairs of two and a half epochs
+    stairs = get_lr_scheduler("step", 0.1, 0.001, 25)  # each of two and a half epochs
+    assert [stairs(2.49), stairs(2.5)] == pytest.approx([0.1, 0.1 * 0.01 ** (1 / 9)])
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 18, 22, 44])
+def test_step_has_ten_stairs_of_one_length(total):
+    curve = get_lr_scheduler("step", 0.1, 0.001, total)
+    middles = [curve(total * (stair + 0.5) / 10) for stair in range(10)]
+    assert middles == pytest.approx([0.1 * 0.01 ** (stair / 9) for stair in range(10)])
+    assert curve(total / 2) == pytest.approx(middles[5])
 
 
 LIMITS = {  # of Init_lr_fit; a hundredth of them for Min_lr_fit

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from tests.helpers import data_of
 from utils.dataloader import POLICIES
-from utils.pictures import read_crop
+from utils.pictures import random_box, read_crop
 from utils.recipe import Recipe
 from utils.sampler import EpochSampler
 
@@ -108,6 +108,14 @@ def test_random_crops_of_a_long_picture_are_not_stretched():
         areas.append(across * down)
         assert 0.7 < across / down < 1.4
     assert min(areas) > 0.4 and max(areas) > 0.85
+
+
+@pytest.mark.parametrize("smallest", [0.08, 0.8, 1.0])
+def test_random_crops_of_wide_pictures_are_random(smallest):
+    """Their share is one of the largest box that fits, or hardly any would."""
+    boxes = {random_box(smallest, 1080, 1920) for _ in range(100)}
+    assert len(boxes) > 50
+    assert min(height * width for _, _, height, width in boxes) > smallest * 1080**2 * 0.99
 
 
 def test_random_crops_are_everywhere(picture):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from utils.plumbing.advice import advise
 from utils.plumbing.console import prepare_program, say, shell_words
-from utils.plumbing.errors import UserError, printable
+from utils.plumbing.errors import UserError, hint, printable
 from utils.plumbing.files import discard, make_folder, save_text
 from utils.plumbing.folders import find_splits, quote, say_left_out, split_by_chance, walk
-from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, class_name, get_classes, hint
+from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, class_name, get_classes
 from utils.plumbing.shrink import check_pictures, shrink_all
 
 FEW = 10  # a class with fewer training pictures is warned about

@@ -4,6 +4,7 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -45,10 +46,10 @@ def endings():
     return {ending for ending, kind in registered if kind in (*FORMATS, *REDUCIBLE)}
 
 
-def reason_to_leave_out(path):
+def reason_to_leave_out(path, is_regular):
     """Return why a file cannot be listed, or None."""
-    if not os.path.isfile(path):
-        return "pipes, devices and links that lead nowhere"
+    if not is_regular and not os.path.isfile(path):
+        return "pipes, devices, links that lead nowhere, and paths that are too long for Windows"
     if re.search("[\n\r\ud800-\udfff]", path):
         return "paths with a line break or letters that are not UTF-8, rename them"
     ending = os.path.splitext(path)[1].lower()
@@ -68,6 +69,16 @@ def visible(names):
     return sorted(
         name for name in names if not name.startswith(".") and name.lower() not in LEFT_BEHIND
     )
+
+
+def regular_files(folder):
+    """Return the names of a folder's regular files, links left out.
+
+    Its listing tells them; a question for each file is slow on a network disk.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+    return set()
 
 
 def walk(root):
@@ -90,6 +101,7 @@ def walk(root):
             continue
         for folder, names, files in os.walk(start, onerror=leave_folder_out):
             real = os.path.realpath(folder)
+            regular = regular_files(folder)
             entered.add(real)
             names[:] = visible(names)
             paths = [Path(folder, name).as_posix() for name in names]
@@ -97,10 +109,10 @@ def walk(root):
             folders = Path(folder).relative_to(root).parts
             for name in visible(files):
                 path = Path(folder, name).as_posix()
-                if reason := reason_to_leave_out(path):
+                if reason := reason_to_leave_out(path, name in regular):
                     left_out[reason].append(path)
                     continue
-                is_link = os.path.islink(path)
+                is_link = name not in regular and os.path.islink(path)
                 real_path = os.path.realpath(path) if is_link else os.path.join(real, name)
                 pictures.append(Picture(is_link, folders, path, real_path))
     return pictures, left_out
@@ -151,16 +163,23 @@ def find_splits(pictures, datasets):
 
 
 def check_classes(inside, datasets):
-    """Raise UserError where folders side by side hold the same names, as parts of a split do."""
-    folded = {top: {name.casefold() for name in names} for top, names in inside.items()}
+    """Raise UserError where folders side by side hold the same names, as parts of a split do.
+
+    So does a copy of the whole data set among its classes.
+    """
+    folded = {}
+    for top, names in inside.items():
+        folded[top] = {name.casefold() for name in names} - {top.casefold()}  # cat/cat is no copy
     counts = Counter(name for names in folded.values() for name in names)
+    counts.update(map(str.casefold, inside))
     shared = {name for name, count in counts.items() if count > 1}
     tops = [top for top in inside if shared & folded[top]]
     if len(set().union(*(folded[top] for top in tops))) > 1:  # one is no split: cat/images
         raise UserError(
             f"the folders {quote(tops)} of {datasets!r} hold folders of the same names, "
-            f"{quote(shared)}: if those are the classes, call the ones around them 'train', 'val' "
-            f"and 'test'; if {quote(tops)} are the classes, add --nested"
+            f"{quote(shared)}, as others hold or are: if those are the classes, call the ones "
+            f"around them 'train', 'val' and 'test', and move away what is there twice; if "
+            f"{quote(tops)} are the classes, add --nested"
         )
 
 

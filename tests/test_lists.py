@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nets._weights import load_weights
 from utils.dataloader import DataGenerator
 from utils.plumbing import lists, sample, shapes
 from utils.plumbing.errors import UserError
@@ -348,6 +350,21 @@ def test_lists_that_were_written_with_other_classes(tmp_path, monkeypatch, capsy
     lists.clean_lists(lines, lines, dict(zip(NAMES, paths)), ["a", "b"], version)
     out = capsys.readouterr().out
     assert out.count("new_classes.txt, which lies beside new_t") == 2 * warned
+
+
+@pytest.mark.parametrize(
+    "path, why",
+    [
+        ("model_data\train.txt", "a backslash begins an escape"),
+        ("~/train.txt", "outside of a shell"),
+        ("model_data\\own.txt", "divided by '/'"),
+    ],
+)
+def test_why_a_path_leads_nowhere(path, why):
+    """The first holds a tab, which is shown as it was typed."""
+    for read in (partial(lists.read_text_file, "classes_path"), load_weights):
+        with pytest.raises(UserError, match=f"does not exist .*{why}"):
+            read(path)
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,7 @@ def test_one_spelling_of_lists_and_paths(monkeypatch):
         ("--best_by -mae", "write --best_by=VALUE"),
         ("help", "'help' is no setting of [^:]*; --help lists them"),
         ("seed 3", "'seed' is no setting.*: write --seed"),
+        ("\u2014seed 3", "'\u2014seed' is no setting.*: write --seed"),
         ("epochs=3", "did you mean 'UnFreeze_Epoch'"),
         ("--seed a", "seed = 'a' must be"),
         ("--Cuda yes", "True or False"),
@@ -760,9 +761,18 @@ def test_a_launch_says_which_limit_changed_the_rate(tmp_path):
     assert history(run_of(folder))[0]["lr"] == pytest.approx(1e-5)  # a tenth, as the warm-up begins
 
 
-def test_a_number_in_quotes(tmp_path):
-    """Another constant is computed from it before anything can be checked."""
-    folder = make_project(tmp_path, Init_lr="'5e-2'")
+@pytest.mark.parametrize(
+    "constant, value, words",
+    [
+        ("Init_lr", "'5e-2'", "Min_lr = Init_lr * 0.01"),
+        ("Init_lr", "0,5", "Min_lr = Init_lr * 0.01"),
+        ("backbone", "resnet18", "backbone = resnet18"),
+        ("pretrained", "true", "pretrained = true"),
+    ],
+)
+def test_a_constant_that_cannot_be_computed(tmp_path, constant, value, words):
+    """Nothing can be checked before."""
+    folder = make_project(tmp_path, **{constant: value})
     _, err = train(folder, code=1, fresh=True)
-    assert "Min_lr = Init_lr * 0.01" in err and "without quotes" in err
+    assert words in err and "without quotes and commas" in err and "words in quotes" in err
     assert err.count("\n") == 1 and "Traceback" not in err

@@ -207,7 +207,8 @@ def parse(arguments, script, known):
 
 def advice_for(word, known):
     """Return what was probably meant by a word of the command line that is no setting's name."""
-    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    # word processors make one long dash of two
+    name = word.lstrip("-\u2013\u2014\u2212\uff0d").partition("=")[0].replace("-", "_")
     if word == "help":
         return ""
     if name in known:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.plumbing.console import say
-from utils.plumbing.errors import UserError, printable
+from utils.plumbing.errors import UserError, hint, printable
 from utils.plumbing.files import as_json, check_regular
 from utils.plumbing.processes import gather_objects
 from utils.task import read_label
@@ -36,15 +36,6 @@ def class_name(text):
     return unicodedata.normalize("NFC", text)
 
 
-def hint(path):
-    """Return ' (why a path may lead nowhere)', or ''."""
-    if str(path).startswith("~"):
-        return " ('~' means nothing outside of a shell: write the whole path)"
-    if "\\" in str(path) and os.sep == "/":
-        return " (folders are divided by '/', not by a backslash)"
-    return ""
-
-
 def read_text_file(
     name, path, remedy="python -m utils.annotation DATASETS writes it from folders of pictures"
 ):
@@ -60,7 +51,7 @@ def read_text_file(
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line} is not UTF-8 text: save {name}'s file as UTF-8") from None
     except (UserError, OSError) as error:
-        raise UserError(f"{error}{hint(path)}: {remedy}") from None
+        raise UserError(f"{error}: {remedy}") from None
     if not text.strip():
         raise UserError(f"{name}: {path!r} is empty: {remedy}")
     return text
@@ -289,5 +280,6 @@ def check_same_everywhere(settings, train_data, val_data):
         if len(values) > 1:
             raise UserError(
                 f"{name} differs between the processes ({' and '.join(values[:2])}): every machine "
-                f"needs the same train.py, command line and lists, and a GPU where Cuda is True"
+                f"needs the same train.py, command line and lists (or own data), and a GPU where "
+                f"Cuda is True; what each process computes for itself belongs below 'if __name__'"
             )

@@ -128,7 +128,8 @@ def lock(run, seconds=0):
             if time.monotonic() >= end:
                 raise UserError(
                     f"{run} is being trained by another process, and cannot be continued before "
-                    f"that has ended (resume = False begins a new run)"
+                    f"that has ended (resume = False begins a new run; if its machine has died, "
+                    f"remove {run}/.lock)"
                 )
             time.sleep(0.5)
     processes.held_runs[os.path.realpath(run)] = number
@@ -205,7 +206,7 @@ def new_run(save_dir):
         with suppress(FileExistsError):
             run.mkdir()
             lock(run)
-            return str(run)
+            return run.as_posix()  # on Windows as a constant can hold it, too
         time.sleep(0.1)  # another run has begun in this second
 
 

@@ -20,7 +20,7 @@ def find_lists(settings, config=None):
     """
     ran_on = config["settings"].get("classes_path") if config else None
     paths = tuple(settings[name] for name in PATH_SETTINGS)
-    drawn = tuple(str(SAMPLE / name) for name in ("classes.txt", "train.txt", "test.txt"))
+    drawn = tuple((SAMPLE / name).as_posix() for name in ("classes.txt", "train.txt", "test.txt"))
     if ran_on == drawn[0] and paths == DEFAULT_PATHS and config.get("trained", True):
         paths = drawn  # lists that were written since are for a new run
         settings.update(zip(PATH_SETTINGS, drawn))

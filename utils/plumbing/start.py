@@ -34,10 +34,12 @@ def end_quietly_on_interrupt(kind, error, trace):
         os._exit(130)
     place = traceback.extract_tb(trace)[-1:]
     in_constants = place and place[0].filename == getattr(sys.modules["__main__"], "__file__", "")
-    if kind is TypeError and in_constants:
+    if kind in (TypeError, NameError) and in_constants:
         print(
             f"error: line {place[0].lineno} of {os.path.basename(place[0].filename)}, "
-            f"{place[0].line!r}, cannot be computed ({error}): numbers are written without quotes",
+            f"{place[0].line!r}, cannot be computed ({error}): numbers, also in the lines above, "
+            f"are written without quotes and commas (0.01), words in quotes, True and False with a "
+            f"capital",
             file=sys.stderr,
         )
         return

@@ -9,6 +9,7 @@ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST train.py
 
 import math
 import os
+from contextlib import suppress
 
 from utils.plumbing.start import start_program, start_worker
 
@@ -80,7 +81,7 @@ resize = "crop"  # 'crop': cut to input_shape's proportions; 'squeeze': keep the
 # 'none', 'flip', 'flips' (also upside down), 'crop', or 'crop' with one of the policies 'trivial',
 # 'rand', 'auto', 'aug_mix'
 augmentation = "flip"  # 'none' if a mirror image means something else: all others mirror pictures
-crop_scale = 0.08  # smallest share of what is seen without crops that a random crop keeps
+crop_scale = 0.08  # smallest area of a random crop, as a share of the largest that fits
 mean = [0.485, 0.456, 0.406]  # mean of red, green, blue (0 to 1), for normalisation: ImageNet's
 std = [0.229, 0.224, 0.225]  # their standard deviations
 val_crop = 1.0  # share of each side that is seen without random crops (0.875: 224 of 256)
@@ -317,6 +318,7 @@ if __name__ == "__main__":
         # an early stop is no end: the run can be continued
         config["finished"] = loss_history.last_epoch() == UnFreeze_Epoch
         write_config(save_dir, config)
-        loss_history.writer.close()
+        with suppress(OSError):  # the run is saved, whatever becomes of TensorBoard's files
+            loss_history.writer.close()
         say(f"best {loss_history.describe_best()} in {save_dir}")
     processes.finish()

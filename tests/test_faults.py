@@ -295,18 +295,19 @@ def test_no_folder_for_temporary_files_is_one_sentence(monkeypatch):
         console.make_temp_dir()
 
 
-def test_ctrl_c_ends_process_1_of_a_container():
-    """The kernel sends it no signal that it has no handler for."""
-    code = """
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_process_1_of_a_container(number):
+    """The kernel sends it none that it has no handler for."""
+    code = f"""
 import os, signal, time
 pid, os.getpid = os.getpid(), lambda: 1
 from utils.plumbing.console import prepare_program
 prepare_program()
-assert callable(signal.getsignal(signal.SIGINT))
-os.kill(pid, signal.SIGINT)
+assert callable(signal.getsignal({int(number)}))
+os.kill(pid, {int(number)})
 time.sleep(60)
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 130
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 128 + number
 
 
 @pytest.mark.parametrize(

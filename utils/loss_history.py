@@ -134,7 +134,7 @@ def describe_waiting(seconds, epoch_seconds, gen):
 
 
 class NoWriter:
-    """A stand-in for TensorBoard's writer where that is not installed."""
+    """A stand-in for TensorBoard's writer where that is absent or cannot write."""
 
     def __init__(self, log_dir=None, flush_secs=None):
         pass

@@ -31,8 +31,9 @@ def adamw(parameters, momentum):
     return torch.optim.AdamW(parameters, betas=(momentum, 0.999), fused=True)
 
 
-# What settings decide of a parameter group; the rest is an optimizer's own
-OPTIONS = ("lr", "lr_scale", "weight_decay", "momentum", "nesterov", "betas")
+# What settings and the code decide of a parameter group; the rest an optimizer has learned
+OPTIONS = ("lr", "lr_scale", "weight_decay", "momentum", "nesterov", "dampening", "betas", "eps")
+OPTIONS += ("alpha", "amsgrad", "fused", "foreach", "capturable")
 
 
 class Optimizer(NamedTuple):

@@ -166,7 +166,7 @@ class Classifier:
         """
         if num_workers is None:  # each holds two batches in shared memory
             worker_bytes = 2 * batch_size * 3 * math.prod(data.input_shape)
-            room = free_shared_memory() / 2 // worker_bytes
+            room = free_shared_memory() / (2 * worker_bytes)
             num_workers = int(min(cores(), 32, room, len(data) // batch_size))
         loader = DataLoader(
             data,

@@ -169,8 +169,10 @@ def prepare_program():
     sys.excepthook = show_error
     own_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not under nohup
     if own_handler and not hasattr(builtins, "__IPYTHON__"):  # a session outlives what it runs
-        # process 1, as in a container, is sent no signal that it has no handler for
-        signal.signal(signal.SIGINT, end_by_signal if os.getpid() == 1 else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.getpid() == 1:  # as in a container: it is sent no signal that it has no handler for
+            signal.signal(signal.SIGINT, end_by_signal)
+            signal.signal(signal.SIGTERM, end_by_signal)
     if cores() < torch.get_num_threads():  # beyond a container's quota they stop one another
         torch.set_num_threads(cores())
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
@@ -194,12 +196,17 @@ def make_temp_dir():
 
     Batches travel through sockets in it, whose whole path has 107 bytes at most.
     """
+    before = tempfile.tempdir
     try:
         if os.name != "nt" and len(os.fsencode(tempfile.gettempdir())) > 70:
-            tempfile.tempdir = "/tmp"
+            tempfile.tempdir = "/tmp"  # for this folder alone
         multiprocessing.util.get_temp_dir()
     except OSError as error:
-        raise UserError(f"{error.strerror}: set TMPDIR to a folder that can be written") from None
+        raise UserError(
+            f"{error.strerror}: set TMPDIR to a short path of a folder that can be written"
+        ) from None
+    finally:
+        tempfile.tempdir = before
 
 
 def show_error(kind, error, trace):

@@ -12,7 +12,8 @@ import time
 import uuid
 import zipfile
 import zlib
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -216,9 +217,11 @@ def content_sum(paths):
     change with each copy of a data set.) What is no regular file is passed over.
     """
     total = 0
-    with ThreadPool(32) as pool:  # a network disk answers many questions at a time
-        for sample in pool.imap(size_and_middle, paths, chunksize=64):
-            total = zlib.crc32(sample, total)
+    paths = iter(paths)
+    with ThreadPoolExecutor(32) as pool:  # a network disk answers many questions at a time
+        while some := list(islice(paths, 4096)):  # the others would wait in memory
+            for sample in pool.map(size_and_middle, some):
+                total = zlib.crc32(sample, total)
     return f"{total:08x}"
 
 

@@ -48,7 +48,8 @@ def endings():
 
 def reason_to_leave_out(path, is_regular):
     """Return why a file cannot be listed, or None."""
-    if not is_regular and not os.path.isfile(path):
+    # Windows' listing says nothing of paths that are too long to be opened
+    if (os.name == "nt" or not is_regular) and not os.path.isfile(path):
         return "pipes, devices, links that lead nowhere, and paths that are too long for Windows"
     if re.search("[\n\r\ud800-\udfff]", path):
         return "paths with a line break or letters that are not UTF-8, rename them"

@@ -55,7 +55,7 @@ def on_all_cores(work, items, title):
         batch_size=None,
         collate_fn=partial(attempt, work),
         worker_init_fn=prepare_stoppable_worker,
-        num_workers=min(cores(), 60, math.ceil(len(items) / 16)),  # a spawned one imports torch
+        num_workers=min(cores(), 60, math.ceil(len(items) / 4)),  # a spawned one imports torch
     )
     for number, (item, result, reason) in enumerate(iterate(loader), 1):
         if reason:

@@ -10,13 +10,16 @@ from torch import nn
 from utils.plumbing.errors import UserError
 
 
-def convolution(inputs, outputs, stride=1):
-    """Return 3×3 convolution, BatchNorm, ReLU: (N, inputs, H, W) → (N, outputs, H / stride, …)."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),  # BatchNorm has the bias
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
+def convolution(inputs, outputs, stride=1, pool=False):
+    """Return 3×3 convolution, BatchNorm, ReLU: (N, inputs, H, W) → (N, outputs, H / stride, …).
+
+    pool: halve the sides before BatchNorm, which then has a quarter of the work.
+    """
+    # BatchNorm has the bias
+    layers = [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)]
+    if pool:
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class Residual(nn.Sequential):
@@ -39,13 +42,10 @@ class ResNet9(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             convolution(3, width, stride),
-            convolution(width, 2 * width),
-            nn.MaxPool2d(2),
+            convolution(width, 2 * width, pool=True),
             Residual(2 * width),
-            convolution(2 * width, 4 * width),
-            nn.MaxPool2d(2),
-            convolution(4 * width, 8 * width),
-            nn.MaxPool2d(2),
+            convolution(2 * width, 4 * width, pool=True),
+            convolution(4 * width, 8 * width, pool=True),
             Residual(8 * width),
         )
         self.head = nn.Linear(8 * width, num_classes)

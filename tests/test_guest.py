@@ -1,6 +1,8 @@
 """In other people's programs: importing changes nothing, and a session outlives what it runs."""
 
+import builtins
 import resource
+import signal
 import subprocess
 import sys
 
@@ -9,7 +11,9 @@ import torch
 
 from tests.helpers import ROOT, environment, make_data, make_project
 from utils.pictures import read_crop
+from utils.plumbing import processes
 from utils.plumbing.errors import UserError, explain
+from utils.steps import Steps
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -92,9 +96,21 @@ def test_a_session_goes_on_after_a_training(tmp_path):
         "    assert not end.code\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
         "assert sys.excepthook is sys.__excepthook__\n"
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
         "print('still here')"
     )
     assert run_python(folder, "-c", session).endswith("still here\n")
+
+
+def test_a_second_interrupt_ends_the_run_and_not_the_session(monkeypatch, capsys):
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    monkeypatch.setattr(processes, "STOP_SIGNALS", [])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    steps = Steps("run")
+    steps.signal = signal.SIGINT
+    with pytest.raises(SystemExit) as ended:
+        steps.note_signal(signal.SIGINT, None)
+    assert ended.value.code == 130 and "ended at once" in capsys.readouterr().out
 
 
 def raise_here(error):

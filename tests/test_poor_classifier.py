@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -445,6 +446,25 @@ def test_explain_finds_the_last_layer_with_places(name):
     [gradient] = torch.autograd.grad(logits.max(), features)
     assert gradient.shape == features.shape and gradient.abs().sum() > 0
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_explain_beside_other_threads():
+    """What these compute in the same network is none of its maps."""
+
+    class Beside(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(3, 2, 1)
+
+        def forward(self, pictures):
+            features = self.convolution(pictures)
+            other = threading.Thread(target=self.convolution, args=(pictures[:, :, :9],))
+            other.start()
+            other.join()
+            return features.mean((2, 3))
+
+    _, features = explain.last_map(Beside(), torch.randn(1, 3, 16, 16), (1, 3, 16, 16))
+    assert features.shape[2:] == (16, 16)
 
 
 @pytest.mark.parametrize(

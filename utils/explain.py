@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 
 import sys
+from threading import get_ident
 
 import numpy as np
 import torch
@@ -75,9 +76,12 @@ def last_map(network, inputs, shape):
     channel is no map, as in a ViT, or there is none.
     """
     outputs = []
+    thread = get_ident()  # another one may use the network meanwhile
 
     def keep(module, inputs, output):
-        if isinstance(output, torch.Tensor) and output.shape[2:].numel() > 1:
+        if get_ident() != thread or not isinstance(output, torch.Tensor):
+            return
+        if output.shape[2:].numel() > 1:
             outputs.append(output)
 
     hooks = [module.register_forward_hook(keep) for module in network.modules()]

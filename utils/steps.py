@@ -4,6 +4,7 @@ They agree on one number (0: go on, 1: save, 128 + a signal's number: save and e
 decides), so that no process enters a step that another one leaves out.
 """
 
+import builtins
 import signal
 import time
 from itertools import islice
@@ -45,7 +46,9 @@ class Steps:
                 f"\nended at once: {self.run} is as it was saved last; "
                 f"{advice_to_continue(self.run)}"
             )
-            processes.end(END + number)
+            # a session outlives what it runs
+            end = processes.leave if hasattr(builtins, "__IPYTHON__") else processes.end
+            end(END + number)
         if not self.signal:
             self.signal = number
             self.signalled_at = time.monotonic()

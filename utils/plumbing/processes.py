@@ -316,6 +316,9 @@ def leave(code):
     stop_workers()
     while held_runs:
         os.close(held_runs.popitem()[1])
+    for number in STOP_SIGNALS:  # a handler would keep the network, too
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.excepthook = sys.__excepthook__
     raise SystemExit(code)

@@ -247,17 +247,27 @@ def test_what_a_gpu_does_once_does_not_count(monkeypatch, half, chosen):
     assert choose_precision(recipe.settings, model, batch) == chosen and len(made) >= 6
 
 
-def test_a_trial_that_has_no_memory_ends_no_training(monkeypatch):
-    """It holds copies of the network, which training does not need."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_trial_that_has_no_memory_ends_no_training(monkeypatch, error):
+    """It holds copies of the network, which training does not need, and gives the memory back."""
+    given_back = []
 
     def fail(*words, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(rehearsal, "compare_speed", fail)
     model, recipe, batch = get_parts(Cuda=True)
-    assert choose_precision(recipe.settings, model, batch) == "bfloat16"
+    assert choose_precision(recipe.settings, model, batch) == "bfloat16" and given_back
 
 
 def test_a_trial_with_one_picture_a_process(able_cpu):

@@ -95,8 +95,10 @@ def choose_on_cuda(settings, model, batch):
     usual = "bfloat16" if has_bfloat16 else "float32"
     try:
         return compare_speed(settings, model, batch, usual, "float16", seconds=1)
-    except torch.OutOfMemoryError:  # of the copies that are tried: training may fit
+    except RuntimeError:  # mostly no memory for the copies, which cuDNN says otherwise
         return "bfloat16" if has_bfloat16 else "float16", "no memory to try another"
+    finally:
+        torch.cuda.empty_cache()  # NCCL takes its memory beside torch's
 
 
 def compare_speed(settings, model, batch, usual, other, seconds):

@@ -25,9 +25,9 @@ ADVICE = (
         "too many open files: raise the limit (ulimit -n 4096), or lower num_workers",
     ),
     (
-        "no kernel image",
-        "this PyTorch was not built for this GPU: install a build that was, or set Cuda = False "
-        "({line})",
+        "no kernel image|invalid device function",
+        "this PyTorch was not built for this GPU: leave it out with CUDA_VISIBLE_DEVICES if there "
+        "is another, install a build that was, or set Cuda = False ({line})",
     ),
     (
         "driver.*(too old|insufficient)",
@@ -50,16 +50,22 @@ ADVICE = (
         "Cuda = False ({line})",
     ),
     (
+        "out of memory|ALLOC_FAILED|ALLOCATION_FAILED|STATUS_NOT_INITIALIZED"
+        "|CUDA calloc|[Cc]an(no|')t allocate memory|Unable to allocate|MemoryError",
+        "out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase, "
+        "--batch-size of a command), or input_shape ({line})",
+    ),
+    (
+        "unable to find an engine",
+        "cuDNN cannot compute a layer: no memory is left (lower Unfreeze_batch_size, in the frozen "
+        "phase Freeze_batch_size, --batch-size of a command), or this GPU has no bfloat16 (set "
+        "fp16 = 'auto') ({line})",
+    ),
+    (
         r"NCCL|\bnccl",
         "the GPUs cannot reach each other, mostly because /dev/shm is full (docker run "
         "--shm-size=2g), another process has ended, or the network card is another one "
         "(NCCL_SOCKET_IFNAME): {all}",
-    ),
-    (
-        "out of memory|ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
-        "|unable to find an engine|[Cc]an(no|')t allocate memory|Unable to allocate|MemoryError",
-        "out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase, "
-        "--batch-size of a command), or input_shape ({line})",
     ),
     (
         r"No working C\+\+ compiler|Failed to find C compiler|working triton installation"

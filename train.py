@@ -240,6 +240,7 @@ if __name__ == "__main__":
     if state:
         checkpoint.load(state, save_period, UnFreeze_Epoch)
     if rank() == 0:
+        recorded["test_list"] = val_data.fingerprint["list"]  # for evaluate to compare with
         config = begin_run(save_dir, settings, class_names, recorded)
     checkpoint.catch_signals()
     if state is None and rank() == 0:

@@ -407,6 +407,23 @@ def test_class_names_with_space_around_them(name):
     assert classes() == ["a", "zz"]
 
 
+def test_lists_that_another_one_writes_meanwhile_are_kept(monkeypatch):
+    numbered("birds/crow", "birds/tit", "fish/eel", "fish/cod")
+    from utils import annotation
+
+    check = annotation.check_pictures
+
+    def slow_check(paths):
+        if "fish" in paths[0]:
+            annotate(["birds"])
+        return check(paths)
+
+    monkeypatch.setattr(annotation, "check_pictures", slow_check)
+    with pytest.raises(UserError, match="other classes or another order.*--force"):
+        annotate(["fish", "--check"])
+    assert classes() == ["crow", "tit"]
+
+
 @pytest.mark.parametrize("output", ["blocked/list", "/proc/list", "blocked/"])
 def test_outputs_that_cannot_be_made_are_found_first(output, monkeypatch):
     numbered("ds/cat", "ds/dog")

@@ -159,6 +159,13 @@ def test_evaluate(trained):
         "elsewhere",
     )
     assert "76 pictures scored" in out and (folder / "elsewhere/predictions.csv").exists()
+    assert "WARNING" not in out
+    tests = folder / "model_data/cls_test.txt"
+    before = tests.read_bytes()
+    tests.write_bytes((folder / "model_data/cls_train.txt").read_bytes())
+    out, _ = command(folder, "utils.evaluate", run, "--out", "elsewhere")
+    tests.write_bytes(before)
+    assert "WARNING: the test list has changed since the training" in out
     _, err = command(folder, "utils.evaluate", "logs/none", code=1)
     assert "not a run's folder" in err and "Traceback" not in err
 

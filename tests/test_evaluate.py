@@ -4,6 +4,7 @@ says of a damaged run.
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -220,6 +221,22 @@ def test_what_is_printed_comes_after_what_is_saved(folder, tmp_path, monkeypatch
     with pytest.raises(BrokenPipeError):
         evaluate("run", out=tmp_path, num_workers=0)
     assert {file.name for file in tmp_path.iterdir()} >= set(module.OUTPUTS) - {"mistakes.png"}
+
+
+def test_a_mistake_that_is_gone_costs_no_score(folder, tmp_path, monkeypatch):
+    """A picture may be moved after it was scored."""
+    monkeypatch.chdir(tmp_path)
+    make_data(tmp_path, train=6, test=6)
+    draw = module.draw_mistakes
+
+    def moved(data, indices, mistakes):
+        for place, _ in mistakes:
+            os.remove(module.picture_name(data, int(indices[place])))
+        return draw(data, indices, mistakes)
+
+    monkeypatch.setattr(module, "draw_mistakes", moved)
+    figures = evaluate(folder / "run", out=tmp_path / "out", num_workers=0)
+    assert figures["top1"] < 1 and Image.open(tmp_path / "out/mistakes.png").width > 100
 
 
 def test_what_cannot_be_written_costs_no_score(folder, tmp_path, monkeypatch, capsys):

@@ -196,6 +196,8 @@ def main(arguments=None):
     if options.shrink or options.check:
         lists = keep_readable(lists, options.datasets, options.shrink)
         check_lists(options.datasets, lists)
+        if not options.force:  # another one may have written meanwhile
+            check_order(names, paths[0])
     print_counts(names, lists)
     write_together(paths, names, lists)
     print_next_steps(paths, names, lists, is_shrunk=bool(options.shrink))

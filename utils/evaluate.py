@@ -62,6 +62,12 @@ def evaluate(
         if (out / name).is_dir():
             raise UserError(f"{out / name} is a folder where a file is to be written: move it away")
     data = classifier.dataset(find_test_pictures(classifier, annotation))
+    if not annotation and classifier.test_list not in (None, data.fingerprint["list"]):
+        say(
+            "WARNING: the test list has changed since the training, so it may hold pictures that "
+            "were trained on",
+            everyone=True,
+        )
     names = classifier.class_names
 
     metrics, indices, targets, predictions = score(classifier, data, batch_size, num_workers)
@@ -198,7 +204,8 @@ def draw_mistakes(data, indices, mistakes):
     pictures, captions = [], []
     for place, caption in mistakes:
         index = int(indices[place])
-        pictures.append(data[index][0])
+        image, _, _ = data[index]
+        pictures.append(torch.zeros(1, 1, 3).byte() if image is None else image)  # it is gone
         file = os.path.basename(picture_name(data, index))
         captions.append(f"{caption}\n{drawable_text(file, f'number {index + 1}')}")
     return draw_contact_sheet(pictures, captions)

@@ -48,9 +48,11 @@ USED = {
 class Classifier:
     """Classifier(run)(picture) → [(class name, probability), …], the five best in order.
 
-    It may be called from several threads. It has the run's folder, settings, class_names, and its
-    network in evaluation mode; model is what gives the logits: the network itself, or Mirrored.
-    Both are on the GPU where the run used one and there is one. fp16 is the name of the precision.
+    It may be called from several threads, but not in a process that was forked after it was made
+    (gunicorn --preload): OpenMP would wait for threads that are not there. It has the run's folder,
+    settings, class_names, and its network in evaluation mode; model is what gives the logits: the
+    network itself, or Mirrored. Both are on the GPU where the run used one and there is one. fp16
+    is the name of the precision.
     """
 
     def __init__(self, run, weights=None, mirrored=False):
@@ -62,6 +64,7 @@ class Classifier:
         self.folder = find_folder(run, ("", "logs", PROJECT, PROJECT / "logs"))
         config = read_config(self.folder)
         self.class_names = config["class_names"]
+        self.test_list = config.get("test_list")  # the fingerprint of training's; None: unknown
         self.settings = {**USED, **config["settings"]}
         for name in USED:
             check_value(name, self.settings[name])
@@ -122,9 +125,8 @@ class Classifier:
 
         images, targets = self.read(picture)
         head = self.network.get_submodule(head_names(self.network)[0])
-        hook = head.register_forward_pre_hook(keep)
-        score_batch(self.network, images, targets, self.Cuda, self.fp16, self.settings)
-        hook.remove()
+        with head.register_forward_pre_hook(keep):
+            score_batch(self.network, images, targets, self.Cuda, self.fp16, self.settings)
         vector = inputs[get_ident()][0].float().cpu()
         return vector if vector.dim() == 1 else vector.flatten(1).mean(1)
 

@@ -32,7 +32,8 @@ from utils.plumbing.files import save_file
 from utils.trained import Classifier, begin_command
 
 INPUT = (
-    "RGB, upright (EXIF orientation applied); of it with resize 'crop' the largest box in the "
+    "RGB (transparency is white, greys of 16 bits are divided by 257), upright (EXIF orientation "
+    "applied); of it with resize 'crop' the largest box in the "
     "middle with the proportions of input_shape (height, width), with 'squeeze' the whole picture; "
     "of that the middle, its sides times val_crop; resized to input_shape (bilinear, antialiased); "
     "uint8 from 0 to 255, (N, 3, height, width)"

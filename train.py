@@ -240,7 +240,9 @@ if __name__ == "__main__":
     if state:
         checkpoint.load(state, save_period, UnFreeze_Epoch)
     if rank() == 0:
-        recorded["test_list"] = val_data.fingerprint["list"]  # for evaluate to compare with
+        # of the first start, for evaluate to compare with
+        test_list = None if own else val_data.fingerprint["list"]
+        recorded["test_list"] = config.get("test_list") if state else test_list
         config = begin_run(save_dir, settings, class_names, recorded)
     checkpoint.catch_signals()
     if state is None and rank() == 0:

@@ -1,5 +1,6 @@
 """What is saved is finite, whole and one story; what is read is what was saved."""
 
+import json
 import os
 import random
 import signal
@@ -422,6 +423,8 @@ def test_lists_that_change_under_a_run(tmp_path):
     assert "the best epoch is sought anew" in out and "begins again" not in out
     rows = history(run_of(folder))
     assert rows[-1]["scored"] == 6 and f"(epoch {state['epoch'] + 2}) in" in out.splitlines()[-1]
+    # the list of the first start is the one that evaluate compares with
+    assert json.loads((run_of(folder) / "config.json").read_text())["test_list"].startswith("12 ")
     assert same(weights(run_of(folder), "best_epoch_weights.pth"), weights(run_of(folder)))
 
 

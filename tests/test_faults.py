@@ -429,6 +429,11 @@ MESSAGES = [  # as PyTorch and the system write them
     ("GET was unable to find an engine to execute this computation", "no bfloat16"),
     ("NCCL error: Failed to CUDA calloc async 8388608 bytes", "out of memory"),
     ("ncclUnhandledCudaError: Last error: Cuda failure 2 'out of memory'", "out of memory"),
+    (
+        "NCCL error in: a.hpp:328, unhandled system error\nLast error:\n"
+        "Call to ibv_create_cq failed with error Cannot allocate memory",
+        "ulimit -l",
+    ),
     ("HIP error: invalid device function", "CUDA_VISIBLE_DEVICES"),
     ("CUDA error: device-side assert triggered\nCUDA kernel errors might", "CUDA_LAUNCH_BLOCKING"),
     ("CUDA error: all CUDA-capable devices are busy or unavailable", "CUDA_VISIBLE_DEVICES"),

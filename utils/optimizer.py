@@ -33,7 +33,7 @@ def adamw(parameters, momentum):
 
 # What settings and the code decide of a parameter group; the rest an optimizer has learned
 OPTIONS = ("lr", "lr_scale", "weight_decay", "momentum", "nesterov", "dampening", "betas", "eps")
-OPTIONS += ("alpha", "amsgrad", "fused", "foreach", "capturable")
+OPTIONS += ("alpha", "foreach")
 
 
 class Optimizer(NamedTuple):

@@ -96,7 +96,7 @@ def choose_on_cuda(settings, model, batch):
     try:
         return compare_speed(settings, model, batch, usual, "float16", seconds=1)
     except RuntimeError:  # mostly no memory for the copies, which cuDNN says otherwise
-        return "bfloat16" if has_bfloat16 else "float16", "no memory to try another"
+        return "bfloat16" if has_bfloat16 else "float16", "no other could be tried"
     finally:
         torch.cuda.empty_cache()  # NCCL takes its memory beside torch's
 

@@ -50,6 +50,11 @@ ADVICE = (
         "Cuda = False ({line})",
     ),
     (
+        r"ibv_\w+.* failed",
+        "the InfiniBand card may lock too little memory: raise that limit (ulimit -l unlimited, "
+        "docker run --ulimit memlock=-1), or set NCCL_IB_DISABLE=1: {all}",
+    ),
+    (
         "out of memory|ALLOC_FAILED|ALLOCATION_FAILED|STATUS_NOT_INITIALIZED"
         "|CUDA calloc|[Cc]an(no|')t allocate memory|Unable to allocate|MemoryError",
         "out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase, "

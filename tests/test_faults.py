@@ -295,7 +295,9 @@ def test_no_folder_for_temporary_files_is_one_sentence(monkeypatch):
         console.make_temp_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_signals_end_process_1_of_a_container(number):
     """The kernel sends it none that it has no handler for."""
     code = f"""
@@ -322,15 +324,15 @@ def test_a_container_s_quota_of_cores(tmp_path, monkeypatch, quota, number):
     assert processes.cores() == number
 
 
-@pytest.mark.parametrize("before, after", [(4, 1), (1, 1)])
-def test_threads_keep_to_the_quota(before, after):
-    code = f"""
+def test_threads_keep_to_the_quota():
+    code = """
 import torch
 from utils.plumbing import console
-torch.set_num_threads({before})
-console.cores = lambda: 1
-console.prepare_program()
-assert torch.get_num_threads() == {after}
+for before, after in ((1, 1), (4, 2)):
+    torch.set_num_threads(before)
+    console.cores = lambda: 2
+    console.prepare_program()
+    assert torch.get_num_threads() == after
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -765,9 +765,9 @@ def test_a_launch_says_which_limit_changed_the_rate(tmp_path):
     "constant, value, words",
     [
         ("Init_lr", "'5e-2'", "Min_lr = Init_lr * 0.01"),
-        ("Init_lr", "0,5", "Min_lr = Init_lr * 0.01"),
+        pytest.param("Init_lr", "0,5", "Min_lr = Init_lr * 0.01", marks=pytest.mark.slow),
         ("backbone", "resnet18", "backbone = resnet18"),
-        ("pretrained", "true", "pretrained = true"),
+        pytest.param("pretrained", "true", "pretrained = true", marks=pytest.mark.slow),
     ],
 )
 def test_a_constant_that_cannot_be_computed(tmp_path, constant, value, words):

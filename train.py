@@ -240,10 +240,7 @@ if __name__ == "__main__":
     if state:
         checkpoint.load(state, save_period, UnFreeze_Epoch)
     if rank() == 0:
-        # of the first start, for evaluate to compare with
-        test_list = None if own else val_data.fingerprint["list"]
-        recorded["test_list"] = config.get("test_list") if state else test_list
-        config = begin_run(save_dir, settings, class_names, recorded)
+        config = begin_run(save_dir, settings, class_names, recorded, val_data, state and config)
     checkpoint.catch_signals()
     if state is None and rank() == 0:
         save_first_batch(f"{save_dir}/first_batch.png", batch, class_names)

@@ -23,7 +23,7 @@ from utils.plumbing import processes
 from utils.plumbing.console import say, say_if_slow, say_row, shell_words
 from utils.plumbing.errors import UserError, printable
 from utils.plumbing.files import as_json, check_regular, make_folder, save_text
-from utils.plumbing.lists import clean_names
+from utils.plumbing.lists import AnnotationLines, clean_names
 from utils.plumbing.processes import world_size
 
 KINDS = {  # what config.json must hold
@@ -210,12 +210,15 @@ def new_run(save_dir):
         time.sleep(0.1)  # another run has begun in this second
 
 
-def begin_run(run, settings, class_names, recorded=None):
+def begin_run(run, settings, class_names, recorded=None, val_data=None, before=None):
     """Print the run's folder; write and return what its config.json holds.
 
-    recorded: what command_line returned beside the settings.
+    recorded: what command_line returned beside the settings. before: the config.json of what goes
+    on. Of val_data the fingerprint of the first start's list is kept, for evaluate to compare with.
     """
     say_row("run", run)
+    is_list = isinstance(getattr(val_data, "source", None), AnnotationLines)
+    test_list = val_data.fingerprint["list"] if is_list else None
     modules = (torch, torchvision, numpy, PIL)
     versions = {module.__name__: module.__version__ for module in modules}
     others = runs_in(Path(run).parent)
@@ -224,6 +227,7 @@ def begin_run(run, settings, class_names, recorded=None):
         "settings": settings,
         **(recorded or {}),
         "class_names": class_names,
+        "test_list": before.get("test_list") if before else test_list,
         "launch": processes.launch_id,
         "start": min(last + 1, HIGHEST_START),
         "finished": False,

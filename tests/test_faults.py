@@ -260,6 +260,7 @@ def test_printing_decides_nothing(tmp_path, where):
 def test_an_error_ends_the_process_where_it_cannot_be_printed(tmp_path):
     """At once: Python's own clean-up could wait for other processes."""
     folder = make_project(tmp_path)
+    make_data(folder, train=16, test=8)
     code = "import atexit\natexit.register(lambda: open('cleaned', 'w'))\n"
     command = f"{sys.executable} {hooked(folder, code)} --backbone none 2> /dev/full"
     result = subprocess.run(["bash", "-c", command], cwd=folder, env=environment(), timeout=300)

@@ -32,8 +32,8 @@ def adamw(parameters, momentum):
 
 
 # What settings and the code decide of a parameter group; the rest an optimizer has learned
-OPTIONS = ("lr", "lr_scale", "weight_decay", "momentum", "nesterov", "dampening", "betas", "eps")
-OPTIONS += ("alpha", "foreach")
+OPTIONS = ("lr", "lr_scale", "weight_decay", "momentum", "nesterov", "dampening", "betas", "eps",
+           "alpha", "foreach")  # fmt: skip
 
 
 class Optimizer(NamedTuple):

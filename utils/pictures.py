@@ -120,14 +120,19 @@ def centre_box(input_shape, share, height, width):
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+def kept_share(height, width, proportions):
+    """Return the share of a picture's area in its largest box of `proportions`, width by height."""
+    stretch = width / height / proportions
+    return min(stretch, 1 / stretch)
+
+
 def random_box(smallest, height, width, proportions=1.0):
     """Return a random box ("Going Deeper with Convolutions").
 
     Its width is 3/4 to 4/3 of `proportions` times its height. Its area is at least `smallest` of
     the largest box with these proportions (of what is larger, little would fit), at most all.
     """
-    stretch = width / height / proportions
-    smallest *= min(stretch, 1 / stretch)
+    smallest *= kept_share(height, width, proportions)
     image = torch.empty(1, 1, 1).expand(3, height, width)  # only its size is read
     ratios = [3 / 4 * proportions, 4 / 3 * proportions]
     return RandomResizedCrop.get_params(image, [smallest, 1.0], ratios)
@@ -163,8 +168,7 @@ def describe_cut(sizes, input_shape):
     proportion = input_shape[1] / input_shape[0]
     losses = []
     for height, width in sizes:
-        stretch = width / height / proportion
-        losses.append((1 - min(stretch, 1 / stretch), height, width))
+        losses.append((1 - kept_share(height, width, proportion), height, width))
     loss, height, width = sorted(losses)[len(losses) // 2]
     if loss <= MOST_CUT:
         return ""

@@ -62,7 +62,8 @@ def evaluate(
         if (out / name).is_dir():
             raise UserError(f"{out / name} is a folder where a file is to be written: move it away")
     data = classifier.dataset(find_test_pictures(classifier, annotation))
-    if not annotation and classifier.test_list not in (None, data.fingerprint["list"]):
+    trained_with = None if annotation else classifier.test_list
+    if trained_with and trained_with != data.fingerprint["list"]:
         say(
             "WARNING: the test list has changed since the training, so it may hold pictures that "
             "were trained on",

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 
 import sys
+from contextlib import ExitStack
 from threading import get_ident
 
 import numpy as np
@@ -84,10 +85,10 @@ def last_map(network, inputs, shape):
         if output.shape[2:].numel() > 1:
             outputs.append(output)
 
-    hooks = [module.register_forward_hook(keep) for module in network.modules()]
-    logits = task.logits_from(network(inputs))
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for module in network.modules():
+            hooks.enter_context(module.register_forward_hook(keep))
+        logits = task.logits_from(network(inputs))
     if not outputs or not is_map(outputs[-1], shape):
         raise UserError(
             f"{type(network).__name__} has no feature map before its logits, so there is nothing "

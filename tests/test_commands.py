@@ -117,7 +117,7 @@ def test_annotation_split_and_check(tmp_path, monkeypatch, capsys):
 
 
 def read(path):
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         return list(csv.reader(file))
 
 
@@ -325,7 +325,7 @@ def test_names_in_any_script(monkeypatch):
 
     Where that lacks a letter, or there is none, its number stands, and never a box.
     """
-    names = ["cat", "b\u00e4r", "\u732b \u72d7", "\u0642", "\ud800", "a\tb"]
+    names = ["cat", "b\u00e4r", "\u732b\u3000\u72d7", "\u0642", "\ud800", "a\tb"]
     for name in ("font", "is_drawable"):  # not what is kept of this machine's
         monkeypatch.setattr(charts, name, getattr(charts, name).__wrapped__)
 

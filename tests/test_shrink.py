@@ -1,5 +1,6 @@
 """Reduced copies of large pictures: what they show, when they are made, what is never touched."""
 
+import errno
 import io
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.helpers import environment
 from tests.test_data import photo
 from utils.annotation import main as annotate
 from utils.pictures import read_crop
+from utils.plumbing import shrink
 from utils.plumbing.errors import UserError
 from utils.plumbing.shrink import shrink_all
 
@@ -291,6 +294,37 @@ def test_damaged_jpegs_are_named(words, capfd):
         assert seen.shape == (64, 64, 3)
 
 
+def test_damage_is_found_where_no_file_can_be_made(monkeypatch):
+    def full(*words, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    large()
+    data = damaged(Path("photos/cat/a.jpg").read_bytes())["zeros"]
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert shrink.jpeg_warnings(data).startswith("Corrupt JPEG data: ")
+
+
+def test_copies_that_may_only_be_read(monkeypatch):
+    """As those of another user."""
+    large()
+    annotate(["photos", "--shrink", "64"])
+    before = listed()
+
+    def refuse(path, exist_ok=True):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    shutil.rmtree("model_data")
+    os.mkdir("model_data")
+    touch = Path.touch
+    monkeypatch.setattr(
+        Path,
+        "touch",
+        lambda path, **options: (refuse if "shrunk" in str(path) else touch)(path, **options),
+    )
+    annotate(["photos", "--shrink", "64"])
+    assert listed() == before and "shrunk" in str(before)
+
+
 def test_pictures_that_are_too_large_for_pillow(monkeypatch, capsys):
     """A JPEG is decoded reduced; of others, and of progressive ones, the limit holds."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # 40,000 are refused
@@ -359,7 +393,8 @@ def test_stopped_and_continued():
         shutil.copy("photos/cat/0.png", f"photos/{'cat' if i % 2 else 'dog'}/{i}.png")
     Path("two.py").write_text(
         "from utils import annotation\nfrom utils.plumbing import shrink\n"
-        "shrink.cores = lambda: 2  # many would be done at once\n"
+        "from utils.plumbing.processes import cores\n"
+        "shrink.cores = lambda: min(cores(), 2)  # many would be done at once\n"
         "if __name__ == '__main__':\n    annotation.main()\n"
     )
     words = [sys.executable, "two.py", "photos", "--shrink", "32"]

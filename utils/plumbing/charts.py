@@ -45,7 +45,8 @@ def font(size):
 def is_drawable(letter):
     """Return whether the font has a letter, and would not draw a box for it."""
     box = bytes(font(20).getmask("\U0010ffff"))
-    return letter == " " or (letter.isprintable() and bytes(font(20).getmask(letter)) != box)
+    is_space = letter in " \u00a0\u3000"  # also those that Word and Chinese have
+    return is_space or (letter.isprintable() and bytes(font(20).getmask(letter)) != box)
 
 
 def drawable_text(text, otherwise):
@@ -75,9 +76,7 @@ def shorten(text, width, size):
 def ticks(low, high, smallest_step=0):
     """Return multiples of a step of one digit from low to high, about five of them."""
     step = max(smallest_step, float(f"{(high - low) / 5:.1g}"))
-    first = math.ceil(low / step)
-    last = math.floor(high / step + 1e-6)
-    return [step * number for number in range(first, last + 1)]
+    return step * np.arange(math.ceil(low / step), high / step + 1e-6)
 
 
 def draw_line_chart(panels):

@@ -33,10 +33,6 @@ OTHER_NAMES = {  # setting: what other programs call it
     "weight_decay": "wd",
     "lr_decay_type": "scheduler lr_scheduler",
     "early_stop": "patience",
-    "ema_decay": "ema",
-    "mixup_alpha": "mixup",
-    "cutmix_alpha": "cutmix",
-    "label_smoothing": "smoothing",
     "save_dir": "out output output_dir project name",
 }
 

@@ -4,7 +4,6 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,9 @@ ROLES = {
 }
 
 
+NOT_FOR_LISTS = "paths with a line break or letters that are not UTF-8, rename them"
+
+
 class Picture(NamedTuple):
     is_link: bool
     folders: tuple  # the names of the folders from the root to it
@@ -41,7 +43,6 @@ class Picture(NamedTuple):
 @cache
 def endings():
     """Return the usual file endings of FORMATS, in lower case with their dot."""
-    Image.init()
     registered = Image.registered_extensions().items()
     return {ending for ending, kind in registered if kind in (*FORMATS, *REDUCIBLE)}
 
@@ -51,18 +52,12 @@ def reason_to_leave_out(path, is_regular):
     # Windows' listing says nothing of paths that are too long to be opened
     if (os.name == "nt" or not is_regular) and not os.path.isfile(path):
         return "pipes, devices, links that lead nowhere, and paths that are too long for Windows"
-    if re.search("[\n\r\ud800-\udfff]", path):
-        return "paths with a line break or letters that are not UTF-8, rename them"
     ending = os.path.splitext(path)[1].lower()
     if ending not in endings():
         return f"files ({ending or 'no ending'}) that are not read, convert pictures to JPEG or PNG"
+    if re.search("[\n\r\ud800-\udfff]", path):
+        return NOT_FOR_LISTS
     return None
-
-
-def leads_back(real, entered):
-    """Return whether a folder was entered already, or lies around one that was."""
-    inside = os.path.join(real, "")
-    return real in entered or any(other.startswith(inside) for other in entered)
 
 
 def visible(names):
@@ -72,16 +67,6 @@ def visible(names):
     )
 
 
-def regular_files(folder):
-    """Return the names of a folder's regular files, links left out.
-
-    Its listing tells them; a question for each file is slow on a network disk.
-    """
-    with suppress(OSError), os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
-    return set()
-
-
 def walk(root):
     """Return ([Picture, …] below a folder, {reason: [path, …] of what was left out}).
 
@@ -89,33 +74,38 @@ def walk(root):
     are passed over.
     """
     pictures, left_out = [], defaultdict(list)
-    entered = set()
-    starts = [root]
-
-    def leave_folder_out(error):
-        left_out["folders that cannot be read"].append(error.filename)
-
-    while starts:
-        start = starts.pop(0)
-        if leads_back(os.path.realpath(start), entered):
-            left_out["links to folders that are read anyway"].append(start)
+    seen = set()  # the real folders that were entered, and all around them
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop(0)
+        real = Path(folder).resolve()
+        if real in seen:
+            left_out["links to folders that are read anyway"].append(folder)
             continue
-        for folder, names, files in os.walk(start, onerror=leave_folder_out):
-            real = os.path.realpath(folder)
-            regular = regular_files(folder)
-            entered.add(real)
-            names[:] = visible(names)
-            paths = [Path(folder, name).as_posix() for name in names]
-            starts += filter(os.path.islink, paths)
-            folders = Path(folder).relative_to(root).parts
-            for name in visible(files):
-                path = Path(folder, name).as_posix()
-                if reason := reason_to_leave_out(path, name in regular):
-                    left_out[reason].append(path)
-                    continue
-                is_link = name not in regular and os.path.islink(path)
+        seen.update((real, *real.parents))
+        try:
+            # the listing tells what is regular: asking for each file is slow on a network disk
+            entries = {entry.name: entry for entry in os.scandir(folder)}
+        except OSError:
+            left_out["folders that cannot be read"].append(folder)
+            continue
+        folders = Path(folder).relative_to(root).parts
+        inside, links = [], []
+        for name in visible(entries):
+            entry = entries[name]
+            path = Path(folder, name).as_posix()
+            is_link = entry.is_symlink()
+            if entry.is_dir(follow_symlinks=False):
+                inside.append(path)
+            elif is_link and os.path.isdir(path):
+                links.append(path)
+            elif reason := reason_to_leave_out(path, entry.is_file(follow_symlinks=False)):
+                left_out[reason].append(path)
+            else:
                 real_path = os.path.realpath(path) if is_link else os.path.join(real, name)
                 pictures.append(Picture(is_link, folders, path, real_path))
+        waiting[:0] = inside
+        waiting += links  # behind all others
     return pictures, left_out
 
 
@@ -198,8 +188,9 @@ def split_by_chance(pairs, datasets, share, seed):
     their numbers.
     """
     classes = defaultdict(list)
+    base = Path(datasets).as_posix() + "/"
     for name, path in pairs:
-        below = class_name(Path(path).relative_to(datasets).as_posix())
+        below = class_name(path.removeprefix(base))
         number = random.Random(f"{seed}/{below}").random()
         classes[name].append((number, path))
     training, test = [], []

@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parents[2]  # where train.py stands
 
 def split_line(line):
     """Return (class id as text, path) of 'class_id;path'; only the first ';' splits."""
-    label, _, path = line.rstrip("\r\n").partition(";")
+    label, _, path = line.partition(";")
     return label, path
 
 
@@ -45,8 +45,7 @@ def read_text_file(
     """
     try:
         check_regular(path, name)
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line} is not UTF-8 text: save {name}'s file as UTF-8") from None
@@ -59,7 +58,7 @@ def read_text_file(
 
 def read_lines(name, path):
     """Return the lines of a text file, ended as on any system. Raises what read_text_file does."""
-    return re.split("\r\n?|\n", read_text_file(name, path).rstrip("\r\n"))
+    return read_text_file(name, path).rstrip("\n").split("\n")
 
 
 def get_classes(classes_path):
@@ -193,14 +192,15 @@ def label_pictures(entries, path):
         folder, name = os.path.split(picture)
         real_folder, names = look_into(folder)
         if name not in names and not os.path.isfile(picture):
-            missing.append(f"{path}:{number} {picture!r}{hint(picture)}")
+            missing.append((number, picture))
         if labels.setdefault((real_folder, name), label) != label:
             others.append(picture)
     if missing:
+        number, picture = missing[0]
         raise UserError(
             f"{len(missing)} of {len(entries)} pictures do not exist (relative paths start at "
             f"{os.getcwd()}; python -m utils.annotation writes the lists anew), the first is "
-            f"{missing[0]}"
+            f"{path}:{number} {picture!r}{hint(picture)}"
         )
     if others:
         say(

@@ -200,8 +200,13 @@ def check_settings(settings, continued=False):
         )
     if is_data_parallel(settings):
         check_data_parallel(settings)
+    number = world_size()
     for name in batch_size_names(settings):
-        check_divisible(name, settings[name])
+        if settings[name] % number:
+            raise UserError(
+                f"{name} = {settings[name]} cannot be divided by {number} processes: "
+                f"set it to a multiple of {number}"
+            )
 
 
 def check_data_parallel(settings):
@@ -228,16 +233,6 @@ def check_epochs(settings, continued):
     frozen = settings.get("Freeze_Epoch", 0)
     if settings.get("Freeze_Train") and frozen > last:
         raise UserError(f"Freeze_Epoch = {frozen} must be at most UnFreeze_Epoch = {last}")
-
-
-def check_divisible(name, batch_size):
-    """Raise UserError unless every process gets the same share of a batch."""
-    number = world_size()
-    if batch_size % number:
-        raise UserError(
-            f"{name} = {batch_size} cannot be divided by {number} processes: "
-            f"set it to a multiple of {number}"
-        )
 
 
 def too_small(num_train, num_val, name, batch_size):

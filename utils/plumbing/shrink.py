@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -75,17 +74,18 @@ def jpeg_warnings(data):
     stderr meanwhile.
     """
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as printed:
-        os.dup2(printed.fileno(), 2)
-        try:
-            decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        except (RuntimeError, Warning):
-            pass  # Pillow says why, or can read it
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        printed.seek(0)
-        text = printed.read().decode(errors="replace")
+    source, sink = os.pipe()  # a file needs room on a disk; libjpeg prints the first warning alone
+    os.dup2(sink, 2)
+    try:
+        decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except (RuntimeError, Warning):
+        pass  # Pillow says why, or can read it
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(sink)
+    with open(source, errors="replace") as printed:
+        text = printed.read()
     return ", ".join(re.findall("^(?:Corrupt|Premature|Inconsistent).*", text, re.M))
 
 
@@ -117,9 +117,9 @@ def reduced_copy(path, datasets, folder, size):
     The copy is as training sees the picture: upright, laid on white. It is made unless there is one
     with the picture's times.
     """
-    copy = Path(folder, f"{Path(path).relative_to(datasets)}.jpg")
-    inside = (copy, *copy.parents)[: len(copy.relative_to(folder).parts)]
-    if any(map(os.path.islink, inside)):
+    name = f"{Path(path).relative_to(datasets)}.jpg"
+    copy = folder / name
+    if copy.resolve() != folder.resolve() / name:
         raise UserError(f"{str(copy)!r} would be written through a link in {folder}: remove it")
     found = os.stat(path)
     # Another file in the picture's place has another second time; file systems keep microseconds
@@ -169,10 +169,9 @@ def shrink_all(paths, datasets, size):
             f"{datasets!r} is the top of a drive, and copies lie beside the data set: move its "
             f"folders into one, and name that"
         )
-    folder = make_folder(
-        base.with_name(f"{base.name}-shrunk-{size}"),
-        f"link {base} from a folder with room, and name the link",
-    )
+    folder = base.with_name(f"{base.name}-shrunk-{size}")
+    if not folder.is_dir():  # another user's may be complete
+        make_folder(folder, f"link {base} from a folder with room, and name the link")
     clear_drafts(folder)
     work = partial(reduced_copy, datasets=datasets, folder=folder, size=size)
     listed = on_all_cores(work, paths, "shrunk")

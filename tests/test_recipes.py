@@ -84,9 +84,9 @@ def test_a_step_reads_no_figure():
             sums.update(batch)
         optimizer_step(optimizer, NO_SCALER, settings["clip_grad_norm"], settings["clip_ratio"])
         recipe.ema.update_parameters(model)
-    assert sums["pictures"] == 16 and sums["loss"].is_meta
-    with pytest.raises(RuntimeError):
-        sums["loss"].item()
+    for name in ("pictures", "loss"):
+        with pytest.raises(RuntimeError):
+            sums[name].item()
 
 
 def test_clip_grad_norm():

@@ -71,22 +71,25 @@ def test_no_trace_is_left(able_cpu, closure):
     assert [m.training for m in model.modules()] == mode
 
 
+class Black:
+    """40 black pictures, each with its index as the target."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, item):
+        torch.manual_seed(item[2])
+        return torch.zeros(4, 4, 3, dtype=torch.uint8), item[2], []
+
+
 def test_the_first_batch_moves_no_random_stream(monkeypatch):
-    class Data:
-        def __len__(self):
-            return 40
-
-        def __getitem__(self, item):
-            torch.manual_seed(item[2])
-            return torch.zeros(4, 4, 3, dtype=torch.uint8), item[2], []
-
     stream = torch.get_rng_state()
-    images, targets, _ = first_batch(Data(), 16, 5)
+    images, targets, _ = first_batch(Black(), 16, 5)
     assert images.shape == (16, 3, 4, 4) and len(set(targets.tolist())) == 16
     assert torch.equal(torch.get_rng_state(), stream)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    _, share, _ = first_batch(Data(), 16, 5)
+    _, share, _ = first_batch(Black(), 16, 5)
     assert share.tolist() == targets[1::2].tolist()  # this process's
 
 
@@ -121,16 +124,25 @@ def test_a_setting_is_obeyed(fp16, Cuda, expected):
     assert choose_precision(recipe.settings, model, batch) == expected
 
 
+def take_steps(monkeypatch, step):
+    """Let step(precision) → seconds stand for the steps of a trial."""
+
+    def prepare(settings, model, batch, precision):
+        return lambda: step(precision)
+
+    monkeypatch.setattr(rehearsal, "prepare_trial", prepare)
+
+
 def clock_of(monkeypatch, seconds):
     """Let a step take so many seconds of each type; returns the list of the steps that are made."""
     now, made = [0.0], []
 
-    def step(trial):
-        made.append(trial.precision)
-        now[0] += seconds[trial.precision]
-        return seconds[trial.precision]
+    def step(precision):
+        made.append(precision)
+        now[0] += seconds[precision]
+        return seconds[precision]
 
-    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
+    take_steps(monkeypatch, step)
     monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: now[0])
     return made
 
@@ -173,10 +185,7 @@ def test_the_best_of_several_steps_counts(able_cpu, monkeypatch, slow):
     half = [0.4 if step in slow else 0.05 for step in range(10)]
     seconds = {"float32": [0.1] * 10, "bfloat16": half}
 
-    def step(trial):
-        return seconds[trial.precision].pop(0)
-
-    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
+    take_steps(monkeypatch, lambda precision: seconds[precision].pop(0))
     model, recipe, batch = get_parts()
     assert choose_precision(recipe.settings, model, batch) == "bfloat16"
 
@@ -198,10 +207,9 @@ def test_what_a_gpu_trains_in(monkeypatch, supported, gpus, distributed, half, c
     """half: seconds of a step in float16, beside 0.1 in bfloat16, or in float32 without it."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(rehearsal.Trial, "__init__", lambda trial, *words: None)
     monkeypatch.setattr(rehearsal, "kept_random_stream", lambda Cuda: torch.no_grad())
     seconds = iter(100 * [0.1, half])
-    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", lambda trial: next(seconds))
+    take_steps(monkeypatch, lambda precision: next(seconds))
     ticks = iter(range(100))
     monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: 0.2 * next(ticks))
     model, recipe, batch = get_parts(Cuda=True, distributed=distributed)
@@ -211,13 +219,12 @@ def test_what_a_gpu_trains_in(monkeypatch, supported, gpus, distributed, half, c
 def test_a_trial_computes_as_training_does(able_cpu, monkeypatch):
     """With cuDNN, which a context of torch's switches off unless it is told otherwise."""
     enabled = []
-    original = rehearsal.Trial.seconds_per_step
 
-    def step(trial):
+    def look(*words, real=rehearsal.backward):
         enabled.append(torch.backends.cudnn.enabled and torch.backends.cudnn.benchmark)
-        return original(trial)
+        return real(*words)
 
-    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
+    monkeypatch.setattr(rehearsal, "backward", look)
     model, recipe, batch = get_parts()
     choose_precision(recipe.settings, model, batch)
     assert len(enabled) >= 2 and all(enabled)
@@ -230,19 +237,16 @@ def test_what_a_gpu_does_once_does_not_count(monkeypatch, half, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(rehearsal, "kept_random_stream", lambda Cuda: torch.no_grad())
-    monkeypatch.setattr(
-        rehearsal.Trial, "__init__", lambda trial, *words: setattr(trial, "precision", words[-1])
-    )
     monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: now[0])
 
-    def step(trial):
-        seconds = {"bfloat16": 0.1, "float16": half}[trial.precision]
+    def step(precision):
+        seconds = {"bfloat16": 0.1, "float16": half}[precision]
         seconds += {0: 4.0, 1: 1.0}.get(len(made), 0.0)
-        made.append(trial.precision)
+        made.append(precision)
         now[0] += seconds
         return seconds
 
-    monkeypatch.setattr(rehearsal.Trial, "seconds_per_step", step)
+    take_steps(monkeypatch, step)
     model, recipe, batch = get_parts(Cuda=True)
     assert choose_precision(recipe.settings, model, batch) == chosen and len(made) >= 6
 
@@ -271,10 +275,11 @@ def test_a_trial_that_has_no_memory_ends_no_training(monkeypatch, error):
 
 
 def test_a_trial_with_one_picture_a_process(able_cpu):
-    """Which BatchNorm refuses and SyncBatchNorm does not."""
+    """Which BatchNorm refuses and SyncBatchNorm does not: two are tried."""
     recipe = Recipe(SETTINGS)
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 2))
-    batch = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([1]), []
+    layers = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 40)
+    model = nn.Sequential(*layers)
+    batch = first_batch(Black(), 1, 5)
     assert choose_precision(recipe.settings, model, batch) in ("float32", "bfloat16")
 
 

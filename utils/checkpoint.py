@@ -1,5 +1,6 @@
 """Save and restore a run: the checkpoint is written first, as an epoch's commit, then the rest."""
 
+import copy
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from utils.optimizer import restore_optimizer
 from utils.plumbing import processes
 from utils.plumbing.console import say
 from utils.plumbing.errors import NOT_FINITE, UserError
-from utils.plumbing.files import LAST, save_tensors
+from utils.plumbing.files import LAST, on_cpu, save_tensors
 from utils.plumbing.processes import rank
 from utils.steps import Steps
 
@@ -102,6 +103,11 @@ class Checkpoint(Steps):
         changed = [name for name in names if before.get(name) != self.scored_on.get(name)]
         if not changed:
             return
+        if "list" in changed and "list" in before:
+            say(
+                "  WARNING: the test list is another one: if it holds pictures that were trained "
+                "on, the scores will be too good"
+            )
         history = self.parts["history"]
         if self.best is not None:
             name = f"best_until_ep{history.last_epoch():03d}.pth"
@@ -166,9 +172,7 @@ class Checkpoint(Steps):
         """
         best = rank() == 0 and self.parts["history"].append_loss(metrics)
         if best:
-            self.best = published_model(self.parts).state_dict()  # with its versions' marks
-            for name, value in list(self.best.items()):
-                self.best[name] = value.to("cpu", copy=True)
+            self.best = copy.deepcopy(on_cpu(published_model(self.parts).state_dict()))
         self.position = Position(metrics["epoch"], fingerprint=self.position.fingerprint)
         self.save()
         self.publish(save_period, last_epoch, best)

@@ -4,7 +4,6 @@ Randomness is a function, not a stream: what happens to a picture depends on (se
 in the epoch, index) alone, so that neither workers nor resuming change it.
 """
 
-import io
 import math
 import random
 import zlib
@@ -29,7 +28,7 @@ from utils.pictures import (
 )
 from utils.plumbing.console import say_if_slow
 from utils.plumbing.errors import UserError
-from utils.plumbing.files import content_sum
+from utils.plumbing.files import as_json, content_sum
 from utils.plumbing.formats import BROKEN, failure_reason
 from utils.plumbing.lists import AnnotationLines
 from utils.recipe import check_targets
@@ -145,8 +144,9 @@ class DataGenerator(Dataset):
             labels = (self.source[index][1] for index in range(len(self)))
         targets = []
         try:
-            for index, label in enumerate(labels):
-                targets.append(self.target(index, label))
+            with say_if_slow("reading the class of each training picture …"):
+                for index, label in enumerate(labels):
+                    targets.append(self.target(index, label))
         except BROKEN as error:
             raise UserError(
                 f"{self.name(len(targets))} cannot be read ({failure_reason(error)}), and its "
@@ -181,9 +181,8 @@ class DataGenerator(Dataset):
         data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
         places = range(0, len(data), max(1, len(data) // 8))
         images, targets, _ = detection_collate([data[index] for index in places])
-        content = io.BytesIO()
-        torch.save([images, targets, getattr(self.source, "targets", None)], content)
-        return zlib.crc32(content.getvalue())
+        content = as_json([images, targets, getattr(self.source, "targets", None)])
+        return zlib.crc32(str(content).encode())
 
     def content(self):
         """Return a checksum that tells other pictures under the same names; "" for a data set."""

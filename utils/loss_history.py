@@ -27,9 +27,10 @@ class LossHistory:
         self.best_since = 0  # rows before this one were scored otherwise
         try:
             from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(log_dir, flush_secs=1)  # as a process may end at once
         except Exception:  # absent or broken: its files are all that is missing then
-            SummaryWriter = NoWriter
-        self.writer = SummaryWriter(log_dir, flush_secs=1)  # as a process may end at once
+            self.writer = NoWriter()
 
     def append_loss(self, metrics):
         """Add an epoch's metrics, and return whether it is the best so far."""
@@ -135,9 +136,6 @@ def describe_waiting(seconds, epoch_seconds, gen):
 
 class NoWriter:
     """A stand-in for TensorBoard's writer where that is absent or cannot write."""
-
-    def __init__(self, log_dir=None, flush_secs=None):
-        pass
 
     def add_scalar(self, name, value, epoch):
         pass

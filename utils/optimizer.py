@@ -11,8 +11,6 @@ from torch import nn
 
 from utils.plumbing.errors import UserError
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-
 
 def sgd(parameters, momentum):
     """Return SGD with Nesterov's momentum, as documented."""
@@ -58,7 +56,7 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
     """
     norms = set()
     for module in model.modules():
-        if isinstance(module, NORMS):
+        if isinstance(module, nn.LayerNorm):  # may have any shape; other norms' are vectors
             norms.update(id(parameter) for parameter in module.parameters(recurse=False))
     groups = defaultdict(list)  # by (whether they are the head's, whether they decay)
     for name, parameter in model.named_parameters():

@@ -27,10 +27,10 @@ FASTER = 1.1  # what a type of fewer digits, or one that needs a scaler, must ga
 
 
 def first_batch(data, batch_size, seed):
-    """Return this process's first training batch as the loader gives it, at most 64 pictures."""
+    """Return this process's first training batch as the loader gives it, 2 to 64 pictures."""
     sampler = EpochSampler(len(data), batch_size, rank(), world_size(), seed=seed)
     with say_if_slow("reading the first pictures …"), torch.random.fork_rng(devices=[]):
-        items = islice(sampler, min(64, batch_size // world_size()))
+        items = islice(sampler, min(64, max(2, batch_size // world_size())))  # BatchNorm needs two
         return detection_collate([data[item] for item in items])
 
 
@@ -107,23 +107,20 @@ def compare_speed(settings, model, batch, usual, other, seconds):
     Each trains a copy of the network by turns, for `seconds` altogether, but one turn at least.
     """
     best = {usual: math.inf, other: math.inf}
-    if len(batch[0]) == 1:  # BatchNorm refuses one picture, and SyncBatchNorm does not
-        batch = [part.repeat_interleave(2, 0) for part in batch[:2]]
     with (
         say_if_slow(f"trying {usual} and {other} for {seconds} s, or for one step each …"),
         kept_random_stream(settings["Cuda"]),
         # the context would switch cuDNN off by default
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, benchmark=True),
     ):
-        begin = time.perf_counter()
-        trials = {name: Trial(settings, model, batch, name) for name in best}
+        trials = {name: prepare_trial(settings, model, batch, name) for name in best}
         if settings["Cuda"]:  # not counted: libraries are loaded, and cuDNN tries its kernels
-            for trial in trials.values():
-                trial.seconds_per_step()
-            begin = time.perf_counter()
+            for seconds_per_step in trials.values():
+                seconds_per_step()
+        begin = time.perf_counter()
         for turn in range(5):  # the best of five short steps is steady enough
-            for name, trial in trials.items():
-                best[name] = min(best[name], trial.seconds_per_step())
+            for name, seconds_per_step in trials.items():
+                best[name] = min(best[name], seconds_per_step())
             is_clear = turn > 1 and max(best.values()) > 2 * min(best.values())
             if is_clear or time.perf_counter() - begin > seconds:
                 break
@@ -132,37 +129,33 @@ def compare_speed(settings, model, batch, usual, other, seconds):
     return fastest, ", ".join(f"{name} {value:.0f} images/s" for name, value in speed.items())
 
 
-class Trial:
-    """A copy of the network that is trained on one batch in one precision."""
+def prepare_trial(settings, model, batch, precision):
+    """Return a function that trains a copy of the network on a batch, in one precision.
 
-    def __init__(self, settings, model, batch, precision):
-        self.Cuda = settings["Cuda"]
-        self.precision = precision
-        self.model = copy.deepcopy(model).train()
-        device = next(model.parameters()).device
-        self.batch = [part.to(device) for part in batch[:2]]
-        self.recipe = Recipe({**settings, "mixup_alpha": 0, "cutmix_alpha": 0, "ema_decay": 0})
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, fused=True)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "float16")
+    It returns the seconds of a step, inf where the loss is not finite.
+    """
+    Cuda = settings["Cuda"]
+    trained = copy.deepcopy(model).train()
+    device = next(model.parameters()).device
+    images, targets = (part.to(device) for part in batch[:2])
+    recipe = Recipe({**settings, "mixup_alpha": 0, "cutmix_alpha": 0, "ema_decay": 0})
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.0, fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "float16")
+    steps = 5 if Cuda else 1  # a GPU can queue several
 
-    def seconds_per_step(self):
-        """Train on the batch, and return the seconds of a step, inf where the loss is not finite.
-
-        A GPU can queue several steps.
-        """
-        steps = 5 if self.Cuda else 1
+    def seconds_per_step():
         begin = time.perf_counter()
         for _ in range(steps):
-            batches = [(*self.batch, [])]
-            [sums] = backward(
-                self.model, batches, self.Cuda, self.precision, self.scaler, self.recipe
-            )
-            optimizer_step(self.optimizer, self.scaler)
-        if self.Cuda:
+            batches = [(images, targets, [])]
+            [sums] = backward(trained, batches, Cuda, precision, scaler, recipe)
+            optimizer_step(optimizer, scaler)
+        if Cuda:
             torch.cuda.synchronize()
         if not math.isfinite(sums["loss"] / sums["pictures"]):
             return math.inf
         return (time.perf_counter() - begin) / steps
+
+    return seconds_per_step
 
 
 def kept_random_stream(Cuda):

@@ -81,7 +81,7 @@ def batch_sums(loss, logits, targets, settings):
     """Return what a batch adds to the metrics: {name: float64 tensor}, on the batch's device.
 
     The tensors may have any shape. No number is read here: a GPU would have to finish the step
-    first. 'pictures' is on the CPU, where it is known. loss: scalar mean over the batch. 'hits' is
+    first. loss: scalar mean over the batch. 'hits' is
     (classes, 1 + min(5, classes)): how many pictures of each class there are, then for how many of
     them the first, second, … fifth of the highest logits is the class.
     """
@@ -91,7 +91,7 @@ def batch_sums(loss, logits, targets, settings):
     hits = torch.zeros(logits.shape[1], columns.shape[1], dtype=torch.float64, device=logits.device)
     hits.index_add_(0, labels, (columns == labels[:, None]).double())
     return {
-        "pictures": torch.full((), len(logits), dtype=torch.float64),
+        "pictures": hits.new_full((), len(logits)),
         "loss": loss.detach().double() * len(logits),
         "hits": hits,
     }
@@ -107,7 +107,7 @@ def metrics_from(sums, settings):
     of_class, top1, top5 = hits[:, 0], hits[:, 1], hits[:, 1:].sum(1)
     present = of_class > 0
     metrics = {
-        "loss": (sums["loss"].cpu() / sums["pictures"].cpu()).item(),
+        "loss": (sums["loss"] / sums["pictures"]).item(),
         "top1": (top1.sum() / of_class.sum()).item(),
         "top5": (top5.sum() / of_class.sum()).item(),
         "recall": (top1[present] / of_class[present]).mean().item(),

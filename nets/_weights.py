@@ -42,7 +42,10 @@ def load_file(model, path, class_names=None, settings=None):
     classes, trained = read_run(path)
     has_others = class_names and classes and classes != class_names
     if has_others:
-        say(f"{path}: the head is left out, as its classes were {short_repr(classes)}")
+        say(
+            f"{path}: the head is left out, as its classes were {short_repr(classes)}; of a class "
+            f"that was only renamed, test pictures may have been trained on"
+        )
     load_matching(model, state, path, with_head=not has_others)
     if settings:
         compare_normalization(path, trained, settings)
@@ -158,8 +161,8 @@ def without_head(model, names):
 
 def read_run(path):
     """Return (class names, settings) of the run beside a weights file, or (None, {})."""
-    config = Path(path).with_name("config.json")
     try:
+        config = Path(path).with_name("config.json")
         check_regular(config, "config.json")
         found = json.loads(config.read_text(encoding="utf-8"))
         return found["class_names"], dict(found["settings"])

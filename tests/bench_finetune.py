@@ -81,7 +81,7 @@ def judge(project, annotation, *words):
     command = [sys.executable, "-m", "utils.evaluate", run, "--weights", weights]
     timed([*command, "--annotation", annotation, *words], project)
     right = defaultdict(list)
-    with open(run / "predictions.csv", encoding="utf-8") as file:
+    with open(run / "predictions.csv", encoding="utf-8-sig") as file:
         for row in csv.DictReader(file):
             right[row["true"]].append(row["true"] == row["class1"])
     top1 = statistics.mean(chain.from_iterable(right.values()))

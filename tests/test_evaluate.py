@@ -2,8 +2,10 @@
 says of a damaged run.
 """
 
+import codecs
 import csv
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -57,7 +59,7 @@ def scores_of(run, images):
 
 
 def predicted(out):
-    with open(Path(out, "predictions.csv"), newline="", encoding="utf-8") as file:
+    with open(Path(out, "predictions.csv"), newline="", encoding="utf-8-sig") as file:
         return list(csv.reader(file))
 
 
@@ -139,6 +141,32 @@ def test_weights_in_another_trainers_checkpoint(folder, tmp_path):
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "theirs.pth")
     loaded = predict.Classifier("run", tmp_path / "theirs.pth").network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
+def test_weights_of_a_run_with_other_classes(folder, tmp_path):
+    """As many classes, so that all tensors fit: each name would stand for another class."""
+    make_run(tmp_path / "other", ["class1", "class0", "class2"])
+    with pytest.raises(UserError, match="other classes.*'class1', 'class0'"):
+        predict.Classifier("run", tmp_path / "other/best_epoch_weights.pth")
+    make_run(tmp_path / "same", ["class0", "class1", "class2"])
+    predict.Classifier("run", tmp_path / "same/best_epoch_weights.pth")
+
+
+def test_in_a_process_that_may_have_no_children(folder, monkeypatch):
+    """As a worker of Celery or of multiprocessing's Pool."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    pictures = ["model_data/test0.png"] * 70
+    assert len(list(predict.Classifier("run").predictions(pictures))) == 70
+
+
+def test_a_spreadsheet_reads_the_names(folder, tmp_path):
+    """Excel takes a file without the mark for one in the system's own encoding."""
+    make_run(tmp_path / "run", ["Nävus", "黑色素瘤", "c"])
+    write_list(tmp_path / "list.txt", [0, 1, 2])
+    evaluate(tmp_path / "run", annotation=tmp_path / "list.txt", num_workers=0)
+    for name in ("predictions", "per_class", "confusion_matrix"):
+        content = (tmp_path / f"run/{name}.csv").read_bytes()
+        assert content.startswith(codecs.BOM_UTF8) and "黑色素瘤" in content.decode()
 
 
 def test_no_mistakes(folder, tmp_path):

@@ -172,7 +172,7 @@ def forked(folder, names):
 
 
 def predictions(run):
-    with open(run / "predictions.csv", encoding="utf-8") as file:
+    with open(run / "predictions.csv", encoding="utf-8-sig") as file:
         return list(csv.reader(file))[1:]
 
 

@@ -320,8 +320,9 @@ def test_white_is_zero_is_no_negative(kind, white):
     data = bytearray(file.getvalue())
     place = data.find(struct.pack("<HHI", 262, 3, 1)) + 8  # Pillow itself would write 8 bits only
     data[place : place + 2] = bytes(2)
-    found = read_crop(data, array.shape, whole)
-    assert np.abs(found.numpy()[..., 0].astype(int) - (1 - RAMP) * 255).max() <= 1
+    for source in (data, Image.open(io.BytesIO(data))):
+        found = read_crop(source, array.shape, whole)
+        assert np.abs(found.numpy()[..., 0].astype(int) - (1 - RAMP) * 255).max() <= 1
 
 
 def whole(height, width):

@@ -97,7 +97,7 @@ def evaluated(made):
 
 
 def rows_of(name):
-    with open(Path("run", name), newline="", encoding="utf-8") as file:
+    with open(Path("run", name), newline="", encoding="utf-8-sig") as file:
         return list(csv.reader(file))
 
 

@@ -193,6 +193,14 @@ def test_names_that_are_no_text(folder):
     assert process.returncode == 1 and "error" in rows[1] and "top5" in rows[0]
 
 
+def test_a_folder_s_pictures_need_no_name_for_a_list(folder, call, tmp_path):
+    for name in (b"caf\xe9.png", b"two\nlines.png", b"Icon\r", b"r\xe9sum\xe9.txt"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write((folder / "many/00.png").read_bytes())
+    code, out, err = call("run", tmp_path)
+    assert code == 0 and len(out.splitlines()) == 2 and err.count("left out (1): files (") == 2
+
+
 def test_figures_that_are_not_finite_are_no_json(folder, call, tmp_path):
     broken = weights(folder / "run", "best_epoch_weights.pth")
     broken["classifier.1.bias"][1] = float("nan")

@@ -1,8 +1,8 @@
 """Measure a trained run on a list of pictures: python -m utils.evaluate RUN
 
 Prints the metrics, and precision, recall, F1 and support of each class. Writes predictions.csv,
-per_class.csv, confusion_matrix.csv and .png, and mistakes.png, the most confident wrong ones, into
-the run's folder, or --out.
+per_class.csv, up to 1,000 classes confusion_matrix.csv and .png, and mistakes.png, the most
+confident wrong ones, into the run's folder, or --out.
 """
 
 from utils.plumbing.start import start_program
@@ -227,7 +227,7 @@ def save_csv(path, rows):
     writer = csv.writer(memory, lineterminator="\n")
     for row in rows:
         writer.writerow(map(cell, row))
-    content = memory.getvalue().encode("utf-8", "backslashreplace")
+    content = memory.getvalue().encode("utf-8-sig", "backslashreplace")  # as Excel needs
     save_file(path, content)
 
 

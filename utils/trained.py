@@ -1,6 +1,7 @@
 """A finished run, loaded once: what evaluate, predict, explain and export share."""
 
 import math
+import multiprocessing
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -13,13 +14,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from nets import build, head_names, to_device
-from nets._weights import check_numbers, load_weights
+from nets._weights import check_numbers, load_weights, read_run
 from utils import task
 from utils.dataloader import SEEING, DataGenerator, detection_collate
 from utils.fit import score_batch
 from utils.plumbing.console import prepare_program
-from utils.plumbing.errors import UserError
-from utils.plumbing.folders import say_left_out, walk
+from utils.plumbing.errors import UserError, short_repr
+from utils.plumbing.folders import NOT_FOR_LISTS, say_left_out, walk
 from utils.plumbing.lists import DEFAULT_PATHS, PATH_SETTINGS, PROJECT
 from utils.plumbing.processes import (
     computes_bfloat16,
@@ -87,6 +88,11 @@ class Classifier:
 
     def load(self, path):
         """Load weights for the whole network from a file."""
+        classes, _ = read_run(path)
+        if classes not in (None, self.class_names):
+            raise UserError(
+                f"weights: {path} is of a run with other classes, {short_repr(classes)}"
+            )
         try:
             state = load_weights(path, "weights")
             own = self.network.state_dict()
@@ -100,7 +106,7 @@ class Classifier:
             raise UserError(
                 f"weights: {path} holds the weights of another network than {backbone} with "
                 f"{len(self.class_names)} classes at {input_shape}, or has other names for them "
-                f"(such as 'module.…')"
+                f"(such as 'module.…', or those of an older revision)"
             ) from error
 
     def __call__(self, picture):
@@ -166,6 +172,8 @@ class Classifier:
         Logits and targets are on the model's device; the logits are None where none of the batch's
         pictures can be read.
         """
+        if multiprocessing.current_process().daemon:  # as Celery's: it may have no children
+            num_workers = 0
         if num_workers is None:  # each holds two batches in shared memory
             worker_bytes = 2 * batch_size * 3 * math.prod(data.input_shape)
             room = free_shared_memory() / (2 * worker_bytes)
@@ -230,7 +238,8 @@ def find_pictures(words):
     pictures = []
     for path in paths:
         inside, left_out = walk(path) if os.path.isdir(path) else ([], {})
-        pictures += sorted(picture.path for picture in inside) or [path]
+        found = [picture.path for picture in inside] + left_out.pop(NOT_FOR_LISTS, [])
+        pictures += sorted(found) or [path]
         say_left_out(left_out, file=sys.stderr)
     return pictures
 

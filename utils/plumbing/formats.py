@@ -116,6 +116,8 @@ def open_picture(source):
     if isinstance(source, Image.Image):
         image = source.copy()
         image.format = source.format
+        if hasattr(source, "tag_v2"):  # TIFF: whether white is zero
+            image.tag_v2 = source.tag_v2
         return image
     data = source
     if isinstance(source, (str, os.PathLike)):

@@ -105,7 +105,7 @@ accumulate = 1  # batches whose gradients make one optimizer step
 Init_lr = 5e-2  # highest learning rate
 Min_lr = Init_lr * 0.01  # lowest learning rate
 optimizer_type = "sgd"  # 'sgd', 'adam', 'adamw': OPTIMIZERS in utils/optimizer.py
-momentum = 0.9  # of sgd; adam's and adamw's beta1
+momentum = 0.9  # of sgd (Nesterov's); adam's and adamw's beta1
 weight_decay = 5e-4  # not applied to biases and norm layers
 lr_decay_type = "linear"  # 'linear', 'cos', 'step': LR_DECAYS in utils/optimizer.py
 backbone_lr_scale = 1.0  # the backbone's share of the learning rate, for fine-tuning
@@ -115,7 +115,7 @@ label_smoothing = 0.0  # share of the target spread over all classes
 mixup_alpha = 0.0  # blend pairs of pictures, Beta(alpha, alpha); 0 = off
 cutmix_alpha = 0.0  # paste a rectangle of another picture, Beta(alpha, alpha); 0 = off
 class_weights = "none"  # 'none'; 'balanced': 1 / frequency; 'sqrt': the square root of that
-ema_decay = 0.0  # exponential moving average of the weights, validated and saved; 0 = off
+ema_decay = 0.0  # highest decay of an average of the weights, validated and saved; 0 = off
 clip_ratio = 0.5  # largest gradient norm of a layer, as a share of its weight norm; 0 = off
 clip_grad_norm = 0.0  # largest norm of all gradients together; 0 = off
 best_by = "top1"  # metric that picks the best epoch: 'top1', 'top5', 'recall' (mean), 'val_loss'
@@ -220,7 +220,7 @@ if __name__ == "__main__":
     if sync_bn:  # only now: rank 0 tries precisions alone, and these layers wait for all processes
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if run:
-        print_continued(run, config, state, settings, is_transformer(model))
+        print_continued(run, config, state, settings, is_transformer(model), train_data)
     scaler = torch.amp.GradScaler(device) if fp16 == "float16" else None
 
     # The run
@@ -315,8 +315,7 @@ if __name__ == "__main__":
                       lr_scheduler_func=lr_scheduler_func)  # fmt: skip
 
     if rank() == 0:
-        # an early stop is no end: the run can be continued
-        config["finished"] = loss_history.last_epoch() == UnFreeze_Epoch
+        config["finished"] = True
         write_config(save_dir, config)
         with suppress(OSError):  # the run is saved, whatever becomes of TensorBoard's files
             loss_history.writer.close()

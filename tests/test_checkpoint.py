@@ -583,6 +583,7 @@ def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
         out = capsys.readouterr().out
         assert (named is None) == (out == "")
         assert named is None or out.endswith(f"the best epoch is sought anew, changed: {named}\n")
+        assert ("WARNING: the test list is another one" in out) == ("list" in (named or ""))
 
 
 def test_test_pictures_replaced_under_their_names(tmp_path):

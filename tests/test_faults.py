@@ -1,6 +1,7 @@
 """Disks, pictures, losses, workers and memory that fail while training."""
 
 import errno
+import multiprocessing.synchronize
 import os
 import re
 import resource
@@ -31,6 +32,7 @@ from tests.helpers import (
 from tests.test_resume import wait_for
 from utils.plumbing import console, processes
 from utils.plumbing.errors import UserError, explain
+from utils.plumbing.files import check_regular
 
 
 def test_disk_full(tmp_path):
@@ -271,6 +273,64 @@ def test_over_quota_is_as_a_full_disk():
     assert "cannot be written" in explain(OSError(errno.EDQUOT, "Disk quota exceeded"))
 
 
+def test_a_full_shared_memory_is_no_full_output(monkeypatch):
+    """A loader's first semaphore lies there."""
+
+    place = multiprocessing.synchronize.__file__
+    with open("/dev/full", "wb", buffering=0) as device:
+        names = {"device": device}
+        exec(compile("def full(*words): device.write(b'x')", place, "exec"), names)
+        monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", names["full"])
+        with pytest.raises(OSError) as caught:
+            multiprocessing.Lock()
+    assert "lower num_workers" in explain(caught.value)
+
+
+def test_a_folder_that_is_closed_is_not_called_missing(monkeypatch):
+    def refuse(path, real=os.stat, **options):
+        if "theirs" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match="you may not enter its folder"):
+        check_regular("theirs/list.txt", "train_annotation_path")
+
+
+UNSENT = """
+from torch.utils.data import DataLoader
+from utils.plumbing.processes import iterate, prepare_worker
+
+def item(index):
+    return lambda: index  # cannot be sent
+
+if __name__ == "__main__":
+    data = [0, 1]
+    loader = DataLoader(
+        data, batch_size=None, num_workers=1, worker_init_fn=prepare_worker, collate_fn=item,
+        multiprocessing_context="fork",
+    )
+    list(iterate(loader))
+"""
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_sent_ends_the_wait(tmp_path):
+    """As where the folder of the workers' sockets has no room: torch would wait without end."""
+    (tmp_path / "program.py").write_text(UNSENT)
+    process = start(tmp_path, script="program.py", env={**environment(), "PYTHONPATH": str(ROOT)})
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "cannot send its pictures" in err
+    with open("/dev/full", "w") as full:  # as a log on the same disk
+        process = start(
+            tmp_path,
+            script="program.py",
+            env={**environment(), "PYTHONPATH": str(ROOT)},
+            stderr=full,
+        )
+        assert process.wait(60)
+
+
 def test_a_stream_that_cannot_be_written_silences_no_other():
     code = "import sys; from utils.plumbing.console import say; say('a', file=sys.stderr); say('b')"
     command = f'{sys.executable} -c "{code}" 2> /dev/full'
@@ -357,7 +417,8 @@ def test_the_second_interrupt_ends_at_once(tmp_path):
             process.wait(timeout=1.5)
     out, err = process.communicate(timeout=60)
     assert interrupts >= 2
-    assert process.returncode == 130 and "as it was saved last" in out and "Traceback" not in err
+    assert process.returncode == -signal.SIGINT and "as it was saved last" in out
+    assert "Traceback" not in err
     assert not [
         pid
         for pid in workers

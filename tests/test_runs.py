@@ -117,6 +117,10 @@ def test_a_folder_that_cannot_be_is_no_reason_to_stop_looking(tmp_path, monkeypa
         assert run.find_run(resume, str(tmp_path / ("x" * 300))) is None
 
 
+def begin(folder, settings, class_names):
+    return run.begin_run(folder, settings, class_names, {}, SimpleNamespace(source=None), None)
+
+
 def test_each_start_counts_on(tmp_path):
     finished_run(tmp_path / "zzz", 7)
     mine = run.new_run(str(tmp_path))
@@ -128,9 +132,17 @@ def test_each_start_counts_on(tmp_path):
         "Unfreeze_batch_size": 2,
         "accumulate": 1,
     }
-    assert run.begin_run(mine, settings, ["a", "b"])["start"] == 8
-    assert run.begin_run(str(tmp_path / "zzz"), settings, ["a", "b"])["start"] == 9  # continued
+    assert begin(mine, settings, ["a", "b"])["start"] == 8
+    assert begin(str(tmp_path / "zzz"), settings, ["a", "b"])["start"] == 9  # continued
     assert run.find_run(True, str(tmp_path)) == str(tmp_path / "zzz")
+
+
+def test_another_user_s_run_is_passed_over(tmp_path, monkeypatch, capsys):
+    mine = finished_run(tmp_path / "mine", 1)
+    theirs = finished_run(tmp_path / "theirs", 2)
+    monkeypatch.setattr(run.os, "access", lambda path, mode: str(path) != str(theirs))
+    assert run.find_run(True, str(tmp_path)) == str(mine)
+    assert f"{theirs} is passed over" in capsys.readouterr().out
 
 
 def test_a_damaged_run_is_passed_over(tmp_path):
@@ -143,7 +155,7 @@ def test_a_damaged_run_is_passed_over(tmp_path):
     settings = {**SETTINGS, "input_shape": [8, 8], "Unfreeze_batch_size": 2}
     assert (
         run.find_run("good", str(tmp_path))
-        and run.begin_run(tmp_path / "good", settings, ["a", "b"])["start"] == 2
+        and begin(tmp_path / "good", settings, ["a", "b"])["start"] == 2
     )
 
 
@@ -291,9 +303,7 @@ def test_early_stop_and_what_follows(tmp_path):
     lists.write_text("".join(wrong[line[0]] + line[1:] for line in lists.open()))
     train(folder)
     whole = run_of(folder)
-    assert (
-        len(history(whole)) == 3 and not json.loads((whole / "config.json").read_text())["finished"]
-    )
+    assert len(history(whole)) == 3 and json.loads((whole / "config.json").read_text())["finished"]
     end = weights(whole)
     (first,) = whole.glob("ep001-*.pth")
     assert same(weights(whole, "best_epoch_weights.pth"), weights(whole, first.name))
@@ -305,7 +315,10 @@ def test_early_stop_and_what_follows(tmp_path):
     assert "best" in out and len(history(killed)) == 3 and same(weights(killed), end)
     out, _ = train(folder, "--resume", whole.name)
     assert "(epoch 1)" in out.splitlines()[-1] and len(history(whole)) == 3
-    out, _ = train(folder, "--resume", True, "--early_stop", 0, "--UnFreeze_Epoch", 4)
+    before = (whole / "config.json").read_bytes()
+    out, _ = train(folder, "--resume", True, "--seed", 3, "--UnFreeze_Epoch", 1)  # of a loop
+    assert "there is no unfinished run" in out and (whole / "config.json").read_bytes() == before
+    out, _ = train(folder, "--resume", whole.name, "--early_stop", 0, "--UnFreeze_Epoch", 4)
     assert f"continuing {whole.relative_to(folder)}" in out and len(history(whole)) == 4
 
 
@@ -397,7 +410,7 @@ def test_an_average_that_is_turned_on_or_off(tmp_path, before, after):
         folder, "--resume", run_of(folder).name, "--UnFreeze_Epoch", 2, "--ema_decay", after, code=1
     )
     assert (
-        f"ema_decay was {before > 0} and is now {after > 0}" in err
+        f"ema_decay > 0 was {before > 0} and is now {after > 0}" in err
         and len(history(run_of(folder))) == 1
     )
     train(
@@ -432,7 +445,7 @@ def test_a_foreign_config_stops_no_new_training(tmp_path, change):
         run.read_config(foreign)
     assert len(str(caught.value)) < 400
     new = run.new_run(str(tmp_path))
-    assert run.begin_run(new, SETTINGS, ["a"])["start"] == 8
+    assert begin(new, SETTINGS, ["a"])["start"] == 8
     assert run.read_config(new)["start"] == 8
     assert run.find_run(True, str(tmp_path)) == str(tmp_path / "mine")
 
@@ -454,6 +467,15 @@ def test_tensorboard_is_told_each_figure(tmp_path, monkeypatch):
     assert told == [("epoch", 3, 3), ("top1", 0.5, 3), ("val_loss", 1.0, 3)]
 
 
+def test_a_tensorboard_that_cannot_begin_ends_no_run(tmp_path, monkeypatch):
+    def full(*words, **options):
+        raise OSError("No space left on device")
+
+    module = SimpleNamespace(SummaryWriter=full)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert LossHistory(tmp_path).append_loss({"epoch": 1, "top1": 0.5, "val_loss": 1.0})
+
+
 def test_tensorboard_ends_no_run(tmp_path, capsys):
     """It raises what an earlier write has met."""
 
@@ -471,7 +493,7 @@ def test_tensorboard_ends_no_run(tmp_path, capsys):
 def test_the_highest_start_is_no_dead_end(tmp_path):
     finished_run(tmp_path / "foreign", 10**9)
     new = run.new_run(str(tmp_path))
-    run.begin_run(new, SETTINGS, ["a"])
+    begin(new, SETTINGS, ["a"])
     assert run.read_config(new)["start"] == 10**9
 
 
@@ -513,12 +535,19 @@ def test_a_folder_that_is_no_run_names_the_newest(tmp_path, monkeypatch):
     ],
 )
 def test_the_command_that_continues(monkeypatch, environment, words, expected):
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train.py", *words])
     assert console.command_to_continue("logs/1") == expected
     assert console.advice_to_continue("logs/1") == f"continue with\n  {expected}"
+    for gpus, shown in (("1", "1"), ("", "''"), ("0, 1", "'0, 1'")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        assert console.command_to_continue("logs/1") == f"CUDA_VISIBLE_DEVICES={shown} {expected}"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # whose next job is given others
+    assert console.command_to_continue("logs/1") == expected
     monkeypatch.setattr(sys, "orig_argv", ["ipython"])  # a notebook's %run
     if not environment:
         assert console.command_to_continue("a b").startswith("python train.py ")
@@ -607,6 +636,8 @@ def test_a_session_trains_a_run_again_on_windows(tmp_path, monkeypatch):
 @pytest.mark.parametrize("found", [True, False])
 def test_the_command_that_continues_where_a_venv_starts_another_python(monkeypatch, found):
     python = sys.executable
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "3"])
     monkeypatch.setattr(sys, "orig_argv", ["/Python.app/Contents/MacOS/Python", *sys.argv])

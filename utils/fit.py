@@ -98,7 +98,8 @@ def fit_one_epoch(
         progress.show(position.step, images_per_step, describe)
     progress.clear()
     seconds = max(time.monotonic() - begin, 1e-3)  # Windows' clock has coarse steps
-    waiting = describe_waiting(checkpoint.waited, seconds, gen)
+    waited = max(processes.gather_objects(checkpoint.waited))  # all wait for the slowest
+    waiting = describe_waiting(waited, seconds, gen)
 
     totals = position.totals()
     unreadable = totals.pop("unreadable")
@@ -143,10 +144,7 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
         if scaler.is_enabled():  # it skips a step that overflows: nothing of the batch counts
             finite = loss.detach().isfinite()
             for name, value in sums.items():
-                if value.device == finite.device:
-                    sums[name] = torch.where(finite, value, 0)
-                else:  # 'pictures' is on the CPU: copying it to the GPU would wait
-                    sums[name] = value * finite
+                sums[name] = torch.where(finite, value, 0)
         all_sums.append(sums)
     return all_sums
 
@@ -260,7 +258,7 @@ def check_unreadable(number, data):
         kind = "training" if data.random else "test"
         raise UserError(
             f"{number} {kind} pictures cannot be read, more than 1 %: "
-            f"python -m utils.annotation DATASETS --check lists them"
+            f"python -m utils.annotation DATASETS --check --out model_data/checked leaves them out"
         )
 
 

@@ -49,9 +49,9 @@ def check_goes_on(run, config, state, settings, class_names):
     epochs = 0  # that were begun
     if state is not None:
         epochs = state["epoch"] + (1 if state["step"] else 0)
-        before = {**config["settings"], "ema_decay": state.get("ema") is not None}
-        now = {**settings, "ema_decay": bool(settings.get("ema_decay"))}
-        for name in ("backbone", "optimizer_type", "ema_decay"):
+        before = {**config["settings"], "ema_decay > 0": state.get("ema") is not None}
+        now = {**settings, "ema_decay > 0": bool(settings.get("ema_decay"))}
+        for name in ("backbone", "optimizer_type", "ema_decay > 0"):
             check_same(run, name, before.get(name), now.get(name))
         pairs = zip_longest(config["class_names"], class_names, fillvalue="no class")
         for number, (old, new) in enumerate(pairs):
@@ -71,7 +71,7 @@ def check_same(run, name, before, now):
         raise cannot_continue(run, f"{name} was {short_repr(before)} and is now {short_repr(now)}")
 
 
-def print_continued(run, config, state, settings, transformer):
+def print_continued(run, config, state, settings, transformer, train_data):
     """Print where a run goes on, and which of its settings train on with another value."""
     place = "its beginning"
     if state:
@@ -82,6 +82,8 @@ def print_continued(run, config, state, settings, transformer):
         old, new = before.get(name, "absent"), now.get(name, "absent")
         if old != new and name != "resume":
             say(f"  changed since: {name}: {short_repr(old)} → {short_repr(new)}")
+    if state and train_data.fingerprint["list"] not in str(state.get("order")):
+        say("  changed since: the training list")
     if state and state["epoch"] < settings["UnFreeze_Epoch"]:
         print_jump(before, settings, state, transformer)
 

@@ -70,7 +70,6 @@ def say_row(name, value):
 def say_if_slow(text):
     """Print `text` where what is done inside takes longer than a second."""
     timer = threading.Timer(1, say, [text])
-    timer.daemon = True
     timer.start()
     try:
         yield
@@ -141,7 +140,12 @@ def command_to_continue(run):
     end = ["--resume", str(run)]
     if words[-2:] != end:
         words = [*words, *end]
-    return shell_words(words)
+    command = shell_words(words)
+    if os.name != "nt" and "SLURM_JOB_ID" not in os.environ:  # whose jobs are given others
+        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+            if name in os.environ:
+                command = f"{name}={shlex.quote(os.environ[name])} {command}"
+    return command
 
 
 def python_word():

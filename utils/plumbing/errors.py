@@ -58,7 +58,8 @@ ADVICE = (
         "out of memory|ALLOC_FAILED|ALLOCATION_FAILED|STATUS_NOT_INITIALIZED"
         "|CUDA calloc|[Cc]an(no|')t allocate memory|Unable to allocate|MemoryError",
         "out of memory: lower Unfreeze_batch_size (Freeze_batch_size in the frozen phase, "
-        "--batch-size of a command), or input_shape ({line})",
+        "--batch-size of a command), or input_shape; where others fill this GPU (nvidia-smi), take "
+        "another with CUDA_VISIBLE_DEVICES ({line})",
     ),
     (
         "unable to find an engine",
@@ -69,7 +70,7 @@ ADVICE = (
     (
         r"NCCL|\bnccl",
         "the GPUs cannot reach each other, mostly because /dev/shm is full (docker run "
-        "--shm-size=2g), another process has ended, or the network card is another one "
+        "--shm-size=16g), another process has ended, or the network card is another one "
         "(NCCL_SOCKET_IFNAME): {all}",
     ),
     (
@@ -84,9 +85,9 @@ ADVICE = (
         "Unfreeze_batch_size (Freeze_batch_size in the frozen phase)",
     ),
     (
-        r"shared memory|torch_\w+>: No space|[Bb]us error",
+        r"shared memory|torch_\w+>: No space|^OSError: \[Errno 28|[Bb]us error",
         "the data loader's workers have no shared memory left: give the container more (docker run "
-        "--shm-size=2g), lower num_workers, or set num_workers = 0",
+        "--shm-size=16g), lower num_workers, or set num_workers = 0",
     ),
     (
         "shared file mapping.*<1455>|WinError 1455",
@@ -128,6 +129,12 @@ def hint(path):
         return " (in quotes a backslash begins an escape, as \\t a tab: divide folders by '/')"
     if "\\" in str(path) and os.sep == "/":
         return " (folders are divided by '/', not by a backslash)"
+    try:
+        os.stat(path)
+    except PermissionError:
+        return " (you may not enter its folder, or one around it)"
+    except (OSError, ValueError):
+        pass
     return ""
 
 
@@ -139,7 +146,8 @@ def explain(error):
         text = re.split(r"\n +.+\n(?=\S)", text)[-1]  # what follows the last indented line
     if isinstance(error, UserError) or TOO_SMALL in text:
         return text.rpartition("UserError: ")[2]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+    no_output = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+    if no_output and "multiprocessing" not in str(place_of(error)):  # whose are in /dev/shm
         return f"the output cannot be written ({error.strerror})"
     if not comes_from_library(error):
         return None
@@ -208,12 +216,7 @@ def short_repr(value, length=80):
 
 def printable(text):
     """Return somebody else's name or path with all escaped that would move a terminal's cursor."""
-    return "".join(map(printable_character, str(text)))
-
-
-def printable_character(character):
-    """Return a character, or its escape where it would move a terminal's cursor."""
-    is_undecoded_byte = "\udc80" <= character <= "\udcff"
-    if character.isprintable() or is_undecoded_byte:
-        return character
-    return character.encode("unicode_escape").decode()
+    shown = ""
+    for letter in str(text):
+        shown += letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+    return shown

@@ -4,10 +4,12 @@ All of it also works in one process. Collective: every process of the launch has
 """
 
 import atexit
+import builtins
 import contextlib
 import ctypes
 import logging
 import math
+import multiprocessing.queues
 import multiprocessing.util
 import os
 import shutil
@@ -22,6 +24,8 @@ from multiprocessing import resource_tracker
 import torch
 import torch.distributed as dist
 from PIL import PngImagePlugin
+
+from utils.plumbing.start import end_by_interrupt
 
 LAUNCH_SETTINGS = ("Cuda", "distributed", "num_workers", "resume")  # the machine's, not a run's
 # names in torch.cpu.get_capabilities(); without these bfloat16 is emulated, 10 times slower
@@ -211,6 +215,7 @@ def prepare_worker(worker_id):
     if os.name != "nt":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # of held_signals
     sys.excepthook = show_nothing  # its errors travel to the loader
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_sender)
     prepare_pillow()
     if sys.platform == "linux":
         die_with_parent()
@@ -228,7 +233,15 @@ def prepare_pillow():
 
 
 def show_nothing(kind, error, trace):
-    """Show nothing of an uncaught error in a loader worker's threads."""
+    """Show nothing of an uncaught error."""
+
+
+def end_sender(error, batch):
+    """End a worker whose batch cannot be sent: the loader would wait for it without end."""
+    try:
+        os.write(2, f"error: a loader worker cannot send its pictures ({error})\n".encode())
+    finally:  # also where that cannot be written
+        os._exit(1)
 
 
 def die_with_parent():
@@ -321,6 +334,9 @@ def leave(code):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.excepthook = sys.__excepthook__
+    if code == 128 + signal.SIGINT and not hasattr(builtins, "__IPYTHON__"):
+        sys.excepthook = show_nothing
+        raise KeyboardInterrupt  # by which Python ends as by the signal: see end_by_interrupt
     raise SystemExit(code)
 
 
@@ -337,4 +353,6 @@ def end(code):
     sys.stdout = sys.stderr = None  # what the clean-up below prints is of no use
     with contextlib.suppress(Exception):
         multiprocessing.util._run_finalizers()  # semaphores, the folder for temporary files
+    if code == 128 + signal.SIGINT and not connected():
+        end_by_interrupt()
     os._exit(code)

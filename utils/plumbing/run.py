@@ -180,6 +180,9 @@ def find_unfinished(runs, save_dir, seconds):
     for config, run in runs:
         if config["finished"]:
             continue
+        if not os.access(run, os.W_OK):  # another user's
+            say(f"resume = True: {run} is passed over, as you may not write there")
+            continue
         lock(run, seconds)
         if trained_files(run):
             return run
@@ -210,14 +213,15 @@ def new_run(save_dir):
         time.sleep(0.1)  # another run has begun in this second
 
 
-def begin_run(run, settings, class_names, recorded=None, val_data=None, before=None):
+def begin_run(run, settings, class_names, recorded, val_data, before):
     """Print the run's folder; write and return what its config.json holds.
 
     recorded: what command_line returned beside the settings. before: the config.json of what goes
-    on. Of val_data the fingerprint of the first start's list is kept, for evaluate to compare with.
+    on, or None. Of val_data the fingerprint of the first start's list is kept, which evaluate
+    compares with.
     """
     say_row("run", run)
-    is_list = isinstance(getattr(val_data, "source", None), AnnotationLines)
+    is_list = isinstance(val_data.source, AnnotationLines)
     test_list = val_data.fingerprint["list"] if is_list else None
     modules = (torch, torchvision, numpy, PIL)
     versions = {module.__name__: module.__version__ for module in modules}
@@ -225,7 +229,7 @@ def begin_run(run, settings, class_names, recorded=None, val_data=None, before=N
     last = start_number(others[0]) if others else 0
     config = {
         "settings": settings,
-        **(recorded or {}),
+        **recorded,
         "class_names": class_names,
         "test_list": before.get("test_list") if before else test_list,
         "launch": processes.launch_id,

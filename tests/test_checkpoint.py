@@ -583,7 +583,7 @@ def test_what_changed_in_the_scores_is_named(tmp_path, saved, capsys):
         out = capsys.readouterr().out
         assert (named is None) == (out == "")
         assert named is None or out.endswith(f"the best epoch is sought anew, changed: {named}\n")
-        assert ("WARNING: the test list is another one" in out) == ("list" in (named or ""))
+        assert ("WARNING: the test data have changed" in out) == ("list" in (named or ""))
 
 
 def test_test_pictures_replaced_under_their_names(tmp_path):
@@ -599,7 +599,11 @@ def test_test_pictures_replaced_under_their_names(tmp_path):
     picture.write_bytes((folder / "model_data/train1.png").read_bytes())
     out, _ = train(folder, "--resume", run, "--UnFreeze_Epoch", 3)
     assert "sought anew, changed: test pictures" in out and "(epoch 3)" in out.splitlines()[-1]
-    assert content != picture.read_bytes()
+    assert content != picture.read_bytes() and "changed since: the training" not in out
+    lists = folder / "model_data/cls_train.txt"
+    lists.write_text("".join(lists.read_text().splitlines(True)[:-1]))
+    out, _ = train(folder, "--resume", run, "--UnFreeze_Epoch", 4)
+    assert "changed since: the training data\n" in out and "WARNING" not in out
 
 
 def test_content_sum_sees_pictures_of_one_size(tmp_path):

@@ -257,7 +257,8 @@ def test_another_number_of_processes(tmp_path):
 )
 def test_the_printed_command_continues_the_run(tmp_path, monkeypatch, launcher):
     """It is pasted into a shell, and trains what the stopped run would have trained."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # it would stand in front
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"):  # they decide what stands in front
+        monkeypatch.delenv(name, raising=False)
     launcher = torchrun() if launcher == "torchrun" else launcher
     folder = make_project(tmp_path / "it's a project", distributed="'LOCAL_RANK' in os.environ")
     make_data(folder, train=64, test=16)

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from utils.plumbing.charts import draw_line_chart
-from utils.plumbing.console import say
+from utils.plumbing.console import say, shell_words
 from utils.plumbing.files import save_image, save_text
 from utils.task import epoch_order, metric_text, metric_texts
 
@@ -103,7 +103,7 @@ def stops_early(history, early_stop):
         return False
     say(
         f"early_stop = {early_stop}: no better epoch since epoch {best['epoch']}, so the training "
-        f"ends here (--early_stop 0 trains on, --resume False begins a new run)"
+        f"ends here ({shell_words(['--resume', str(history.log_dir)])} --early_stop 0 trains on)"
     )
     return True
 

@@ -83,7 +83,7 @@ def print_continued(run, config, state, settings, transformer, train_data):
         if old != new and name != "resume":
             say(f"  changed since: {name}: {short_repr(old)} → {short_repr(new)}")
     if state and train_data.fingerprint["list"] not in str(state.get("order")):
-        say("  changed since: the training list")
+        say("  changed since: the training data")
     if state and state["epoch"] < settings["UnFreeze_Epoch"]:
         print_jump(before, settings, state, transformer)
 

@@ -188,9 +188,8 @@ def split_by_chance(pairs, datasets, share, seed):
     their numbers.
     """
     classes = defaultdict(list)
-    base = Path(datasets).as_posix() + "/"
     for name, path in pairs:
-        below = class_name(path.removeprefix(base))
+        below = class_name(Path(path).relative_to(datasets).as_posix())
         number = random.Random(f"{seed}/{below}").random()
         classes[name].append((number, path))
     training, test = [], []

@@ -25,8 +25,6 @@ import torch
 import torch.distributed as dist
 from PIL import PngImagePlugin
 
-from utils.plumbing.start import end_by_interrupt
-
 LAUNCH_SETTINGS = ("Cuda", "distributed", "num_workers", "resume")  # the machine's, not a run's
 # names in torch.cpu.get_capabilities(); without these bfloat16 is emulated, 10 times slower
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -233,7 +231,7 @@ def prepare_pillow():
 
 
 def show_nothing(kind, error, trace):
-    """Show nothing of an uncaught error."""
+    """Show nothing of an uncaught error in a loader worker's threads."""
 
 
 def end_sender(error, batch):
@@ -335,9 +333,15 @@ def leave(code):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.excepthook = sys.__excepthook__
     if code == 128 + signal.SIGINT and not hasattr(builtins, "__IPYTHON__"):
-        sys.excepthook = show_nothing
-        raise KeyboardInterrupt  # by which Python ends as by the signal: see end_by_interrupt
+        sys.excepthook = show_all_but_interrupt
+        raise KeyboardInterrupt  # Python then ends by the signal, too: see end
     raise SystemExit(code)
+
+
+def show_all_but_interrupt(kind, error, trace):
+    """Show an uncaught error, but nothing of Ctrl-C."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, trace)
 
 
 def end(code):
@@ -354,5 +358,6 @@ def end(code):
     with contextlib.suppress(Exception):
         multiprocessing.util._run_finalizers()  # semaphores, the folder for temporary files
     if code == 128 + signal.SIGINT and not connected():
-        end_by_interrupt()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # a shell's loop looks for the signal, and ends as well
     os._exit(code)

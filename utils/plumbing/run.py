@@ -164,7 +164,8 @@ def find_run(resume, save_dir):
             if config["finished"]:
                 raise UserError(
                     f"{run} of this launch has finished: {shell_words(['--resume', run])} "
-                    f"--UnFreeze_Epoch … trains on, another --rdzv_id begins a new run"
+                    f"--UnFreeze_Epoch … trains on (--early_stop 0 after an early stop), another "
+                    f"--rdzv_id begins a new run"
                 )
             lock(run, seconds)
             return run

@@ -20,14 +20,6 @@ def start_program():
     sys.excepthook = end_quietly_on_interrupt
 
 
-def end_by_interrupt():
-    """End as Ctrl-C ends a program: a shell's loop looks for the signal, and ends as well."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if os.name != "nt":
-        os.kill(os.getpid(), signal.SIGINT)
-    os._exit(130)  # on Windows, and in process 1 of a container
-
-
 def start_worker():
     """Let a spawned loader worker ignore Ctrl-C while it imports torch; prepare_worker follows."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -39,7 +31,9 @@ def end_quietly_on_interrupt(kind, error, trace):
     A constant that cannot be computed is shown as a sentence, anything else as usual.
     """
     if kind is KeyboardInterrupt:
-        end_by_interrupt()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # a shell's loop looks for the signal, and ends as well
+        os._exit(130)  # process 1 of a container
     place = traceback.extract_tb(trace)[-1:]
     in_constants = place and place[0].filename == getattr(sys.modules["__main__"], "__file__", "")
     if kind in (TypeError, NameError) and in_constants:

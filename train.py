@@ -84,7 +84,7 @@ augmentation = "flip"  # 'none' if a mirror image means something else: all othe
 crop_scale = 0.08  # smallest area of a random crop, as a share of the largest that fits
 mean = [0.485, 0.456, 0.406]  # mean of red, green, blue (0 to 1), for normalisation: ImageNet's
 std = [0.229, 0.224, 0.225]  # their standard deviations
-val_crop = 1.0  # share of each side that is seen without random crops (0.875: 224 of 256)
+val_crop = 1.0  # the centre crop's share of each side, without random crops (0.875: 224 of 256)
 random_erasing = 0.0  # probability of blanking a random rectangle
 
 # The network
@@ -101,7 +101,7 @@ Unfreeze_batch_size = 32  # pictures a batch over all processes, unfrozen
 Freeze_Train = False  # begin with the frozen phase (useful from pretrained weights)
 accumulate = 1  # batches whose gradients make one optimizer step
 
-# The optimizer: rates are for 64 pictures a step (transformers: 256), and scaled to the batch
+# The optimizer: rates are for 64 pictures a step (transformers: 256), scaled and limited (fit_lr)
 Init_lr = 5e-2  # highest learning rate
 Min_lr = Init_lr * 0.01  # lowest learning rate
 optimizer_type = "sgd"  # 'sgd', 'adam', 'adamw': OPTIMIZERS in utils/optimizer.py
@@ -133,9 +133,10 @@ if __name__ == "__main__":
     settings, recorded = command_line(globals())
     check_launch(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
-    # None, None, None where a new run begins
+    # Its folder, config.json and last_checkpoint.pth. All None where a new run begins; state alone
+    # where the run to continue has saved nothing yet.
     run, config, state = on_rank_0(continued_run, resume, save_dir)
-    if run:  # it goes on with its own settings
+    if run:  # it goes on with its own settings, and with Init_Epoch where it has got to
         settings, recorded = command_line(globals(), config=config)
     check_settings(settings, continued=state is not None)
 
@@ -155,7 +156,7 @@ if __name__ == "__main__":
         train_lines, val_lines = lists.clean_lists(
             train_lines, val_lines, settings, class_names, train_version
         )
-        np.random.seed(10101)
+        np.random.seed(10101)  # documented; each epoch's own order is EpochSampler's
         np.random.shuffle(train_lines)
         np.random.seed(None)
     if run:
@@ -216,7 +217,7 @@ if __name__ == "__main__":
     say_note(describe_few_steps(settings, num_train))
     check_batch(batch, model, settings, num_classes)
     fp16 = on_rank_0(choose_precision, settings, model, batch)
-    settings["fp16"] = fp16
+    settings["fp16"] = fp16  # from here on a type's name
     if sync_bn:  # only now: rank 0 tries precisions alone, and these layers wait for all processes
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if run:
@@ -246,7 +247,7 @@ if __name__ == "__main__":
         save_first_batch(f"{save_dir}/first_batch.png", batch, class_names)
 
     UnFreeze_flag = None  # no phase is set up yet
-    for epoch in range(Init_Epoch, UnFreeze_Epoch):  # continued_run has set Init_Epoch
+    for epoch in range(Init_Epoch, UnFreeze_Epoch):
         if on_rank_0(stops_early, loss_history, early_stop):
             break
         unfreeze = not is_frozen(settings, epoch)
@@ -268,9 +269,9 @@ if __name__ == "__main__":
             model_train = torch.compile(model) if compile else model
             wrapping = dict(
                 find_unused_parameters=getattr(model, "has_unused_parameters", False),
-                gradient_as_bucket_view=True,
+                gradient_as_bucket_view=True,  # no second copy of the gradients
             )
-            if Cuda:
+            if Cuda:  # the documented calls; to_device has moved the model already
                 cudnn.benchmark = True
                 if distributed:
                     model_train = model_train.cuda(local_rank)
@@ -286,7 +287,8 @@ if __name__ == "__main__":
                 # order: do it now, so that a resumed run adds as the other did
                 model_train.reducer._push_all_rebuilt_params()
             if distributed:
-                # BatchNorm's statistics come from rank 0 before validation, not before each step
+                # set after the construction, which copies rank 0's buffers once: from now on
+                # fit_one_epoch copies BatchNorm's statistics before validation, not DDP each step
                 model_train.broadcast_buffers = False
 
             train_sampler = EpochSampler(num_train, batch_size, rank(), world_size(), seed=seed)
@@ -303,8 +305,8 @@ if __name__ == "__main__":
                                  **options)  # fmt: skip
             UnFreeze_flag = unfreeze
 
-        # The documented calls. fit_one_epoch makes them again, with the step to begin at and for
-        # the rate of each step; what is set here is the lr in history.csv. Another order is another
+        # The documented calls. fit_one_epoch repeats both, set_epoch with the step to begin at, the
+        # rate at every step; history.csv has the rate that is set here. Another order is another
         # EpochSampler.order, another rate an entry of LR_DECAYS.
         if distributed:
             train_sampler.set_epoch(epoch)

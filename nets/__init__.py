@@ -61,7 +61,7 @@ class Freezable:
         super().train(mode and not self.frozen)
         for name in head_names(self):
             self.get_submodule(name).train(mode)
-        self.training = mode
+        self.training = mode  # the one asked for, which freezing and unfreezing apply again
         return self
 
     def __reduce__(self):
@@ -178,7 +178,7 @@ def build(settings, num_classes):
 
 
 def load_pretrained(model, backbone, settings=None):
-    """Load what fits of the weights that torchvision publishes. Collective.
+    """Load what fits of the weights that torchvision publishes. All processes call it.
 
     It warns where the settings normalise pictures otherwise.
     """
@@ -226,4 +226,4 @@ def profile(model, backbone, input_shape, num_classes):
         ) from error
     check_outputs(outputs, num_classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, counter.get_total_flops() // 2
+    return parameters, counter.get_total_flops() // 2  # of one of the two pictures

@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.helpers import default_settings
-from utils.fit import backward, optimizer_step
+from utils.fit import forward_backward, optimizer_step
 from utils.recipe import Recipe
 
 NO_SCALER = torch.amp.GradScaler("cuda", enabled=False)
@@ -62,7 +62,7 @@ def batch(step):
 def step(ddp, optimizer, batches):
     """One optimizer step over the accumulated batches, with train.py's own settings."""
     settings = default_settings()
-    backward(ddp, batches, False, False, NO_SCALER, Recipe(settings))
+    forward_backward(ddp, batches, False, False, NO_SCALER, Recipe(settings))
     optimizer_step(optimizer, NO_SCALER, settings["clip_grad_norm"], settings["clip_ratio"])
 
 

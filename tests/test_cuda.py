@@ -32,7 +32,7 @@ from tests.helpers import (
     weights,
     write_network,
 )
-from utils.fit import backward, optimizer_step, seed_step
+from utils.fit import forward_backward, optimizer_step, seed_step
 from utils.optimizer import get_optimizer
 from utils.pictures import normalize
 from utils.recipe import EMA, Recipe
@@ -459,7 +459,7 @@ def test_no_step_waits_for_the_gpu():
     for mode in ("default", "error", "error", "error"):  # the first step may set things up
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            for batch in backward(model, parts, True, True, scaler, recipe):
+            for batch in forward_backward(model, parts, True, True, scaler, recipe):
                 sums.update(batch)
             optimizer_step(optimizer, scaler, 1.0, settings["clip_ratio"])
             recipe.ema.update_parameters(model)
@@ -480,7 +480,7 @@ def test_a_batch_that_does_not_count_makes_no_step_wait():
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            sums = backward(model, parts, True, True, scaler, recipe)
+            sums = forward_backward(model, parts, True, True, scaler, recipe)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert [int(batch["pictures"]) for batch in sums] == [0, 4]

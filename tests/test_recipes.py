@@ -23,8 +23,8 @@ from tests.helpers import (
     weights,
 )
 from utils import task
-from utils.fit import backward, compute_loss, optimizer_step, score_batch
-from utils.optimizer import check_trained, get_optimizer
+from utils.fit import compute_loss, forward_backward, optimizer_step, score_batch
+from utils.optimizer import check_parameters, get_optimizer
 from utils.pictures import normalize
 from utils.plumbing.errors import UserError
 from utils.recipe import CLASS_WEIGHTS, EMA, Recipe, balanced_weights, mixed_precision
@@ -63,7 +63,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     gradients = []
     for given in (parts, large):
         model, sums = network(), Counter()
-        for batch in backward(model, given, False, False, NO_SCALER, Recipe()):
+        for batch in forward_backward(model, given, False, False, NO_SCALER, Recipe()):
             sums.update(batch)
         gradients.append(([p.grad for p in model.parameters()], sums))
     for a, b in zip(*[g[0] for g in gradients]):
@@ -80,7 +80,7 @@ def test_a_step_reads_no_figure():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     parts = [(images.to("meta"), targets.to("meta"), []) for images, targets, _ in batches([4, 4])]
     for _ in range(2):
-        for batch in backward(model, parts, False, False, NO_SCALER, recipe):
+        for batch in forward_backward(model, parts, False, False, NO_SCALER, recipe):
             sums.update(batch)
         optimizer_step(optimizer, NO_SCALER, settings["clip_grad_norm"], settings["clip_ratio"])
         recipe.ema.update_parameters(model)
@@ -413,10 +413,10 @@ def test_weight_decay_sees_parametrized_weights(wrap):
 def test_what_is_trained_outside_of_the_network_is_refused():
     model = network()
     optimizer = get_optimizer(model, head_layers(model), "sgd", 0.9, 5e-4)
-    check_trained(optimizer, model)
+    check_parameters(optimizer, model)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 4))]})
     with pytest.raises(UserError, match="neither saved nor the same in all processes"):
-        check_trained(optimizer, model)
+        check_parameters(optimizer, model)
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
@@ -437,7 +437,7 @@ def test_an_overflowing_loss_is_the_scalers_to_skip():
     recipe.extra_loss = lambda inputs, logits, targets: torch.tensor(next(values))
     for scaler, finite in ((torch.amp.GradScaler("cpu"), True), (NO_SCALER, False)):
         sums = Counter()
-        for batch in backward(model, parts, False, False, scaler, recipe):
+        for batch in forward_backward(model, parts, False, False, scaler, recipe):
             sums.update(batch)
         metrics = metrics_from(sums, {})
         assert math.isfinite(metrics["loss"]) == finite

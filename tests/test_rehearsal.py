@@ -170,11 +170,11 @@ def test_the_faster_type_is_taken_within_bounds(
 def test_a_type_that_gives_no_numbers_is_not_taken(able_cpu, monkeypatch):
     """As float16 on a GTX 1650, however fast it is."""
 
-    def broken(model, batches, Cuda, precision, scaler, recipe, real=rehearsal.backward):
+    def broken(model, batches, Cuda, precision, scaler, recipe, real=rehearsal.forward_backward):
         [sums] = real(model, batches, Cuda, precision, scaler, recipe)
         return [{**sums, "loss": sums["loss"] * math.nan}] if precision == "bfloat16" else [sums]
 
-    monkeypatch.setattr(rehearsal, "backward", broken)
+    monkeypatch.setattr(rehearsal, "forward_backward", broken)
     model, recipe, batch = get_parts()
     assert choose_precision(recipe.settings, model, batch) == "float32"
 
@@ -220,11 +220,11 @@ def test_a_trial_computes_as_training_does(able_cpu, monkeypatch):
     """With cuDNN, which a context of torch's switches off unless it is told otherwise."""
     enabled = []
 
-    def look(*words, real=rehearsal.backward):
+    def look(*words, real=rehearsal.forward_backward):
         enabled.append(torch.backends.cudnn.enabled and torch.backends.cudnn.benchmark)
         return real(*words)
 
-    monkeypatch.setattr(rehearsal, "backward", look)
+    monkeypatch.setattr(rehearsal, "forward_backward", look)
     model, recipe, batch = get_parts()
     choose_precision(recipe.settings, model, batch)
     assert len(enabled) >= 2 and all(enabled)

@@ -17,7 +17,7 @@ from tests.helpers import (
     same,
     weights,
 )
-from utils.fit import backward, optimizer_step
+from utils.fit import forward_backward, optimizer_step
 from utils.optimizer import get_optimizer
 from utils.recipe import Recipe
 
@@ -45,10 +45,10 @@ def network():
 
 
 def make_step(model_train, model, optimizer, recipe):
-    """One step; returns the gradients as backward left them."""
+    """One step; returns the gradients as forward_backward left them."""
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 3, []
-    backward(model_train, [batch], False, False, scaler, recipe)
+    forward_backward(model_train, [batch], False, False, scaler, recipe)
     gradients = [parameter.grad for parameter in model.parameters()]
     optimizer_step(optimizer, scaler, SETTINGS["clip_grad_norm"], SETTINGS["clip_ratio"])
     return gradients
@@ -104,7 +104,7 @@ def test_gradients_travel_once_a_step(one_process_group):
     wrapped.register_comm_hook(None, note)
     batch = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 3, []
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    backward(wrapped, [batch] * 3, False, False, scaler, recipe)
+    forward_backward(wrapped, [batch] * 3, False, False, scaler, recipe)
     assert travelled == [0]
 
 

@@ -21,8 +21,8 @@ from utils.steps import Steps
 class Position:
     """How far this process is in an epoch's training, or in its validation."""
 
-    epoch: int
-    step: int = 0  # global batches done
+    epoch: int  # from 0
+    step: int = 0  # batches done, each of all processes; `accumulate` make one optimizer step
     fingerprint: str = ""  # all that the pictures of a step depend on
     sums: Counter = field(default_factory=Counter)  # of batch_sums, on the device: no step waits
     unreadable: int = 0
@@ -82,10 +82,10 @@ class Checkpoint(Steps):
             self.best = best if rank() == 0 else None  # which alone saves it
             self.position = Position(state["epoch"], state["step"], state["order"])
             if rank() == 0:
-                self.compare_scores(state["scored_on"])
+                self.seek_best_if_changed(state["scored_on"])
                 if self.position.step:
                     self.position.take(state["totals"], self.device())
-            self.publish(save_period, last_epoch)
+            self.publish(save_period, last_epoch)  # the process may have died between save and this
         except UserError:
             raise
         except Exception as error:  # what is not whole can raise nearly anything
@@ -94,8 +94,8 @@ class Checkpoint(Steps):
                 self.run, f"{LAST} is not whole, or the network has changed since ({reason})"
             ) from None
 
-    def compare_scores(self, before):
-        """Seek the best epoch anew where something that a score depends on has changed.
+    def seek_best_if_changed(self, before):
+        """Seek the best epoch anew where scored_on is not what it was `before`.
 
         The weights that were best until then are kept under another name.
         """
@@ -105,8 +105,8 @@ class Checkpoint(Steps):
             return
         if "list" in changed and "list" in before:
             say(
-                "  WARNING: the test list is another one: if it holds pictures that were trained "
-                "on, the scores will be too good"
+                "  WARNING: the test data have changed: if pictures among them were trained on, "
+                "the scores will be too good"
             )
         history = self.parts["history"]
         if self.best is not None:
@@ -173,6 +173,7 @@ class Checkpoint(Steps):
         best = rank() == 0 and self.parts["history"].append_loss(metrics)
         if best:
             self.best = copy.deepcopy(on_cpu(published_model(self.parts).state_dict()))
+        # the next epoch's beginning: metrics count epochs from 1, positions from 0
         self.position = Position(metrics["epoch"], fingerprint=self.position.fingerprint)
         self.save()
         self.publish(save_period, last_epoch, best)

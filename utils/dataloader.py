@@ -65,8 +65,9 @@ def own_data(settings):
 class DataGenerator(Dataset):
     """Pictures of annotation lines or of a data set as in own_data, cropped and augmented.
 
-    An item is asked for by (epoch, place, index), or by an index where nothing is random. It is
-    (uint8 (H, W, 3), target, [(index, reason)] of what was unreadable).
+    data[epoch, place, index] is one item, data[index] where nothing is random. place: where in the
+    epoch's order, so that a picture that a sampler draws twice is augmented otherwise each time.
+    An item is (uint8 (H, W, 3), target, [(index, reason)] of what was unreadable).
     random: augment, and replace an unreadable picture by another one; otherwise an unreadable
     picture's image and target are None.
     settings: train.py's; DEFAULTS hold where one is missing.
@@ -185,7 +186,7 @@ class DataGenerator(Dataset):
         return zlib.crc32(str(content).encode())
 
     def content(self):
-        """Return a checksum that tells other pictures under the same names; "" for a data set."""
+        """Return a checksum that changes with the files of a list; "" for a data set."""
         if not isinstance(self.source, AnnotationLines):
             return ""
         with say_if_slow("reading a part of each test picture …"):
@@ -205,7 +206,7 @@ class DataGenerator(Dataset):
             self.memory = None
 
     def read(self, index):
-        """Return (uint8 (H, W, 3), which may be in memory: do not change it; its target).
+        """Return (image, target). image: uint8 (H, W, 3), perhaps the kept copy: do not change it.
 
         Raises one of BROKEN for a picture that cannot be read.
         """

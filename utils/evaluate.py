@@ -93,8 +93,8 @@ def evaluate(
 def find_test_pictures(classifier, annotation=None):
     """Return what a DataGenerator takes: the checked lines of a list, or a fork's own data.
 
-    annotation: the list's path; None: the run's test list. UserError: none that fits the run. Of
-    files that only the run names no word is shown, as somebody else's run may name any file.
+    annotation: the list's path; None: the run's test list. UserError: none that fits the run. It
+    quotes nothing of a file that only the run names, as somebody else's run may name any file.
     """
     own = None if annotation else own_data(classifier.settings)
     if own:

@@ -9,7 +9,7 @@ import torch
 
 from utils.checkpoint import Checkpoint, Position, published_model
 from utils.loss_history import describe_epoch, describe_waiting
-from utils.optimizer import check_trained, optimizer_step, set_optimizer_lr
+from utils.optimizer import check_parameters, optimizer_step, set_optimizer_lr
 from utils.pictures import normalize
 from utils.plumbing import processes
 from utils.plumbing.console import ProgressLine, say
@@ -19,7 +19,7 @@ from utils.recipe import Recipe, mixed_precision
 from utils.task import batch_sums, logits_from, metric_texts, metrics_from
 
 VALIDATION = {"loss": "val_loss"}  # a metric's name in the history, where validation's differs
-LOOK_EVERY = 20  # steps between looks at the loss on a GPU: reading it waits for all queued work
+LOOK_EVERY = 20  # optimizer steps between looks at a GPU's loss: reading it waits for queued work
 
 
 def fit_one_epoch(
@@ -58,15 +58,15 @@ def fit_one_epoch(
     recipe = recipe or Recipe()
     settings = recipe.settings
     accumulate = settings.get("accumulate", 1)
-    images_per_step = gen.batch_size * world_size()
+    images_per_batch = gen.batch_size * world_size()
     used_scaler = scaler or torch.amp.GradScaler("cuda", enabled=False)  # disabled, it only steps
     if checkpoint is None:
         checkpoint = Checkpoint(save_dir, model, optimizer, scaler, recipe.ema, loss_history)
-    check_trained(optimizer, model)
+    check_parameters(optimizer, model)
     first_lr = current_lr(optimizer)
 
     begin = time.monotonic()
-    # the checkpoint's own: what is added to it below, a save between two steps writes
+    # not a copy: a save between two steps writes what the loop below adds to it
     position = checkpoint.begin(epoch, fingerprint_of(gen))
     first_step = position.step
     gen.sampler.set_epoch(epoch, first_step)
@@ -84,7 +84,7 @@ def fit_one_epoch(
         if lr_scheduler_func:
             set_optimizer_lr(optimizer, lr_scheduler_func, epoch + position.step / epoch_step)
         seed_step(settings.get("seed", 0), epoch, position.step, Cuda)
-        for sums in backward(model_train, batches, Cuda, fp16, used_scaler, recipe):
+        for sums in forward_backward(model_train, batches, Cuda, fp16, used_scaler, recipe):
             position.sums.update(sums)  # a Counter's update adds
         optimizer_step(
             optimizer, used_scaler, settings.get("clip_grad_norm"), settings.get("clip_ratio")
@@ -95,7 +95,7 @@ def fit_one_epoch(
         at_end = position.step == epoch_step
         if at_end or not Cuda or position.step // accumulate % LOOK_EVERY == 0:
             check_training(position, used_scaler, current_lr(optimizer))
-        progress.show(position.step, images_per_step, describe)
+        progress.show(position.step, images_per_batch, describe)
     progress.clear()
     seconds = max(time.monotonic() - begin, 1e-3)  # Windows' clock has coarse steps
     waited = max(processes.gather_objects(checkpoint.waited))  # all wait for the slowest
@@ -111,7 +111,7 @@ def fit_one_epoch(
         scoring_model, gen_val, epoch, epoch_step_val, Cuda, fp16, recipe, checkpoint
     )
 
-    speed = (epoch_step - first_step) * images_per_step / seconds
+    speed = (epoch_step - first_step) * images_per_batch / seconds
     metrics = {
         "epoch": epoch + 1,
         "lr": first_lr,
@@ -129,10 +129,10 @@ def fit_one_epoch(
     return metrics
 
 
-def backward(model_train, batches, Cuda, fp16, scaler, recipe):
-    """Compute the gradients of the mean loss over `batches`, and return the batch_sums of each.
+def forward_backward(model_train, batches, Cuda, fp16, scaler, recipe):
+    """Run the network forward and backward over `batches`, and return the batch_sums of each.
 
-    Several batches are accumulated for one step.
+    The gradients are those of the mean loss: several batches accumulate for one optimizer step.
     """
     all_sums = []
     for number, (images, targets, _) in enumerate(batches, 1):
@@ -141,7 +141,8 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
         with model_train.no_sync() if reduce_later else contextlib.nullcontext():
             loss, sums = compute_loss(model_train, images, targets, Cuda, fp16, recipe)
             scaler.scale(loss / len(batches)).backward()
-        if scaler.is_enabled():  # it skips a step that overflows: nothing of the batch counts
+        if scaler.is_enabled():
+            # a loss that overflowed in float16 must not make the sums nan: the step is skipped
             finite = loss.detach().isfinite()
             for name, value in sums.items():
                 sums[name] = torch.where(finite, value, 0)
@@ -152,7 +153,7 @@ def backward(model_train, batches, Cuda, fp16, scaler, recipe):
 def compute_loss(model_train, images, targets, Cuda, fp16, recipe):
     """Return (loss, batch_sums) of a batch from the loader.
 
-    Further losses add their own sums for metrics_from here.
+    To show a further loss among the metrics, add its sum here, and read it in task.metrics_from.
     """
     inputs, targets = network_inputs(model_train, images, targets, recipe.settings)
     if recipe.mix:
@@ -178,7 +179,7 @@ def score_batch(model, images, targets, Cuda, fp16, settings):
 def network_inputs(model, images, targets, settings):
     """Return (what the network takes, targets) of a batch from the loader, on the model's device.
 
-    A network of several inputs is given a tuple of them.
+    To fork it for a network of several inputs, return a tuple of them in place of the pictures.
     """
     device = next(model.parameters()).device
     return normalize(images, device, settings), targets.to(device, non_blocking=True)
@@ -188,7 +189,7 @@ def seed_step(seed, epoch, step, Cuda):
     """Seed what is random in a step by these numbers and the rank alone."""
     step_seed = random.Random(f"{seed} {epoch} {step} {rank()}").getrandbits(63)
     torch.default_generator.manual_seed(step_seed)  # torch.manual_seed would take 0.2 ms
-    if Cuda:  # another seed for each of DataParallel's GPUs, as for each process
+    if Cuda:  # the process's own GPU gets step_seed, DataParallel's others another one each
         for number, generator in enumerate(torch.cuda.default_generators):
             generator.manual_seed(step_seed + number - processes.local_rank())
 
@@ -258,7 +259,8 @@ def check_unreadable(number, data):
         kind = "training" if data.random else "test"
         raise UserError(
             f"{number} {kind} pictures cannot be read, more than 1 %: "
-            f"python -m utils.annotation DATASETS --check --out model_data/checked leaves them out"
+            f"python -m utils.annotation DATASETS --check writes lists without them (to keep lists "
+            f"of your own, add --out NAME)"
         )
 
 

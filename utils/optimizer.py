@@ -61,9 +61,10 @@ def get_optimizer(model, head, optimizer_type, momentum, weight_decay, backbone_
     groups = defaultdict(list)  # by (whether they are the head's, whether they decay)
     for name, parameter in model.named_parameters():
         layer, _, kind = own_name(name).rpartition(".")
-        is_weight = kind.endswith("weight") and parameter.ndim > 1 and id(parameter) not in norms
-        groups[layer in head, is_weight].append(parameter)
+        decays = kind.endswith("weight") and parameter.ndim > 1 and id(parameter) not in norms
+        groups[layer in head, decays].append(parameter)
     parameter_groups = []
+    # False sorts before True: the head's groups come last
     for (in_head, decays), parameters in sorted(groups.items()):
         decay = weight_decay if decays else 0.0
         lr_scale = 1.0 if in_head else backbone_lr_scale
@@ -115,7 +116,7 @@ def restore_optimizer(optimizer, state):
                 raise ValueError("the optimizer's state is of another network")
 
 
-def check_trained(optimizer, model):
+def check_parameters(optimizer, model):
     """Raise UserError where the optimizer trains what is no part of the network.
 
     It would not be saved, nor kept equal between processes.
@@ -147,25 +148,25 @@ def optimizer_step(optimizer, scaler, clip_grad_norm=None, clip_ratio=None):
     optimizer.zero_grad(set_to_none=True)
 
 
-# with autograd on, each step's graph would hold the one before: under gradient_as_bucket_view the
-# gradients' memory stays
+# Otherwise memory would grow at each step: DDP's gradients lie in buckets that outlive a step
+# (gradient_as_bucket_view), and would keep each step's graph
 @torch.no_grad()
 def clip_layers(parameters, ratio):
     """Clip the norm of each weight tensor's gradient to `ratio` times the tensor's own norm.
 
-    Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021, by
-    tensor. Biases and norm layers are left alone. A tensor's norm counts as at least 0.01 an
-    element (root mean square), so that zeros can learn.
+    Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021; of
+    whole tensors here, of units there. Biases and norm layers are left alone. A tensor's norm
+    counts as at least 0.01 an element (root mean square), so that zeros can learn.
     """
     weights = [p for p in parameters if p.ndim > 1 and p.grad is not None]
     gradients = [p.grad for p in weights]
     floors = [0.01 * math.sqrt(p.numel()) for p in weights]
     limits = torch._foreach_clamp_min(torch._foreach_norm(weights), floors)
     torch._foreach_mul_(limits, ratio)
-    # infinite, and so 1, where the gradient is zero
-    shares = torch._foreach_div(limits, torch._foreach_norm(gradients))
-    torch._foreach_clamp_max_(shares, 1.0)
-    torch._foreach_mul_(gradients, shares)
+    # infinite for a gradient of zero, and so 1
+    factors = torch._foreach_div(limits, torch._foreach_norm(gradients))
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
 
 
 def cosine(lr, min_lr, total, epoch):
@@ -223,7 +224,7 @@ def get_lr_scheduler(lr_decay_type, lr, min_lr, total_iters):
 def scaled_rates(settings, batch_size, transformer):
     """Return Init_lr and Min_lr, scaled from 64 pictures a step (transformers: 256) to the batch's.
 
-    These numbers are the documented nbs.
+    The documented code calls 64 and 256 nbs, the nominal batch size.
     """
     pictures = batch_size * settings.get("accumulate", 1)
     scale = pictures / (256 if transformer else 64)
@@ -287,13 +288,13 @@ def describe_rates(settings, transformer):
         rates = scaled_rates(settings, settings[name], transformer)
         fitted = fit_lr(settings, settings[name], transformer)
         text = f"lr {fitted[0]:.3g} to {fitted[1]:.3g}"
-        for rate, scaled, value in zip(("Init_lr", "Min_lr"), rates, fitted):
+        for setting, scaled, value in zip(("Init_lr", "Min_lr"), rates, fitted):
             if scaled != value:
                 text += (
-                    f" ({rate} = {settings[rate]:.3g} gives {scaled:.3g}, "
+                    f" ({setting} = {settings[setting]:.3g} gives {scaled:.3g}, "
                     f"outside {optimizer_type}'s limits)"
                 )
         if text not in texts:
             texts.append(text)
-    rates = ", then ".join(texts) or "no epoch is left"
-    return f"{optimizer_type}, {settings['lr_decay_type']}, {rates}"
+    text = ", then ".join(texts) or "no epoch is left"
+    return f"{optimizer_type}, {settings['lr_decay_type']}, {text}"

@@ -68,7 +68,7 @@ def normalize(images, device, settings={}):  # noqa: B006, as it is only read
 
 @broken_as_os_error()
 def read_crop(source, input_shape, choose_box):
-    """Decode a picture, crop the box choose_box(height, width) of it as it is seen, and resize it.
+    """Decode a picture, turn it upright (EXIF), crop its choose_box(height, width), and resize it.
 
     source: a path, a file's bytes, a Pillow image, or a uint8 array or tensor (H, W), (H, W, 1) or
     (H, W, 3). The box is (top, left, height, width). Returns uint8 (H, W, 3) of input_shape. A JPEG
@@ -77,7 +77,7 @@ def read_crop(source, input_shape, choose_box):
     """
     image = open_picture(source)
     is_jpeg_file = image.format in REDUCIBLE and getattr(image, "fp", None) is not None
-    if is_jpeg_file:
+    if is_jpeg_file:  # not decoded yet: draft() below can still choose a smaller size
         height, width = seen_size(image)
     else:
         image = upright(image)
@@ -86,7 +86,7 @@ def read_crop(source, input_shape, choose_box):
     # below four times the sides, decoding all by torchvision is faster than reducing by Pillow
     is_small = height * width < 16 * math.prod(input_shape)
     if decode_jpeg and is_jpeg_file and is_small and orientation(image) == 1:
-        # of a broken file: Pillow names what is wrong; warnings may be errors
+        # where this fails Pillow goes on below, and names what is wrong; warnings may be errors
         with suppress(RuntimeError, Warning):
             return crop_jpeg(image.fp.getvalue(), input_shape, box)
 

@@ -18,9 +18,10 @@ CLASS_WEIGHTS = {"balanced": 1.0, "sqrt": 0.5}  # class_weights: the power of 1 
 class Recipe:
     """The loss, mixing and averaging: what fit_one_epoch needs besides its documented parameters.
 
-    settings: train.py's; a missing one means off. weights: float32 (classes,) for the loss, or
-    None. extra_loss: (the network's inputs, logits, targets) → scalar that is added to every
-    batch's loss, or None.
+    settings: train.py's; a missing one means off. model: what ema averages. num_classes: for
+    mixing. weights: float32 (classes,) for the loss, or None. Its attribute extra_loss may be set
+    to a function (the network's inputs, logits, targets) → scalar that is added to each batch's
+    loss in training.
     """
 
     def __init__(self, settings={}, model=None, num_classes=None, weights=None):  # noqa: B006
@@ -62,7 +63,8 @@ def check_targets(targets, settings, num_classes):
 def precision_name(Cuda, fp16):
     """Return 'float32', 'float16' or 'bfloat16' for the setting fp16.
 
-    As documented, True is float16 on CUDA (on a CPU bfloat16), False float32.
+    As documented, True is float16 on CUDA (on a CPU bfloat16), False float32. A string stays as it
+    is, also 'auto'.
     """
     if isinstance(fp16, str):
         return fp16

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 
 from utils.dataloader import detection_collate
-from utils.fit import VALIDATION, backward, score_batch
+from utils.fit import VALIDATION, forward_backward, score_batch
 from utils.optimizer import optimizer_step
 from utils.plumbing import processes
 from utils.plumbing.charts import draw_contact_sheet, drawable_names
@@ -95,7 +95,7 @@ def choose_on_cuda(settings, model, batch):
     usual = "bfloat16" if has_bfloat16 else "float32"
     try:
         return compare_speed(settings, model, batch, usual, "float16", seconds=1)
-    except RuntimeError:  # mostly no memory for the copies, which cuDNN says otherwise
+    except RuntimeError:  # mostly too little memory for the copies, in cuDNN's words
         return "bfloat16" if has_bfloat16 else "float16", "no other could be tried"
     finally:
         torch.cuda.empty_cache()  # NCCL takes its memory beside torch's
@@ -106,25 +106,25 @@ def compare_speed(settings, model, batch, usual, other, seconds):
 
     Each trains a copy of the network by turns, for `seconds` altogether, but one turn at least.
     """
-    best = {usual: math.inf, other: math.inf}
+    best_times = {usual: math.inf, other: math.inf}
     with (
         say_if_slow(f"trying {usual} and {other} for {seconds} s, or for one step each …"),
         kept_random_stream(settings["Cuda"]),
         # the context would switch cuDNN off by default
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, benchmark=True),
     ):
-        trials = {name: prepare_trial(settings, model, batch, name) for name in best}
+        trials = {name: prepare_trial(settings, model, batch, name) for name in best_times}
         if settings["Cuda"]:  # not counted: libraries are loaded, and cuDNN tries its kernels
-            for seconds_per_step in trials.values():
-                seconds_per_step()
+            for train_and_time in trials.values():
+                train_and_time()
         begin = time.perf_counter()
         for turn in range(5):  # the best of five short steps is steady enough
-            for name, seconds_per_step in trials.items():
-                best[name] = min(best[name], seconds_per_step())
-            is_clear = turn > 1 and max(best.values()) > 2 * min(best.values())
+            for name, train_and_time in trials.items():
+                best_times[name] = min(best_times[name], train_and_time())
+            is_clear = turn > 1 and max(best_times.values()) > 2 * min(best_times.values())
             if is_clear or time.perf_counter() - begin > seconds:
                 break
-    speed = {name: len(batch[0]) / step_time for name, step_time in best.items()}
+    speed = {name: len(batch[0]) / step_time for name, step_time in best_times.items()}
     fastest = other if speed[other] > FASTER * speed[usual] else usual
     return fastest, ", ".join(f"{name} {value:.0f} images/s" for name, value in speed.items())
 
@@ -143,11 +143,11 @@ def prepare_trial(settings, model, batch, precision):
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "float16")
     steps = 5 if Cuda else 1  # a GPU can queue several
 
-    def seconds_per_step():
+    def train_and_time():
         begin = time.perf_counter()
         for _ in range(steps):
             batches = [(images, targets, [])]
-            [sums] = backward(trained, batches, Cuda, precision, scaler, recipe)
+            [sums] = forward_backward(trained, batches, Cuda, precision, scaler, recipe)
             optimizer_step(optimizer, scaler)
         if Cuda:
             torch.cuda.synchronize()
@@ -155,7 +155,7 @@ def prepare_trial(settings, model, batch, precision):
             return math.inf
         return (time.perf_counter() - begin) / steps
 
-    return seconds_per_step
+    return train_and_time
 
 
 def kept_random_stream(Cuda):

@@ -40,13 +40,13 @@ class Steps:
 
     def note_signal(self, number, frame):
         """Note the first signal; end at once at a second Ctrl-C."""
-        repeated = time.monotonic() - self.signalled_at < 1  # torchrun sends its own
+        repeated = time.monotonic() - self.signalled_at < 1  # torchrun sends one Ctrl-C on
         if self.signal and number == signal.SIGINT and not repeated:
             say(
                 f"\nended at once: {self.run} is as it was saved last; "
                 f"{advice_to_continue(self.run)}"
             )
-            # a session outlives what it runs
+            # an IPython session lives on after leave(), not after end()
             end = processes.leave if hasattr(builtins, "__IPYTHON__") else processes.end
             end(END + number)
         if not self.signal:

@@ -81,9 +81,9 @@ def batch_sums(loss, logits, targets, settings):
     """Return what a batch adds to the metrics: {name: float64 tensor}, on the batch's device.
 
     The tensors may have any shape. No number is read here: a GPU would have to finish the step
-    first. loss: scalar mean over the batch. 'hits' is
-    (classes, 1 + min(5, classes)): how many pictures of each class there are, then for how many of
-    them the first, second, … fifth of the highest logits is the class.
+    first. loss: scalar mean over the batch. 'hits' is a table (classes, 1 + min(5, classes)). Row c
+    is about the pictures whose label is c: column 0 counts them, column k those of them whose k-th
+    highest logit is c's.
     """
     labels = targets if targets.dim() == 1 else targets.argmax(1)  # mixed: the larger label
     # column 0 is the label itself, so its hits are the pictures of the class
@@ -266,5 +266,6 @@ def calibration_error(confidence, correct, bins=15):
     "On Calibration of Modern Neural Networks", 2017).
     """
     places = np.minimum((confidence * bins).astype(int), bins - 1)
+    # |accuracy - mean confidence| of a bin times its pictures is |the sum of their differences|
     gaps = np.bincount(places, weights=confidence - correct, minlength=bins)
     return np.abs(gaps).sum() / len(confidence)

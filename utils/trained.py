@@ -71,11 +71,11 @@ class Classifier:
             check_value(name, self.settings[name])
         trained_on_gpu = self.settings["Cuda"]
         self.Cuda = trained_on_gpu and torch.cuda.is_available()
-        self.fp16 = "float32"  # a GPU's precision on a CPU would give other scores
-        # one GPU scores, also where DataParallel would train on several
-        device = {"Cuda": self.Cuda, "distributed": True}
         precision = precision_name(self.Cuda, self.settings["fp16"])
-        emulated = precision == "bfloat16" and not computes_bfloat16(device)
+        # one GPU scores, also where DataParallel would train on several
+        one_gpu = {"Cuda": self.Cuda, "distributed": True}
+        emulated = precision == "bfloat16" and not computes_bfloat16(one_gpu)
+        self.fp16 = "float32"  # a GPU's precision on a CPU would give other scores
         if self.Cuda == trained_on_gpu and precision != "auto" and not emulated:
             self.fp16 = precision
         self.network = build(self.settings, len(self.class_names)).eval()

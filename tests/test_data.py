@@ -769,16 +769,6 @@ def test_targets_count_by_content(kind):
     assert of(targets) != of([0] * 3000)
 
 
-def test_a_fingerprint_does_not_depend_on_torch_s_archives(monkeypatch):
-    """Which another version of torch writes with other words inside."""
-    data = [(np.full((9, 9), value, np.uint8), value % 2) for value in range(20)]
-    before = data_of(data, (8, 8), False).fingerprint
-    monkeypatch.setattr(torch, "save", lambda *words: pytest.fail("saved"))
-    assert data_of(data, (8, 8), False).fingerprint == before
-    data[0] = np.full((9, 9), 7, np.uint8), 0
-    assert data_of(data, (8, 8), False).fingerprint != before
-
-
 def test_a_subclass_adds_to_its_fingerprint():
     class Sharpened(DataGenerator):
         sharpen = 1

@@ -4,6 +4,7 @@ Randomness is a function, not a stream: what happens to a picture depends on (se
 in the epoch, index) alone, so that neither workers nor resuming change it.
 """
 
+import io
 import math
 import random
 import zlib
@@ -28,7 +29,7 @@ from utils.pictures import (
 )
 from utils.plumbing.console import say_if_slow
 from utils.plumbing.errors import UserError
-from utils.plumbing.files import as_json, content_sum
+from utils.plumbing.files import content_sum
 from utils.plumbing.formats import BROKEN, failure_reason
 from utils.plumbing.lists import AnnotationLines
 from utils.recipe import check_targets
@@ -182,8 +183,9 @@ class DataGenerator(Dataset):
         data = DataGenerator(self.source, (64, 64), random=False, num_classes=self.num_classes)
         places = range(0, len(data), max(1, len(data) // 8))
         images, targets, _ = detection_collate([data[index] for index in places])
-        content = as_json([images, targets, getattr(self.source, "targets", None)])
-        return zlib.crc32(str(content).encode())
+        content = io.BytesIO()
+        torch.save([images, targets, getattr(self.source, "targets", None)], content)
+        return zlib.crc32(content.getvalue())
 
     def content(self):
         """Return a checksum that changes with the files of a list; "" for a data set."""

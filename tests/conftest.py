@@ -30,13 +30,14 @@ LONGEST = ("test_readme", "test_resume", "test_train", "test_forks")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Two processes where pytest-xdist is installed, as most tests' runs use one core; -n 0 for
-    one.
+    """Three processes where pytest-xdist is installed; -n 0 for one.
+
+    Most tests' runs use one core, and many wait: with two processes two cores were often idle.
     """
-    # a worker has None here as well, and would start two more, and those two more
+    # a worker has None here as well, and would start three more, and those three more
     a_worker = hasattr(config, "workerinput")
     if getattr(config.option, "numprocesses", 0) is None and not a_worker:
-        config.option.numprocesses, config.option.dist = 2, "loadfile"
+        config.option.numprocesses, config.option.dist = 3, "loadfile"
         config.option.loadscopereorder = False  # else files with few tests, however long, come last
 
 

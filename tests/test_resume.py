@@ -183,7 +183,7 @@ def test_the_unedited_file_goes_on(tmp_path):
         (signal.SIGTERM, 1),
         (signal.SIGINT, 1),
         (signal.SIGHUP, 1),
-        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
     ],
 )

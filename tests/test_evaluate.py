@@ -67,7 +67,7 @@ def test_a_full_output_is_one_sentence(folder):
     for command in (["utils.evaluate", "run"], ["utils.predict", "run", "model_data/test0.png"]):
         with open("/dev/full", "w") as full:
             env = {**environment(), "PYTHONPATH": str(ROOT)}
-            process = begin(folder, "-m", *command, stdout=full, env=env)
+            process = begin(folder, "-m", *command, stdout=full, env=env, fresh=True)
             _, err = process.communicate(timeout=300)
         assert process.returncode == 1 and "Traceback" not in err
         assert err.splitlines()[-1].startswith("error: the output cannot be written")

@@ -94,7 +94,7 @@ class Steps:
         return SAVE if self.is_due() else GO_ON
 
     def stop(self, request):
-        """Say how to continue, and end every process with 128 + the signal's number."""
+        """Say how to continue, and end every process."""
         number = request - END
         name = signal.Signals(number).name
         place = f"epoch {self.position.epoch + 1}, step {self.position.step}"

@@ -357,7 +357,7 @@ def end(code):
     sys.stdout = sys.stderr = None  # what the clean-up below prints is of no use
     with contextlib.suppress(Exception):
         multiprocessing.util._run_finalizers()  # semaphores, the folder for temporary files
-    if code == 128 + signal.SIGINT and not connected():
+    if code == 128 + signal.SIGINT and os.name != "nt" and not connected():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)  # a shell's loop looks for the signal, and ends as well
     os._exit(code)

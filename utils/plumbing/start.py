@@ -32,8 +32,9 @@ def end_quietly_on_interrupt(kind, error, trace):
     """
     if kind is KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)  # a shell's loop looks for the signal, and ends as well
-        os._exit(130)  # process 1 of a container
+        if os.name != "nt":  # where it would end with another code
+            signal.raise_signal(signal.SIGINT)  # a shell's loop looks for it, and ends as well
+        os._exit(130)  # also process 1 of a container
     place = traceback.extract_tb(trace)[-1:]
     in_constants = place and place[0].filename == getattr(sys.modules["__main__"], "__file__", "")
     if kind in (TypeError, NameError) and in_constants:

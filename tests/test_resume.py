@@ -369,6 +369,7 @@ def torchrun_reference(tmp_path_factory):
     return folder, time.monotonic() - begin
 
 
+@pytest.mark.slow
 def test_torchrun_restarts(torchrun_reference, tmp_path):
     """One worker dies in the second epoch; the group starts anew and ends as the reference."""
     folder = make_project(tmp_path, **ALL_ON)

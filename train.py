@@ -133,8 +133,8 @@ if __name__ == "__main__":
     settings, recorded = command_line(globals())
     check_launch(settings)
     local_rank = processes.connect(Cuda) if distributed else 0
-    # Its folder, config.json and last_checkpoint.pth. All None where a new run begins; state alone
-    # where the run to continue has saved nothing yet.
+    # The run to continue: its folder, config.json and last_checkpoint.pth. All are None where a new
+    # run begins, state alone where it has saved nothing yet.
     run, config, state = on_rank_0(continued_run, resume, save_dir)
     if run:  # it goes on with its own settings, and with Init_Epoch where it has got to
         settings, recorded = command_line(globals(), config=config)

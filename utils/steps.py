@@ -4,7 +4,6 @@ They agree on one number (0: go on, 1: save, 128 + a signal's number: save and e
 decides), so that no process enters a step that another one leaves out.
 """
 
-import builtins
 import signal
 import time
 from itertools import islice
@@ -46,8 +45,7 @@ class Steps:
                 f"\nended at once: {self.run} is as it was saved last; "
                 f"{advice_to_continue(self.run)}"
             )
-            # an IPython session lives on after leave(), not after end()
-            end = processes.leave if hasattr(builtins, "__IPYTHON__") else processes.end
+            end = processes.leave if processes.in_session() else processes.end
             end(END + number)
         if not self.signal:
             self.signal = number

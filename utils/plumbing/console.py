@@ -1,6 +1,5 @@
 """What the user sees: messages, the progress line, how to continue, and errors as one sentence."""
 
-import builtins
 import contextlib
 import multiprocessing.util
 import os
@@ -22,6 +21,7 @@ from utils.plumbing.errors import LOST, UserError, explain, printable
 from utils.plumbing.processes import (
     cores,
     end,
+    in_session,
     local_rank,
     local_world_size,
     prepare_pillow,
@@ -172,7 +172,7 @@ def prepare_program():
     """Prepare train.py or a command: errors are sentences, Ctrl-C is silent, Pillow is quiet."""
     sys.excepthook = show_error
     own_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler  # not under nohup
-    if own_handler and not hasattr(builtins, "__IPYTHON__"):  # a session outlives what it runs
+    if own_handler and not in_session():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.getpid() == 1:  # as in a container: it is sent no signal that it has no handler for
             signal.signal(signal.SIGINT, end_by_signal)

@@ -146,7 +146,8 @@ def explain(error):
         text = re.split(r"\n +.+\n(?=\S)", text)[-1]  # what follows the last indented line
     if isinstance(error, UserError) or TOO_SMALL in text:
         return text.rpartition("UserError: ")[2]
-    no_output = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+    cannot_write = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+    no_output = isinstance(error, OSError) and error.errno in cannot_write
     if no_output and "multiprocessing" not in str(place_of(error)):  # whose are in /dev/shm
         return f"the output cannot be written ({error.strerror})"
     if not comes_from_library(error):

@@ -17,6 +17,8 @@ from utils.plumbing.lists import class_name
 
 # Thumbnails and deleted pictures of storage boxes, in lower case
 LEFT_BEHIND = {"@eadir", "@recycle", "#recycle", "$recycle.bin"}
+# Why files are left out that a list cannot hold, and that predict can read
+NOT_FOR_LISTS = "paths with a line break or letters that are not UTF-8, rename them"
 
 NOUNS = "(the|my|data|set|split|image|img|picture|pic|photo|sample|file|folder|dir|daten)s?"
 # What people call the folders of a split, whatever the case, digits and punctuation. Beside
@@ -28,9 +30,6 @@ ROLES = {
     "test": "te?st(s|ing)?|测试集?",
     "holdout": "h[eo]ldout|unseen",
 }
-
-
-NOT_FOR_LISTS = "paths with a line break or letters that are not UTF-8, rename them"
 
 
 class Picture(NamedTuple):

@@ -311,6 +311,11 @@ def stop_launcher(number):
     return stops
 
 
+def in_session():
+    """Return whether IPython runs this program: the session outlives it."""
+    return hasattr(builtins, "__IPYTHON__")
+
+
 def finish():
     """End a training that went well. Collective."""
     barrier()
@@ -332,7 +337,7 @@ def leave(code):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.excepthook = sys.__excepthook__
-    if code == 128 + signal.SIGINT and not hasattr(builtins, "__IPYTHON__"):
+    if code == 128 + signal.SIGINT and not in_session():
         sys.excepthook = show_all_but_interrupt
         raise KeyboardInterrupt  # Python then ends by the signal, too: see end
     raise SystemExit(code)
